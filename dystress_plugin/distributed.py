@@ -1,0 +1,79 @@
+"""The three collectives of the losses, each an identity in a single process. Batches may differ between ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    """Number of processes of the default group; 1 where none is initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Rank of this process; 0 where no group is initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Every tensor with the rows of all ranks, in order of rank; without gradient."""
+    if world_size() == 1:
+        return tensors
+    sizes = _sizes(tensors[0])
+    return tuple(torch.cat(_all_gather(tensor, sizes)) for tensor in tensors)
+
+
+def all_rows_with_gradient(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of all ranks, and where this rank's own begin.
+
+    A row's gradient is the sum over all ranks, so that averaging parameter gradients over ranks, as
+    DistributedDataParallel does, gives the gradient of the mean of the ranks' losses.
+    """
+    if world_size() == 1:
+        return tensor, 0
+    sizes = _sizes(tensor)
+    gathered: Tensor = _Gather.apply(tensor, sizes)  # type: ignore[no-untyped-call]
+    return gathered, sum(sizes[: rank()])
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean of all entries on all ranks, each entry with the same weight; without gradient."""
+    if world_size() == 1:
+        return tensor.mean()
+    total = torch.stack([tensor.sum().double(), tensor.new_tensor(tensor.numel(), dtype=torch.float64)])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).to(tensor.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return torch.cat(_all_gather(tensor, sizes))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        start = sum(ctx.sizes[: rank()])
+        return gradient[start : start + ctx.sizes[rank()]], None
+
+
+def _sizes(tensor: Tensor) -> list[int]:
+    own = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(sizes, own)
+    return [int(size) for size in sizes]
+
+
+def _all_gather(tensor: Tensor, sizes: list[int]) -> list[Tensor]:
+    # Collectives want equal shapes; the last batch of an epoch need not have them.
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]

@@ -1,0 +1,33 @@
+"""The dense engine: the whole matrix at once, in plain autograd. The reference, and the fastest for small batches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dystress_plugin.engine.rows import NegativeStats
+from dystress_plugin.temperature.base import LogitMap
+
+
+def negative_stats(
+    anchors: Tensor, candidates: Tensor, excluded: Tensor, logit_map: LogitMap, *, want_cosine: bool
+) -> NegativeStats:
+    """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i, with s_ij = anchors_i . candidates_j.
+
+    Args:
+        anchors: (rows, dim), of length 1.
+        candidates: (columns, dim), of length 1.
+        excluded: (rows, any) int64, the columns that are not negatives of each row.
+        logit_map: a.
+        want_cosine: whether to return the negatives' mean cosine as well.
+    """
+    cosine = anchors @ candidates.T
+    out = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, excluded, True)
+    logit = logit_map.logit(cosine).masked_fill(out, -math.inf)
+    mean_cosine = None
+    if want_cosine:
+        weight = torch.softmax(logit.detach(), dim=1)
+        mean_cosine = (weight * cosine).sum(1)
+    return NegativeStats(torch.logsumexp(logit, dim=1), mean_cosine)

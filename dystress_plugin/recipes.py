@@ -1,0 +1,91 @@
+"""THE table: method name -> temperature, objective, layout, defaults, paper. Every framework reads it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.temperature import (
+    Constant,
+    CosineSchedule,
+    DySTreSS,
+    Individual,
+    ModelAware,
+    Temperature,
+    TemperatureFree,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: one point of the grid temperature x objective x layout.
+
+    Attributes:
+        name: what a user types.
+        title: what a figure shows.
+        temperature: class of the temperature.
+        objective: name in `dystress_plugin.objectives.OBJECTIVES`.
+        paper: title or short name, with year.
+        url: where to read it.
+        defaults: values of the temperature's parameters where they differ from the class's own.
+    """
+
+    name: str
+    title: str
+    temperature: type[Temperature]
+    objective: str
+    paper: str
+    url: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter of the temperature with its default here; `inspect.Parameter.empty` where it has none."""
+        signature = inspect.signature(self.temperature).parameters
+        return {name: self.defaults.get(name, parameter.default) for name, parameter in signature.items()}
+
+    def build_temperature(self, **settings: Any) -> Temperature:
+        """The temperature with some parameters set.
+
+        Raises:
+            ValueError: at a parameter that it does not have (with the nearest that it has), or a bad value.
+            TypeError: if a parameter without default is missing.
+        """
+        parameters = self.parameters
+        for name in settings:
+            if name not in parameters:
+                raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, parameters or ["(none)"]))
+        missing = [n for n, v in parameters.items() if v is inspect.Parameter.empty and settings.get(n) is None]
+        if missing:
+            raise TypeError(f"Method '{self.name}' needs {', '.join(f'{n}=...' for n in missing)}.")
+        return self.temperature(**{**self.defaults, **settings})
+
+
+METHODS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("simclr", "SimCLR", Constant, "ntxent", "SimCLR, 2020", "https://arxiv.org/abs/2002.05709"),
+        Recipe("dystress", "DySTreSS", DySTreSS, "ntxent", "DySTreSS, 2023", "https://arxiv.org/abs/2308.01140"),
+        Recipe("macl", "MACL", ModelAware, "macl", "MACL, 2023", "https://arxiv.org/abs/2207.07874"),
+        Recipe("ts", "TS", CosineSchedule, "ntxent", "Temperature Schedules, 2023", "https://arxiv.org/abs/2303.13664"),
+        Recipe("isogclr", "iSogCLR", Individual, "sogclr", "iSogCLR, 2023", "https://arxiv.org/abs/2305.11965"),
+        Recipe(
+            "tempfree",
+            "Temperature-free",
+            TemperatureFree,
+            "ntxent",
+            "Temperature-Free Loss, 2025",
+            "https://arxiv.org/abs/2501.17683",
+        ),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name, or a ValueError with the nearest valid one."""
+    if name not in METHODS:
+        raise ValueError(unknown_name("method", name, METHODS))
+    return METHODS[name]

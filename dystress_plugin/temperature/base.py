@@ -1,0 +1,153 @@
+"""The temperature axis: how a cosine similarity becomes a logit.
+
+A `Temperature` is a module with the method's settings and state. Once per batch its `prepare` returns
+`LogitMaps`: pointwise maps without state, which an engine may evaluate on any tile of the similarity matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dystress_plugin.engine.rows import RowStats
+
+
+class LogitMap(ABC):
+    """A pointwise map a(s) from cosine similarity to logit, for one batch.
+
+    Every method takes cosines of shape (rows, any) and returns the same shape. A map whose parameters differ from
+    row to row holds them as (rows, 1), so that `rows` can cut it to the rows of a tile.
+    """
+
+    @abstractmethod
+    def logit(self, cosine: Tensor) -> Tensor:
+        """a(s), differentiable in the cosine exactly as far as the method lets gradients pass."""
+
+    @abstractmethod
+    def slope(self, cosine: Tensor) -> Tensor:
+        """da/ds as `logit` differentiates it, in closed form, so that tiles need no autograd."""
+
+    @abstractmethod
+    def temperature(self, cosine: Tensor) -> Tensor:
+        """The temperature at each cosine, for logs and figures; in the unit of a cosine, positive."""
+
+    @abstractmethod
+    def rows(self, rows: slice) -> LogitMap:
+        """The map restricted to some rows."""
+
+
+class LogitMaps(NamedTuple):
+    """The maps of one batch; the same object twice unless the method treats negatives differently."""
+
+    positive: LogitMap
+    negative: LogitMap
+
+
+@dataclass(frozen=True)
+class Scaled(LogitMap):
+    """a(s) = s / tau, with tau a number, a 0-dim tensor, or one per row as (rows, 1)."""
+
+    tau: float | Tensor
+
+    def logit(self, cosine: Tensor) -> Tensor:
+        return cosine / self._tau(cosine)
+
+    def slope(self, cosine: Tensor) -> Tensor:
+        return torch.ones_like(cosine) / self._tau(cosine)
+
+    def temperature(self, cosine: Tensor) -> Tensor:
+        return torch.zeros_like(cosine) + self._tau(cosine)
+
+    def rows(self, rows: slice) -> Scaled:
+        if isinstance(self.tau, Tensor) and self.tau.dim() > 0:
+            return Scaled(self.tau[rows])
+        return self
+
+    def _tau(self, cosine: Tensor) -> float | Tensor:
+        return self.tau.to(cosine.dtype) if isinstance(self.tau, Tensor) else self.tau
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a temperature may look at before the logits are computed.
+
+    Attributes:
+        positive_cosine: (rows, positives), detached cosines of every anchor with its positives.
+        index: (rows,) int64 sample numbers, or None.
+        epoch: the current epoch as a float, 0 first, or None.
+        views: how many consecutive blocks of `rows / views` anchors show the same images.
+        mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
+    """
+
+    positive_cosine: Tensor
+    index: Tensor | None
+    epoch: float | None
+    views: int
+    mean: Callable[[Tensor], Tensor]
+
+
+class Temperature(nn.Module, ABC):
+    """How a cosine similarity becomes a logit. Subclasses are final: one file, one method.
+
+    Attributes:
+        needs_index: the loss must be given `index`.
+        needs_epoch: the loss must be given `epoch`.
+        needs_negative_cosine: `observe` reads `RowStats.negative_cosine`.
+    """
+
+    needs_index = False
+    needs_epoch = False
+    needs_negative_cosine = False
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> LogitMaps:
+        """The maps for this batch, from state as it was before the batch. Changes nothing."""
+
+    def observe(self, stats: RowStats, batch: Batch) -> Tensor | None:
+        """Called once after the row statistics; a temperature that learns from them updates its state here.
+
+        Returns:
+            (rows,) log of the running mean of the negatives' exponentials that SogCLR divides by, or None where
+            there is none, which means the batch's own.
+        """
+        return None
+
+
+def check_positive(name: str, value: float) -> float:
+    """`value` as a float, or a ValueError that names it unless it is finite and above 0."""
+    value = check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be above 0.")
+    return value
+
+
+def check_number(name: str, value: float) -> float:
+    """`value` as a float, or an error that names it unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite.")
+    return float(value)
+
+
+def check_fraction(name: str, value: float) -> float:
+    """`value` as a float, or an error that names it unless it lies in [0, 1]."""
+    value = check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must lie in [0, 1].")
+    return value
+
+
+def check_range(tau_min: float, tau_max: float, low: str = "tau_min", high: str = "tau_max") -> tuple[float, float]:
+    """Both ends as floats, or an error that names them unless 0 < tau_min <= tau_max."""
+    tau_min, tau_max = check_positive(low, tau_min), check_positive(high, tau_max)
+    if tau_min > tau_max:
+        raise ValueError(f"{low}={tau_min} is above {high}={tau_max}; swap them.")
+    return tau_min, tau_max

@@ -1,0 +1,48 @@
+"""Temperature schedules: one temperature per epoch, on a cosine."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+
+
+@final
+class CosineSchedule(Temperature):
+    """a(s) = s / tau(e), tau(e) = tau_min + (tau_max - tau_min) * (1 + cos(2 * pi * e / period)) / 2, e the epoch.
+
+    It starts at tau_max, reaches tau_min after half a period and returns. The formula is evaluated at the epoch
+    as given: adapters pass the library's current epoch, 0 first, while the paper's code counts from 1.
+
+    Temperature Schedules, 2023, https://arxiv.org/abs/2303.13664 (0.1 to 1.0, period 400 epochs, which its code
+    calls t_max=200, half the period; 2000 epochs on CIFAR, so training ends at tau_max).
+
+    Args:
+        tau_min: lowest temperature, above 0.
+        tau_max: highest temperature, at least tau_min.
+        period: epochs of one full cycle, above 0.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    needs_epoch = True
+
+    def __init__(self, tau_min: float = 0.1, tau_max: float = 1.0, period: float = 400.0) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max = check_range(tau_min, tau_max)
+        self.period = check_positive("period", period)
+
+    def tau(self, epoch: float) -> float:
+        """The temperature at an epoch."""
+        return self.tau_min + 0.5 * (self.tau_max - self.tau_min) * (1 + math.cos(2 * math.pi * epoch / self.period))
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        if batch.epoch is None:
+            raise ValueError("CosineSchedule needs the epoch: call loss(z0, z1, epoch=current_epoch).")
+        map_ = Scaled(self.tau(batch.epoch))
+        return LogitMaps(map_, map_)
+
+    def extra_repr(self) -> str:
+        return f"tau_min={self.tau_min}, tau_max={self.tau_max}, period={self.period}"

@@ -1,0 +1,219 @@
+"""DySTreSS: a temperature for every pair, from its own cosine similarity."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.temperature.base import (
+    Batch,
+    LogitMap,
+    LogitMaps,
+    Temperature,
+    check_number,
+    check_positive,
+    check_range,
+)
+
+Curve = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A shape f with 0 <= f(s) <= 1; the temperature is tau_min + (tau_max - tau_min) * f(s).
+
+    Attributes:
+        defaults: the parameters this profile has, with its own values.
+        build: from the parameters to (f, f').
+    """
+
+    defaults: dict[str, float]
+    build: Callable[..., tuple[Curve, Curve]]
+
+
+def _cosine() -> tuple[Curve, Curve]:
+    return (
+        lambda s: 0.5 - 0.5 * torch.cos(math.pi * s),
+        lambda s: (0.5 * math.pi) * torch.sin(math.pi * s),
+    )
+
+
+def _plateau(start: float, half_period: float) -> tuple[Curve, Curve]:
+    """1 above `start`; below it a cosine that first falls to 0 at `start - half_period`."""
+    omega = math.pi / half_period
+
+    def phase(s: Tensor) -> Tensor:
+        # On the plateau the phase is 0: the curve and its slope join it without a branch, since sin 0 = 0.
+        return omega * (s - start).clamp(max=0)
+
+    return lambda s: 0.5 + 0.5 * torch.cos(phase(s)), lambda s: (-0.5 * omega) * torch.sin(phase(s))
+
+
+def _exponential(rate: float) -> tuple[Curve, Curve]:
+    return (
+        lambda s: 1 - torch.exp(-rate * s.abs()),
+        lambda s: rate * torch.sign(s) * torch.exp(-rate * s.abs()),
+    )
+
+
+def _linear() -> tuple[Curve, Curve]:
+    return torch.abs, torch.sign
+
+
+PROFILES: dict[str, Profile] = {
+    "cosine": Profile({}, _cosine),
+    "shifted": Profile({"shift": -0.4, "scale": 0.7}, lambda shift, scale: _plateau(-shift, scale)),
+    "cosine_constant": Profile({"shift": -0.2, "scale": 0.8}, lambda shift, scale: _plateau(shift, scale)),
+    "exponential": Profile({"rate": 3.5}, _exponential),
+    "linear": Profile({}, _linear),
+}
+
+
+@dataclass(frozen=True)
+class ProfiledMap(LogitMap):
+    """a(s) = s / tau(s) with tau(s) = tau_min + (tau_max - tau_min) * f(s)."""
+
+    tau_min: float
+    tau_max: float
+    shape: Curve
+    shape_slope: Curve
+    detach: bool
+
+    def temperature(self, cosine: Tensor) -> Tensor:
+        return self.tau_min + (self.tau_max - self.tau_min) * self.shape(cosine)
+
+    def logit(self, cosine: Tensor) -> Tensor:
+        return cosine / self.temperature(cosine.detach() if self.detach else cosine)
+
+    def slope(self, cosine: Tensor) -> Tensor:
+        tau = self.temperature(cosine)
+        if self.detach:
+            return 1 / tau
+        return (1 - cosine * (self.tau_max - self.tau_min) * self.shape_slope(cosine) / tau) / tau
+
+    def rows(self, rows: slice) -> ProfiledMap:
+        return self
+
+
+def monotone_limit(shape: Curve, shape_slope: Curve) -> float:
+    """The largest tau_max / tau_min at which s / tau(s) still never falls on [-1, 1]; infinite if there is none.
+
+    With tau = tau_min * (1 + r f), r = ratio - 1, the logit falls where 1 + r (f - s f') < 0, so each s with
+    s f' > f bounds r by 1 / (s f' - f).
+    """
+    s = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    excess = (s * shape_slope(s) - shape(s)).max().item()
+    return 1 + 1 / excess if excess > 1e-12 else math.inf
+
+
+@final
+class DySTreSS(Temperature):
+    """a(s) = s / tau(s), tau(s) = tau_min + (tau_max - tau_min) * (1 - cos(pi * s)) / 2.
+
+    The temperature is tau_max for s = -1 and 1 and tau_min for s = 0 (profile "cosine"). Other profiles:
+
+    - "shifted": tau_max for s > -shift; below, tau_min + (tau_max - tau_min) * (1 + cos(pi * (s + shift) / scale)) / 2.
+      With the paper's best pair (-0.4, 0.7) the minimum lies at s = -0.3 and the plateau starts at 0.4.
+    - "cosine_constant": tau_max for s > shift; below, the same cosine with (s - shift); -0.2 and 0.8, so that
+      tau_min is reached at s = -1 only.
+    - "exponential": tau_max - (tau_max - tau_min) * exp(-rate * |s|), rate 3.5.
+    - "linear": tau_min + (tau_max - tau_min) * |s|. The paper names a linear form without giving it; this
+      definition is ours.
+
+    DySTreSS, 2023, https://arxiv.org/abs/2308.01140 (ImageNet 0.1 and 0.2; CIFAR code default 0.07 and 0.2;
+    sentences 0.04 and 0.05 with "shifted").
+
+    Args:
+        tau_min: lowest temperature, above 0.
+        tau_max: highest temperature, at least tau_min.
+        profile: one of the above.
+        shift: in [-1, 0], for "shifted" and "cosine_constant"; None takes the profile's own.
+        scale: half a period of the cosine, above 0, for the same two.
+        rate: above 0, for "exponential".
+        detach: whether tau(s) counts as a constant in the gradient. The released code does so everywhere but
+            in its DCL loss.
+        negative_range: another (tau_min, tau_max) for the negatives; None uses the same.
+
+    Raises:
+        ValueError: for a range that is not 0 < tau_min <= tau_max, an unknown profile, or a parameter that the
+            profile does not have or that is out of its range.
+
+    Warns:
+        UserWarning: when the range is so wide that s / tau(s) falls somewhere as s grows: a more similar pair
+            would get a smaller logit. The message names the ratio tau_max / tau_min at which this begins.
+    """
+
+    def __init__(
+        self,
+        tau_min: float = 0.1,
+        tau_max: float = 0.2,
+        profile: str = "cosine",
+        *,
+        shift: float | None = None,
+        scale: float | None = None,
+        rate: float | None = None,
+        detach: bool = True,
+        negative_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max = check_range(tau_min, tau_max)
+        self.profile = profile
+        self.parameters_ = _profile_parameters(profile, {"shift": shift, "scale": scale, "rate": rate})
+        self.detach = bool(detach)
+        self.negative_range = None
+        if negative_range is not None:
+            if len(negative_range) != 2:
+                raise ValueError(f"negative_range={negative_range} must be a pair (tau_min, tau_max) or None.")
+            self.negative_range = check_range(*negative_range, "negative_range[0]", "negative_range[1]")
+
+        limit = monotone_limit(*self._shape())
+        for low, high in filter(None, [(self.tau_min, self.tau_max), self.negative_range]):
+            if high / low > limit * (1 + 1e-9):
+                warnings.warn(
+                    f"tau_max/tau_min = {high}/{low} = {high / low:.3g} is above {limit:.2f}, the limit of profile "
+                    f"'{profile}': the logit s/tau(s) then falls over part of [-1, 1], so a more similar pair can "
+                    f"get a smaller logit. Narrow the range to stay below the limit.",
+                    stacklevel=2,
+                )
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        positive = ProfiledMap(self.tau_min, self.tau_max, *self._shape(), self.detach)
+        if self.negative_range is None:
+            return LogitMaps(positive, positive)
+        return LogitMaps(positive, ProfiledMap(*self.negative_range, *self._shape(), self.detach))
+
+    def _shape(self) -> tuple[Curve, Curve]:
+        # Built on use: the closures would keep the module from being pickled.
+        return PROFILES[self.profile].build(**self.parameters_)
+
+    def extra_repr(self) -> str:
+        own = {
+            "profile": self.profile,
+            **self.parameters_,
+            "detach": self.detach,
+            "negative_range": self.negative_range,
+        }
+        return f"tau_min={self.tau_min}, tau_max={self.tau_max}, " + ", ".join(f"{k}={v}" for k, v in own.items())
+
+
+def _profile_parameters(profile: str, given: dict[str, float | None]) -> dict[str, float]:
+    if profile not in PROFILES:
+        raise ValueError(unknown_name("profile", profile, PROFILES))
+    parameters = dict(PROFILES[profile].defaults)
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in parameters:
+            has = ", ".join(parameters) or "no parameter"
+            raise ValueError(f"{name}={value}: profile '{profile}' has {has}, but no {name}; leave it out.")
+        parameters[name] = check_number(name, value) if name == "shift" else check_positive(name, value)
+    if not -1 <= parameters.get("shift", 0.0) <= 0:
+        raise ValueError(f"shift={parameters['shift']} must lie in [-1, 0]; the paper's best is -0.4.")
+    return parameters

@@ -1,0 +1,206 @@
+"""iSogCLR: a learned temperature for every sample of the data set."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dystress_plugin import distributed
+from dystress_plugin.engine.rows import RowStats
+from dystress_plugin.temperature.base import (
+    Batch,
+    LogitMaps,
+    Scaled,
+    Temperature,
+    check_fraction,
+    check_number,
+    check_positive,
+    check_range,
+)
+
+
+@final
+class Individual(Temperature):
+    """a(s) = s / tau_i, with tau_i learned for sample i from the distribution of its negatives.
+
+    After each batch in train mode, for image i with views v (anchors), n negatives s_j each:
+
+        g_v   = mean_j exp(s_j / tau_i)
+        s_v   = (1 - gamma) S_i + gamma g_v, but g_v at the first visit
+        w_v   = g_v / s_v                                    S_i <- mean_v s_v
+        G     = mean_v( log s_v + rho - w_v sum_j softmax_j(s_j / tau_i) s_j / tau_i ), held in [-clip, clip]
+        u_i  <- (1 - beta) u_i + beta G                      tau_i <- tau_i - eta u_i, held in [tau_min, tau_max]
+
+    S is kept as its logarithm, so no tau overflows it. A batch uses the tau_i from before it. A sample that occurs
+    several times in a batch is updated once, with the mean over its occurrences. Where torch.distributed runs, every
+    rank applies the updates of all ranks, so the tables stay equal (DistributedDataParallel would otherwise
+    overwrite them with rank 0's). The released code never reaches its first-visit rule and so starts from
+    s_v = gamma * g_v; this is corrected here.
+
+    iSogCLR, 2023, https://arxiv.org/abs/2305.11965 (the defaults are its recipe for CIFAR-100; its constructor has
+    rho 6, eta 0.001, beta 0.9).
+
+    Args:
+        num_samples: size of the data set; indices run from 0 to num_samples - 1.
+        tau_init: temperature of every sample at the start, in [tau_min, tau_max].
+        tau_min: lowest temperature, above 0.
+        tau_max: highest temperature.
+        rho: Kullback-Leibler distance of the negatives' weights from uniform that tau_i is driven to, above 0 and
+            below log(n). A larger rho gives smaller temperatures.
+        gamma: share of the new batch in S, in (0, 1].
+        beta: share of the new gradient in u, in (0, 1].
+        eta: step size of tau, at least 0.
+        clip: bound of G, above 0.
+
+    Attributes:
+        tau, log_s, u, visited: buffers of length num_samples, so that a checkpoint resumes. The first three keep
+            float64 when the module is moved to half precision: a moving average would be lost there.
+
+    Raises:
+        ValueError: if a value is out of its range, or at an index outside of the tables.
+
+    Warns:
+        UserWarning: once, when rho >= log(n): no distribution over n negatives is that far from uniform, so every
+            temperature would sink to tau_min.
+    """
+
+    needs_index = True
+    needs_negative_cosine = True
+
+    tau: Tensor
+    log_s: Tensor
+    u: Tensor
+    visited: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        tau_init: float = 0.1,
+        tau_min: float = 0.05,
+        tau_max: float = 1.0,
+        rho: float = 0.4,
+        gamma: float = 0.8,
+        beta: float = 0.5,
+        eta: float = 0.03,
+        clip: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max = check_range(tau_min, tau_max)
+        self.tau_init = check_positive("tau_init", tau_init)
+        if not self.tau_min <= self.tau_init <= self.tau_max:
+            raise ValueError(f"tau_init={tau_init} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}].")
+        self.rho = check_positive("rho", rho)
+        self.gamma = check_fraction("gamma", gamma)
+        self.beta = check_fraction("beta", beta)
+        if not self.gamma or not self.beta:
+            raise ValueError(f"gamma={gamma} and beta={beta} must be above 0: at 0 nothing is ever learned.")
+        self.eta = check_number("eta", eta)
+        if self.eta < 0:
+            raise ValueError(f"eta={eta} must be at least 0.")
+        self.clip = check_positive("clip", clip)
+        self._rho_checked = False
+        self.resize(num_samples)
+
+    @property
+    def num_samples(self) -> int:
+        """Length of the tables."""
+        return len(self.tau)
+
+    def resize(self, num_samples: int) -> None:
+        """Starts fresh tables of another length, for hosts that know the data set only after the loss exists."""
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+            raise TypeError(f"num_samples={num_samples!r} must be an int, the size of the data set.")
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1, the size of the data set.")
+        device = self.tau.device if "tau" in self._buffers else None
+
+        def table(value: float) -> Tensor:
+            return torch.full((num_samples,), value, dtype=torch.float64, device=device)
+
+        self.register_buffer("tau", table(self.tau_init))
+        self.register_buffer("log_s", table(0.0))
+        self.register_buffer("u", table(0.0))
+        self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool, device=device))
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        map_ = Scaled(self.tau[self._checked(batch.index)].to(batch.positive_cosine.dtype)[:, None])
+        return LogitMaps(map_, map_)
+
+    @torch.no_grad()
+    def observe(self, stats: RowStats, batch: Batch) -> Tensor:
+        index = self._checked(batch.index)
+        log_n = math.log(stats.num_negatives)
+        if not self._rho_checked:
+            self._rho_checked = True
+            if self.rho >= log_n:
+                warnings.warn(
+                    f"rho={self.rho} is at least log(n) = {log_n:.3f} for n={stats.num_negatives} negatives: no "
+                    f"weights over them are that far from uniform, so every temperature sinks to tau_min="
+                    f"{self.tau_min}. Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch.",
+                    stacklevel=2,
+                )
+        tau, visited = self.tau[index], self.visited[index]
+        assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
+        log_g = stats.negative.double() - log_n
+        moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
+        log_s = torch.where(visited, moved, log_g)
+        if self.training:
+            weight = torch.exp(log_g - log_s)
+            gradient = log_s + self.rho - weight * stats.negative_cosine.double() / tau
+            self._update(index, log_s, gradient, batch.views)
+        return log_s.to(stats.negative.dtype)
+
+    def _update(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
+        images = index.view(views, -1)[0]
+        log_s = torch.logsumexp(log_s.view(views, -1), 0) - math.log(views)
+        gradient = gradient.view(views, -1).mean(0).clamp(-self.clip, self.clip)
+
+        images, log_s, gradient = distributed.all_rows(images, log_s, gradient)
+        # Sorting makes the sums over duplicates run in one fixed order, on every device and every rank.
+        order = torch.argsort(images, stable=True)
+        images, counts = torch.unique_consecutive(images[order], return_counts=True)
+
+        def per_sample(values: Tensor, reduce: str) -> Tensor:
+            return torch.segment_reduce(values, reduce, lengths=counts)
+
+        peak = per_sample(log_s[order], "max")
+        shifted = torch.exp(log_s[order] - peak.repeat_interleave(counts))
+        u = (1 - self.beta) * self.u[images] + self.beta * per_sample(gradient[order], "mean")
+        self.log_s[images] = peak + per_sample(shifted, "mean").log()
+        self.u[images] = u
+        self.tau[images] = (self.tau[images] - self.eta * u).clamp(self.tau_min, self.tau_max)
+        self.visited[images] = True
+
+    def _checked(self, index: Tensor | None) -> Tensor:
+        if index is None:
+            raise ValueError("Individual needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")
+        if index.device.type == "cpu":  # on CUDA indexing itself fails, and looking would wait for the device
+            low, high = int(index.min()), int(index.max())
+            if low < 0 or high >= self.num_samples:
+                raise ValueError(
+                    f"index runs from {low} to {high}, but num_samples={self.num_samples} has tables for 0 to "
+                    f"{self.num_samples - 1}; pass num_samples=len(dataset)."
+                )
+        return index
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Individual:
+        # Follows a move to another device, but not .half() or precision="bf16-true", which would round the tables.
+        device = fn(torch.empty(0, device=self.tau.device)).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        for name in ("tau", "log_s", "u"):
+            self._buffers[name] = self._buffers[name].to(device, dtype)  # type: ignore[union-attr]
+        self.visited = self.visited.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        names = ("num_samples", "tau_init", "tau_min", "tau_max", "rho", "gamma", "beta", "eta", "clip")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf

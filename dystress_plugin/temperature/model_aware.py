@@ -1,0 +1,62 @@
+"""MACL: one temperature per batch, from how well the model aligns positives."""
+
+from __future__ import annotations
+
+import warnings
+from typing import final
+
+from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_number, check_positive
+
+FLOOR = 0.1  # of tau; papers.md's suggestion for a quantity that the paper leaves free to become negative
+
+
+@final
+class ModelAware(Temperature):
+    """a(s) = s / tau_a, tau_a = tau * (1 + alpha * (A - threshold)), A = mean cosine of the positives, detached.
+
+    Well aligned positives raise the temperature. With gathered batches A is the mean over all ranks.
+
+    MACL, 2023, https://arxiv.org/abs/2207.07874 (vision: tau 0.1, alpha 0.5, threshold 0; sentences in the
+    DySTreSS code: 0.05, 2, 0.8).
+
+    Args:
+        tau: base temperature, above 0.
+        alpha: how strongly the alignment acts, at least 0.
+        threshold: alignment at which the temperature is tau, in [-1, 1]; A_0 in the paper.
+
+    Raises:
+        ValueError: if a value is out of its range.
+
+    Warns:
+        UserWarning: once, when the formula would fall below tau / 10, where it is held. For
+            A <= threshold - 1/alpha it would even be negative.
+    """
+
+    def __init__(self, tau: float = 0.1, alpha: float = 0.5, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.tau = check_positive("tau", tau)
+        self.alpha = check_number("alpha", alpha)
+        self.threshold = check_number("threshold", threshold)
+        if self.alpha < 0:
+            raise ValueError(f"alpha={alpha} must be at least 0.")
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold={threshold} must lie in [-1, 1]: it is compared with a mean cosine.")
+        # Most settings cannot reach the floor at all; then no step pays for looking, which on a GPU would wait.
+        self._watch_floor = 1 + self.alpha * (-1 - self.threshold) < FLOOR
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        alignment = batch.mean(batch.positive_cosine)
+        factor = 1 + self.alpha * (alignment - self.threshold)
+        if self._watch_floor and factor < FLOOR:
+            self._watch_floor = False
+            warnings.warn(
+                f"MACL's temperature tau*(1 + alpha*(A - threshold)) = {self.tau * factor.item():.4g} at alignment "
+                f"A={alignment.item():.3f} is below tau/10 and is held at {self.tau * FLOOR:.4g}; a smaller alpha "
+                f"(now {self.alpha}) or threshold (now {self.threshold}) avoids this.",
+                stacklevel=2,
+            )
+        map_ = Scaled(self.tau * factor.clamp(min=FLOOR))
+        return LogitMaps(map_, map_)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, alpha={self.alpha}, threshold={self.threshold}"
