@@ -1,1 +1,112 @@
 """The `dystress` command."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dystress_plugin import __version__
+from dystress_plugin.recipes import METHODS
+
+EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' ({error})."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `dystress ...`; returns the exit status, 2 for settings that do not work."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["methods"]:
+        print(methods_table())
+        return 0
+    try:
+        # Options that argparse does not know are settings in another library's style; the error for them is ours.
+        parsed, options = _parser().parse_known_args(given)
+        result: dict[str, Any] = parsed.run([*options, *parsed.settings])
+    except ImportError as error:
+        print(f"dystress: {EXTRA.format(error=error)}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError) as error:
+        print(f"dystress: {error}", file=sys.stderr)
+        return 2
+    if result:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def methods_table() -> str:
+    """Every method with its temperature, objective, parameters and paper."""
+    rows = [("method", "temperature", "objective", "parameters and defaults", "paper")]
+    for recipe in METHODS.values():
+        parameters = ", ".join(
+            name if default is inspect.Parameter.empty else f"{name}={default}"
+            for name, default in recipe.parameters.items()
+        )
+        paper = f"{recipe.paper}, {recipe.url}"
+        rows.append((recipe.name, recipe.temperature.__name__, recipe.objective, parameters, paper))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), f"{row[3]}  [{row[4]}]"])
+        for row in rows
+    )
+
+
+def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
+    from dystress_plugin.experiment.pretrain import output_folder, pretrain
+    from dystress_plugin.experiment.settings import PretrainSettings, parse
+
+    settings = parse(PretrainSettings, tokens)
+    summary = pretrain(settings)
+    if summary:
+        print(summary_table(summary))
+        for path in sorted((output_folder(settings) / "figures").glob("*.png")):
+            print(f"figure: {path}")
+    return {}
+
+
+def _evaluate(tokens: Sequence[str]) -> dict[str, Any]:
+    from dystress_plugin.experiment.evaluation import evaluate_run
+    from dystress_plugin.experiment.settings import EvaluateSettings, parse
+
+    return evaluate_run(parse(EvaluateSettings, tokens))
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The accuracies of a run beside those of its untrained backbone, in percent."""
+    lines = [
+        f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {summary['epochs']} epochs, "
+        f"{summary['seconds']} s",
+        f"{'top-1 accuracy (%)':<22}{'untrained':>10}{'trained':>10}{'gain':>8}",
+    ]
+    for name, label in (("knn_top1", "weighted kNN"), ("linear_top1", "linear probe")):
+        before, after = summary[f"untrained_{name}"], summary[name]
+        lines.append(f"{label:<22}{before:>10.2f}{after:>10.2f}{after - before:>+8.2f}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, describe
+
+    parser = argparse.ArgumentParser(
+        "dystress",
+        description="Contrastive pretraining with adaptive temperatures. Settings are written key=value.",
+    )
+    parser.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate}")
+    commands.add_parser("methods", help="print the table of methods")
+    for name, run, structure, help_ in (
+        ("pretrain", _pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
+        ("evaluate", _evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=help_,
+            description=f"dystress {name}: {help_}.",
+            epilog=f"keys and their defaults:\n{describe(structure)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("settings", nargs="*", metavar="key=value")
+        command.set_defaults(run=run)
+    return parser

@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """A message for a name that is not among `known`: the nearest one first, then all of them."""
+def unknown_name(kind: str, name: object, known: Iterable[str], *, choices: str | None = None) -> str:
+    """A message for a name that is not among `known`: the nearest one first, then all of them, or `choices`."""
     known = list(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-    return f"Unknown {kind} '{name}'.{hint} Choose from: {', '.join(known)}."
+    spelled = {entry.lower(): entry for entry in known}  # "DySTreSS" is near to "dystress"
+    nearest = difflib.get_close_matches(str(name).lower(), spelled, n=1, cutoff=0.4)
+    hint = f" Did you mean '{spelled[nearest[0]]}'?" if nearest else ""
+    return f"Unknown {kind} '{name}'.{hint} Choose from: {choices or ', '.join(known)}."

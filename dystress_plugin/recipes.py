@@ -31,6 +31,7 @@ class Recipe:
         paper: title or short name, with year.
         url: where to read it.
         defaults: values of the temperature's parameters where they differ from the class's own.
+        layout: "views" of a batch; adapters leave out recipes of a layout that they cannot serve.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Recipe:
     paper: str
     url: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "views"
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def monotone_limit(shape: Curve, shape_slope: Curve) -> float:
     With tau = tau_min * (1 + r f), r = ratio - 1, the logit falls where 1 + r (f - s f') < 0, so each s with
     s f' > f bounds r by 1 / (s f' - f).
     """
-    s = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    s = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     excess = (s * shape_slope(s) - shape(s)).max().item()
     return 1 + 1 / excess if excess > 1e-12 else math.inf
 

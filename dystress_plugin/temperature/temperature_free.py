@@ -18,12 +18,13 @@ class LogOddsMap(LogitMap):
     clamp: float
 
     def logit(self, cosine: Tensor) -> Tensor:
-        return 2 * torch.atanh(cosine.clamp(self.clamp - 1, 1 - self.clamp))
+        # `where`, since releases of torch differ in the gradient of `clamp` at its very end.
+        held = cosine.detach().clamp(self.clamp - 1, 1 - self.clamp)
+        return 2 * torch.atanh(torch.where(self._inside(cosine), cosine, held))
 
     def slope(self, cosine: Tensor) -> Tensor:
         # (1 - s)(1 + s) keeps the digits near 1 that 1 - s*s loses.
-        inside = cosine.abs() <= 1 - self.clamp
-        return torch.where(inside, 2 / ((1 - cosine) * (1 + cosine)), 0.0)
+        return torch.where(self._inside(cosine), 2 / ((1 - cosine) * (1 + cosine)), 0.0)
 
     def temperature(self, cosine: Tensor) -> Tensor:
         held = cosine.clamp(self.clamp - 1, 1 - self.clamp)
@@ -31,6 +32,9 @@ class LogOddsMap(LogitMap):
 
     def rows(self, rows: slice) -> LogOddsMap:
         return self
+
+    def _inside(self, cosine: Tensor) -> Tensor:
+        return cosine.abs() < 1 - self.clamp
 
 
 @final

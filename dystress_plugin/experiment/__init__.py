@@ -1,0 +1,1 @@
+"""The `dystress` command: pretraining and evaluation, built on lightly, Lightning and torchvision/timm."""

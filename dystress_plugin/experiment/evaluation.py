@@ -1,0 +1,124 @@
+"""Accuracies of a frozen backbone: the weighted kNN and a linear probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.utils.benchmarking import knn_predict
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dystress_plugin.experiment.backbone import backbone_name, build_backbone
+from dystress_plugin.experiment.data import Data, Views, load
+from dystress_plugin.experiment.settings import EvaluateSettings
+from dystress_plugin.experiment.transforms import plain_transform
+
+QUERIES = 1024  # at a time, against the whole memory
+
+
+@torch.no_grad()
+def extract(backbone: nn.Module, loader: DataLoader[Any], device: str) -> tuple[Tensor, Tensor]:
+    """Features (images, features) in float32 and labels (images,), on the CPU; the backbone is left in eval mode."""
+    backbone.to(device).eval()
+    parts = [(backbone(images.to(device)).flatten(1).float().cpu(), labels) for images, labels, _ in loader]
+    return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def knn_accuracy(
+    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, *, num_classes: int, k: int, t: float
+) -> float:
+    """Share of queries whose class has the largest sum of exp(cosine / t) among the k nearest memories, in percent.
+
+    InstDisc, 2018, https://arxiv.org/abs/1805.01978 (k=200, t=0.1); computed by lightly's knn_predict.
+
+    Args:
+        memory: (images, features), any scale.
+        memory_labels: (images,).
+        queries: (queries, features), any scale.
+        labels: (queries,).
+        num_classes: number of classes.
+        k: neighbours; all of the memory where it is smaller.
+        t: temperature of the weights.
+    """
+    bank = F.normalize(memory, dim=1).T.contiguous()
+    right = 0
+    for part, part_labels in zip(F.normalize(queries, dim=1).split(QUERIES), labels.split(QUERIES), strict=True):
+        ranked = knn_predict(part, bank, memory_labels, num_classes, knn_k=min(k, len(memory)), knn_t=t)
+        right += int((ranked[:, 0] == part_labels).sum())
+    return 100 * right / len(queries)
+
+
+def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, labels: Tensor) -> float:
+    """Percent that multinomial logistic regression on the frozen features gets right.
+
+    scikit-learn's LogisticRegression with its own L2 strength, C=1, on features scaled to mean 0 and deviation 1 of
+    the training images: no augmentation, no learning rate to tune, and the same number every time.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(train.numpy(), train_labels.numpy())
+    return 100 * float(probe.score(test.numpy(), labels.numpy()))
+
+
+def evaluate(
+    backbone: nn.Module,
+    data: Data,
+    *,
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
+    knn_k: int,
+    knn_t: float,
+    device: str,
+) -> dict[str, float]:
+    """`knn_top1` and `linear_top1` of a frozen backbone, in percent: fitted on the training images, for the test's."""
+    transform = plain_transform(image_size, data.normalize)
+    (train, train_labels), (test, labels) = (
+        extract(backbone, DataLoader(Views(part, transform), batch_size, num_workers=num_workers), device)
+        for part in (data.train, data.test)
+    )
+    knn = knn_accuracy(train, train_labels, test, labels, num_classes=data.num_classes, k=knn_k, t=knn_t)
+    return {"knn_top1": knn, "linear_top1": linear_accuracy(train, train_labels, test, labels)}
+
+
+def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
+    """`knn_top1` and `linear_top1` of the backbone that `dystress pretrain` left in a folder.
+
+    Raises:
+        ValueError: for a folder without a finished run, or data whose images do not fit.
+    """
+    run = Path(settings.checkpoint)
+    config, weights = run / "config.yaml", run / "backbone.pt"
+    if not config.exists() or not weights.exists():
+        missing = config if not config.exists() else weights
+        raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
+    trained = OmegaConf.load(config).settings
+    data = load(
+        settings.data or trained.data,
+        root=settings.data_root or trained.data_root,
+        download=settings.download,
+        # Another data set is not the one whose tail was cut.
+        long_tail=trained.long_tail if settings.data in (None, trained.data) else None,
+        seed=trained.seed,
+    )
+    image_size = trained.image_size or data.image_size
+    backbone, _ = build_backbone(backbone_name(trained.backbone, trained.data), image_size)
+    backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return evaluate(
+        backbone,
+        data,
+        image_size=image_size,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        knn_k=settings.knn_k,
+        knn_t=settings.knn_t,
+        device="cuda" if cuda else "cpu",
+    )

@@ -1,0 +1,113 @@
+"""The training step of every method, as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.models.utils import get_weight_decay_parameters
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment.evaluation import knn_accuracy
+from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.metrics import temperature_summary
+
+# Defaults that the settings leave open: learning rate for a batch over all devices, weight decay.
+OPTIMIZERS = {
+    "lars": (lambda batch: 0.075 * math.sqrt(batch), 1e-6),
+    "sgd": (lambda batch: 0.06 * batch / 256, 5e-4),
+}
+
+
+class PretrainModule(LightningModule):
+    """Backbone, projection head and loss; a weighted kNN after every epoch.
+
+    Args:
+        backbone: maps images to (batch, features).
+        features: width of the backbone's output.
+        loss: what to minimise.
+        settings: the keys of the command.
+        num_classes: number of classes, for the kNN.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, features: int, loss: ContrastiveLoss, settings: PretrainSettings, num_classes: int
+    ) -> None:
+        super().__init__()
+        if settings.optimizer not in OPTIMIZERS:
+            raise ValueError(unknown_name("optimizer", settings.optimizer, OPTIMIZERS))
+        self.backbone = backbone
+        self.projection_head = SimCLRProjectionHead(features, settings.hidden_dim, settings.projection_dim)
+        self.loss = loss
+        self.settings = settings
+        self.num_classes = num_classes
+        self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor, Tensor], batch_idx: int) -> Tensor:
+        views, _, index = batch
+        z = self.projection_head(self.backbone(torch.cat(views)).flatten(1)).chunk(len(views))
+        context = {"index": index, "epoch": self.current_epoch}
+        loss: Tensor = self.loss(*z, **context)
+        log: dict[str, Any] = {"batch_size": len(index), "on_step": False, "on_epoch": True}
+        self.log("loss", loss, prog_bar=True, sync_dist=True, **log)
+        for name, value in temperature_summary(self.loss, *z, **context).items():
+            how = name.rsplit("_", 1)[-1]
+            self.log(
+                "tau" if name == "tau_positive_mean" else name,
+                value,
+                prog_bar=name == "tau_positive_mean",
+                reduce_fx=how if how in ("min", "max") else "mean",
+                sync_dist=True,
+                **log,
+            )
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+        images, labels, _ = batch
+        self._features[dataloader_idx].append(self.backbone(images).flatten(1).float())
+        self._labels[dataloader_idx].append(labels)
+
+    def on_validation_epoch_end(self) -> None:
+        memory, queries = (torch.cat(part) for part in self._features)
+        memory_labels, query_labels = (torch.cat(part) for part in self._labels)
+        for part in (*self._features, *self._labels):
+            part.clear()
+        # Each device answers for its share of the queries, against the memory of all.
+        memory, memory_labels = self.all_gather(memory), self.all_gather(memory_labels)
+        accuracy = knn_accuracy(
+            memory.view(-1, memory.shape[-1]),
+            memory_labels.flatten(),
+            queries,
+            query_labels,
+            num_classes=self.num_classes,
+            k=self.settings.knn_k,
+            t=self.settings.knn_t,
+        )
+        self.log("knn_top1", accuracy, prog_bar=True, sync_dist=True, batch_size=len(queries))
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        decayed, others = get_weight_decay_parameters([self.backbone, self.projection_head])
+        lr, weight_decay = OPTIMIZERS[s.optimizer]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        # A learnable temperature trains like a bias: at the same rate and undecayed.
+        if learnable := list(self.loss.parameters()):
+            groups.append({"params": learnable, "weight_decay": 0.0})
+        options: dict[str, Any] = {
+            "lr": s.lr if s.lr is not None else lr(s.batch_size * self.trainer.world_size),
+            "momentum": s.momentum,
+            "weight_decay": s.weight_decay if s.weight_decay is not None else weight_decay,
+        }
+        optimizer = LARS(groups, **options) if s.optimizer == "lars" else torch.optim.SGD(groups, **options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = s.warmup_epochs if s.warmup_epochs is not None else min(10.0, s.epochs / 10)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=round(steps * warmup / s.epochs), max_epochs=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,125 @@
+"""The keys of the command, with their defaults and help: one typed structure per subcommand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dystress_plugin.errors import unknown_name
+
+T = TypeVar("T")
+
+
+# RUF009: dataclasses.field behind a shorter name, and each call makes its own.
+def _key(default: Any, help_: str) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help_})
+    return field(default=default, metadata={"help": help_})
+
+
+@dataclass
+class PretrainSettings:
+    """Keys of `dystress pretrain`."""
+
+    method: str = _key("dystress", "a method of `dystress methods`")
+    method_kwargs: dict[str, Any] = _key({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
+    data: str = _key("digits", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
+    out: str | None = _key(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
+    epochs: int = _key(20, "passes over the training images")
+    seed: int = _key(0, "of weights, data order, augmentation and the long tail")
+
+    data_root: str = _key("datasets", "where cifar10 and cifar100 are")
+    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
+    image_size: int | None = _key(None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders")
+    batch_size: int = _key(256, "images per step and device; the rest of an epoch is dropped")
+    num_workers: int = _key(0, "processes that load images; 0 loads in the training process")
+
+    backbone: str | None = _key(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
+    hidden_dim: int = _key(512, "hidden width of the projection head")
+    projection_dim: int = _key(128, "numbers per embedding")
+
+    optimizer: str = _key("lars", "lars | sgd")
+    lr: float | None = _key(None, "null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices")
+    momentum: float = _key(0.9, "of the optimizer")
+    weight_decay: float | None = _key(None, "null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases")
+    warmup_epochs: float | None = _key(None, "linear warm-up; null: a tenth of the epochs, at most 10; then a cosine")
+
+    min_scale: float | None = _key(None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2")
+    jitter: float | None = _key(None, "strength of colour jitter; null: 0.5, 1.0 above 64 px")
+    grayscale: float | None = _key(None, "probability of a grey view; null: 0 for digits, else 0.2")
+    blur: float | None = _key(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px")
+    flip: float | None = _key(None, "probability of a horizontal flip; null: 0 for digits, else 0.5")
+    rotate: float | None = _key(None, "degrees of random rotation; null: 15 for digits, else 0")
+
+    knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
+    knn_t: float = _key(0.1, "temperature of the weighted kNN")
+    gather_distributed: bool = _key(True, "compare with the batches of all devices")
+
+    accelerator: str = _key("auto", "auto | cpu | gpu | mps")
+    devices: str = _key("1", "number of devices, auto, or a list such as '0,1'")
+    num_nodes: int = _key(1, "machines")
+    strategy: str = _key("auto", "Lightning's strategy, such as ddp")
+    precision: str = _key("32-true", "Lightning's precision, such as 16-mixed or bf16-mixed")
+    progress: bool = _key(True, "show a progress bar")
+    wandb: str = _key("off", "off | offline | online")
+    wandb_project: str = _key("dystress", "project in wandb")
+    tensorboard: bool = _key(False, "write TensorBoard events to `out`")
+
+
+@dataclass
+class EvaluateSettings:
+    """Keys of `dystress evaluate`."""
+
+    checkpoint: str = _key("???", "folder that `dystress pretrain` wrote")
+    data: str | None = _key(None, "other data than it was trained on; null: the same")
+    data_root: str | None = _key(None, "where cifar10 and cifar100 are; null: as in training")
+    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    batch_size: int = _key(512, "images per step")
+    num_workers: int = _key(0, "processes that load images")
+    knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
+    knn_t: float = _key(0.1, "temperature of the weighted kNN")
+    accelerator: str = _key("auto", "auto | cpu | gpu | mps")
+
+
+def parse(structure: type[T], tokens: Sequence[str]) -> T:
+    """`key=value` tokens merged into a typed structure.
+
+    Raises:
+        ValueError: for a token without `=`, an unknown key (with the nearest one), a value of the wrong type, or a
+            key without default that is missing.
+    """
+    known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
+    for token in tokens:
+        key, equals, _ = token.partition("=")
+        if not equals:
+            raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
+        if key.split(".")[0] not in known:
+            raise ValueError(unknown_name("key", key, known))
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(structure), OmegaConf.from_dotlist(list(tokens)))
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
+        OmegaConf.resolve(config)
+        settings: T = OmegaConf.to_object(config)
+        return settings
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "setting"
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
+
+
+def describe(structure: type) -> str:
+    """A line per key: name, default, help."""
+    lines = []
+    for f in fields(structure):
+        default = f.default if f.default is not MISSING else {}
+        shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
+            default if isinstance(default, (str, bool, type(None))) else "", default
+        )
+        lines.append(f"  {f.name}={shown}".ljust(32) + f"  {f.metadata['help']}")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Classes for solo-learn's METHODS, one for every recipe of the table that has a layout solo-learn can serve.
+
+Importing this module needs solo-learn; `registration.register` does it when one of its scripts starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dystress_plugin import ContrastiveLoss
+from dystress_plugin.frameworks.solo import fixes
+from dystress_plugin.frameworks.solo.locate import ADVICE
+from dystress_plugin.frameworks.solo.settings import HEAD, complete, temperature_settings
+from dystress_plugin.metrics import temperature_summary
+from dystress_plugin.recipes import METHODS, Recipe
+from dystress_plugin.temperature import CosineSchedule, Individual
+
+try:
+    from solo.methods import SimCLR
+    from solo.methods.base import BaseMethod
+except ImportError as error:
+    raise ImportError(f"solo-learn cannot be imported ({error}).\n{ADVICE}") from error
+
+
+class AdaptiveTemperature(LightningModule):
+    """What every layout shares: the settings, the loss, and a table that knows its size only from the data set.
+
+    Stands before a method of solo-learn among the bases of a class.
+    """
+
+    recipe: ClassVar[Recipe]
+    head: ClassVar[Sequence[str]] = HEAD
+
+    def __init__(self, cfg: DictConfig) -> None:
+        fixes.for_training(cfg)
+        super().__init__(cfg)
+        settings = temperature_settings(self.recipe, OmegaConf.to_container(cfg.method_kwargs))
+        self._num_samples: int | None = settings.get("num_samples")
+        if "num_samples" in settings and self._num_samples is None:
+            settings["num_samples"] = 1  # until setup() or a checkpoint knows
+        self.contrastive = ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings)
+        _warn_if_too_short(cfg, self.contrastive)
+
+    @classmethod
+    def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
+        """Fills the method's parameters into `cfg.method_kwargs`, then what solo-learn's own class adds."""
+        given = cfg.get("method_kwargs") or {}
+        if isinstance(given, DictConfig):
+            given = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+        completed = complete(cls.recipe, given, cls.head)
+        for note in completed.notes:
+            rank_zero_info(note)
+        cfg.method_kwargs = completed.method_kwargs
+        # args.json is written unresolved; a name that is spelled out can be read there, and by older code.
+        OmegaConf.resolve(cfg)
+        return super().add_and_assert_specific_cfg(cfg)
+
+    def contrast(self, index: Tensor, views: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch, logged as solo-learn's SimCLR does, and now and then what the temperature does."""
+        temperature = self.contrastive.temperature
+        numbers, epoch = index if temperature.needs_index else None, float(self.current_epoch)
+        loss: Tensor = self.contrastive(*views, index=numbers, epoch=epoch)
+        self.log("train_nce_loss", loss, on_epoch=True, sync_dist=True)
+        if batch_idx % self.trainer.log_every_n_steps == 0:
+            summary = temperature_summary(self.contrastive, *views, index=numbers, epoch=epoch)
+            for name, value in summary.items():
+                reduction = name.rsplit("_", 1)[-1]
+                reduction = reduction if reduction in ("min", "max") else "mean"
+                self.log(name, value, on_step=False, on_epoch=True, reduce_fx=reduction, sync_dist=True)
+        return loss
+
+    def setup(self, stage: str) -> None:
+        """Gives a table of samples its length, from `method_kwargs.num_samples` or the data set itself."""
+        super().setup(stage)
+        temperature = self.contrastive.temperature
+        if stage != "fit" or not isinstance(temperature, Individual):
+            return
+        size = self._training_samples()
+        if self._num_samples is None:
+            self._num_samples = size
+            temperature.resize(size)
+        elif self._num_samples < size:
+            raise ValueError(f"method_kwargs.num_samples={self._num_samples}, but there are {size} training images.")
+
+    def _training_samples(self) -> int:
+        if self.cfg.data.format == "dali" and not OmegaConf.select(self.cfg, "dali.encode_indexes_into_labels"):
+            raise ValueError(
+                f"Method '{self.recipe.name}' needs the number of every image, and dali hides it: set "
+                "dali.encode_indexes_into_labels=True, or data.format=image_folder."
+            )
+        _ = self.trainer.estimated_stepping_batches  # Lightning loads the data set when asked for this, not before
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        if dataset is not None:
+            return len(dataset)
+        if self._num_samples is None:
+            raise ValueError(
+                f"Method '{self.recipe.name}' needs method_kwargs.num_samples: data.format={self.cfg.data.format} does "
+                "not tell the number of training images."
+            )
+        return self._num_samples
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes room for the table of a checkpoint where this object does not know the data set."""
+        super().on_load_checkpoint(checkpoint)
+        temperature = self.contrastive.temperature
+        table = checkpoint["state_dict"].get("contrastive.temperature.tau")
+        if not isinstance(temperature, Individual) or table is None:
+            return
+        if self._num_samples is None:
+            temperature.resize(len(table))
+        elif self._num_samples != len(table):
+            raise ValueError(
+                f"The checkpoint keeps temperatures of {len(table)} images, this run has {self._num_samples}: it is "
+                "of another data set, or data.fraction or method_kwargs.num_samples differ."
+            )
+
+
+class TwoViews(AdaptiveTemperature, SimCLR):
+    """All crops of a batch, the small ones too, are views of their images, as in solo-learn's SimCLR."""
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        # BaseMethod's: SimCLR's own would compute its loss as well.
+        out = BaseMethod.training_step(self, batch, batch_idx)
+        loss: Tensor = self.contrast(batch[0], out["z"], batch_idx) + out["loss"]
+        return loss
+
+
+# Another layout is served as soon as its class stands here.
+LAYOUTS: dict[str, type[AdaptiveTemperature]] = {"views": TwoViews}
+
+
+def _class(recipe: Recipe, base: type[AdaptiveTemperature]) -> type[AdaptiveTemperature]:
+    name = "".join(letter for letter in recipe.title if letter.isalnum())
+    doc = f"{recipe.title} ({recipe.paper}, {recipe.url}); method={recipe.name}."
+    return type(name, (base,), {"recipe": recipe, "__doc__": doc, "__module__": __name__, "__qualname__": name})
+
+
+CLASSES: dict[str, type[AdaptiveTemperature]] = {
+    recipe.name: _class(recipe, LAYOUTS[recipe.layout]) for recipe in METHODS.values() if recipe.layout in LAYOUTS
+}
+globals().update({cls.__name__: cls for cls in CLASSES.values()})  # where pickle looks for them
+
+
+def _warn_if_too_short(cfg: DictConfig, loss: ContrastiveLoss) -> None:
+    temperature, epochs = loss.temperature, cfg.max_epochs
+    if isinstance(temperature, CosineSchedule) and epochs < temperature.period / 2:
+        rank_zero_warn(
+            f"max_epochs={epochs} is less than half of method_kwargs.period={temperature.period:g}, so the "
+            f"temperature never comes down to tau_min={temperature.tau_min}."
+        )
+    if cfg.scheduler.name == "warmup_cosine" and epochs <= cfg.scheduler.warmup_epochs:
+        rank_zero_warn(
+            f"max_epochs={epochs} ends within scheduler.warmup_epochs={cfg.scheduler.warmup_epochs}: the learning "
+            "rate never reaches optimizer.lr."
+        )

@@ -1,0 +1,91 @@
+"""`method_kwargs`: what a user gave, checked and completed from the table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.recipes import METHODS, Recipe
+
+HEAD = ("proj_hidden_dim", "proj_output_dim")  # of the projector, named as solo-learn's SimCLR names them
+
+
+class Completed(NamedTuple):
+    """Checked settings.
+
+    Attributes:
+        method_kwargs: everything, with the recipe's defaults filled in; None where only the data set can tell.
+        notes: what the user should know, one line each.
+    """
+
+    method_kwargs: dict[str, Any]
+    notes: list[str]
+
+
+def complete(recipe: Recipe, given: Mapping[str, Any], head: Sequence[str] = HEAD) -> Completed:
+    """Fills in the defaults of a method's parameters; None stands for the default.
+
+    `temperature` may come from a config that was written for another method of solo-learn: it is tau where the
+    method has one, and ignored with a note where it has not.
+
+    Args:
+        recipe: the method.
+        given: the user's `method_kwargs`.
+        head: keys that are not the temperature's, all required.
+
+    Raises:
+        ValueError: for a key that the method does not have (with the nearest that it has), or a missing one.
+    """
+    parameters, notes = recipe.parameters, []
+    known = [*parameters, *head, "temperature"]
+    for key in given:
+        if key not in known:
+            raise ValueError(unknown_name(f"key in method_kwargs of method '{recipe.name}'", str(key), known))
+    missing = [key for key in head if given.get(key) is None]
+    if missing:
+        example = ", ".join(f"method_kwargs.{key}=2048" for key in missing)
+        raise ValueError(f"Method '{recipe.name}' needs {example}, or another size of your projector.")
+
+    filled = {key: given[key] for key in head}
+    for name, default in parameters.items():
+        value = given.get(name)
+        filled[name] = (None if default is inspect.Parameter.empty else default) if value is None else value
+
+    temperature = given.get("temperature")
+    if "tau" not in parameters:
+        if temperature is not None:
+            names = ", ".join(parameters)
+            notes.append(f"method_kwargs.temperature={temperature} is ignored: method '{recipe.name}' has {names}.")
+        temperature = None
+    elif given.get("tau") is None and temperature is not None:
+        filled["tau"] = temperature
+    elif temperature is not None and temperature != filled["tau"]:
+        notes.append(f"method_kwargs.temperature={temperature} is ignored beside tau={filled['tau']}.")
+    # solo-learn's SimCLR reads the key, so it has to be there.
+    filled["temperature"] = filled.get("tau")
+    return Completed(filled, notes)
+
+
+def temperature_settings(recipe: Recipe, method_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of completed `method_kwargs` that the temperature takes, lists as tuples."""
+    values = ((name, method_kwargs[name]) for name in recipe.parameters)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values}
+
+
+def label(method: str, given: Mapping[str, Any], seed: int | None) -> str:
+    """The seed and what differs from the method's defaults, for the name of a run: `-seed5-tau_max0.3`.
+
+    solo-learn looks for runs to resume by their name, among other things, so two settings must not share one.
+    """
+    defaults = METHODS[method].parameters if method in METHODS else {}
+    parts = [] if seed is None else [f"seed{seed}"]
+    if "tau" in defaults and given.get("temperature") == given.get("tau", defaults["tau"]):
+        given = {key: value for key, value in given.items() if key != "temperature"}
+    for key in sorted(given):
+        value = given[key]
+        if key not in HEAD and value is not None and value != defaults.get(key):
+            text = "_".join(map(str, value)) if not isinstance(value, (str, int, float)) else str(value)
+            parts.append(f"{key}{text}")
+    return "".join(f"-{part}" for part in parts)
