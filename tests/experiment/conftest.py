@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def write_images(folder, classes=3, per_class=8, size=12, seed=0):
+    """Class folders of noisy pictures whose brightness tells the class."""
+    generator = np.random.default_rng(seed)
+    for c in range(classes):
+        (folder / f"class{c}").mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.integers(0, 80, (size, size, 3)) + 80 * c
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{c}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def tiny(images, tmp_path):
+    """Settings of a run that takes two seconds."""
+    return {
+        "data": str(images),
+        "out": str(tmp_path / "run"),
+        "image_size": 12,
+        "epochs": 3,
+        "batch_size": 6,
+        "backbone": "test_resnet",
+        "accelerator": "cpu",
+        "progress": "false",
+    }

@@ -1,0 +1,163 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dystress_plugin.cli import main
+from dystress_plugin.experiment.pretrain import COLUMNS, SeedEveryEpoch
+from dystress_plugin.recipes import METHODS
+
+
+def dystress(command, settings):
+    return main([command, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def rows(out):
+    with open(f"{out}/metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_what_is_promised(method, tiny, capsys):
+    settings = tiny | {"method": method, "epochs": 2}
+    if method == "ts":
+        settings["method_kwargs.period"] = 2
+    assert dystress("pretrain", settings) == 0
+
+    out = Path(tiny["out"])
+    config = OmegaConf.load(out / "config.yaml")
+    assert config.settings.method == method
+    assert config.settings.seed == 0
+    assert {"torch", "lightly", "dystress_plugin"} <= set(config.versions)
+    table = rows(out)
+    assert [row["epoch"] for row in table] == ["0", "1"]
+    assert tuple(table[0]) == COLUMNS
+    for row in table:
+        for pairs in ("positive", "negative"):
+            low, mean, high = (float(row[f"tau_{pairs}_{how}"]) for how in ("min", "mean", "max"))
+            assert 0 < low <= mean * (1 + 1e-6)
+            assert mean <= high * (1 + 1e-6)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["method"], summary["seed"], summary["epochs"]) == (method, 0, 2)
+    for name in ("knn_top1", "linear_top1", "untrained_knn_top1", "untrained_linear_top1"):
+        assert 0 <= summary[name] <= 100
+    assert (out / "checkpoints" / "last.ckpt").exists()
+    assert sorted(path.name for path in (out / "figures").glob("*.png")) == ["curves.png", "temperature.png"]
+    assert all(path.stat().st_size > 10_000 for path in (out / "figures").glob("*.png"))
+    printed = capsys.readouterr().out
+    assert "untrained   trained    gain" in printed
+    assert "figure: " in printed
+
+
+def test_the_backbone_is_a_plain_timm_state_dict_and_evaluates_to_the_summary(tiny, capsys):
+    import timm
+
+    assert dystress("pretrain", tiny | {"epochs": 1}) == 0
+    state = torch.load(f"{tiny['out']}/backbone.pt", weights_only=True)
+    reference = timm.create_model("test_resnet", num_classes=0).state_dict()
+    assert {key for key in reference if not key.startswith("conv1")} == {k for k in state if not k.startswith("conv1")}
+    summary = json.loads(Path(tiny["out"], "summary.json").read_text())
+    capsys.readouterr()
+    assert dystress("evaluate", {"checkpoint": tiny["out"], "accelerator": "cpu"}) == 0
+    assert json.loads(capsys.readouterr().out) == {name: summary[name] for name in ("knn_top1", "linear_top1")}
+
+
+@pytest.mark.parametrize("method", ["dystress", "isogclr"])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, tiny, tmp_path, monkeypatch):
+    whole = tiny | {"method": method, "out": tmp_path / "whole"}
+    assert dystress("pretrain", whole) == 0
+
+    cut = tiny | {"method": method, "out": tmp_path / "cut"}
+    on_train_epoch_start = SeedEveryEpoch.on_train_epoch_start
+
+    def power_cut(self, trainer, module):
+        if trainer.current_epoch == 2:
+            raise SystemExit("power cut")
+        on_train_epoch_start(self, trainer, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedEveryEpoch, "on_train_epoch_start", power_cut)
+        with pytest.raises(SystemExit):
+            dystress("pretrain", cut)
+    assert len(rows(cut["out"])) == 2
+    assert dystress("pretrain", cut) == 0
+
+    assert rows(cut["out"]) == rows(whole["out"])
+    states = [
+        torch.load(run["out"] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (cut, whole)
+    ]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny, tmp_path):
+    weights = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        assert dystress("pretrain", tiny | {"epochs": 1, "seed": seed, "out": out}) == 0
+        weights.append(torch.load(out / "backbone.pt", weights_only=True))
+    name = next(key for key in weights[0] if key.endswith("weight"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_a_finished_run_is_shown_again_and_not_repeated(tiny, capsys):
+    assert dystress("pretrain", tiny | {"epochs": 1}) == 0
+    first = capsys.readouterr().out
+    assert dystress("pretrain", tiny | {"epochs": 1}) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, capsys):
+    assert dystress("pretrain", tiny | {"epochs": 1}) == 0
+    assert dystress("pretrain", tiny | {"epochs": 1, "seed": 3}) == 2
+    assert "holds a run with other settings: seed=3 (there: 0)" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    assert dystress("pretrain", tiny | {"out": tmp_path / "full"}) == 2
+    assert "is not empty and holds no run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"method": "dystres"}, "Unknown method 'dystres'. Did you mean 'dystress'?"),
+        ({"method_kwargs.profile": "cosin"}, "Unknown profile 'cosin'. Did you mean 'cosine'?"),
+        ({"method_kwargs.tau_mx": 1}, "Did you mean 'tau_max'?"),
+        ({"method_kwargs.tau_min": 0.5}, "tau_min=0.5 is above tau_max=0.2"),
+        ({"method_kwargs.tau_min": 0}, "tau_min=0.0 must be above 0"),
+        ({"backbone": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet1"),
+        ({"optimizer": "adm"}, "Unknown optimizer 'adm'"),
+        ({"data": "cifar1"}, "data=cifar1 is neither a folder nor one of cifar10"),
+        ({"batch_size": 1}, "batch_size=1 must lie between 2 and the 18 training images"),
+        ({"batch_size": 19}, "batch_size=19 must lie between 2 and the 18 training images"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"wandb": "yes"}, "wandb="),
+    ],
+)
+def test_bad_settings_stop_before_anything_is_written(setting, message, tiny, tmp_path, capsys):
+    assert dystress("pretrain", tiny | setting) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_that_cannot_reach_its_minimum_warns(tiny):
+    with pytest.warns(UserWarning, match=r"half a period of 200 epochs, but training ends after 1"):
+        dystress("pretrain", tiny | {"method": "ts", "epochs": 1})
+
+
+def test_tensorboard_and_offline_wandb_are_written_on_request(tiny, tmp_path):
+    assert dystress("pretrain", tiny | {"epochs": 1, "tensorboard": "true", "wandb": "offline"}) == 0
+    out = Path(tiny["out"])
+    assert list(out.glob("tensorboard/events*"))
+    assert list(out.glob("wandb/offline-run-*"))
+
+
+def test_evaluate_needs_a_finished_run(tmp_path, capsys):
+    assert dystress("evaluate", {"checkpoint": tmp_path}) == 2
+    assert "holds no finished run" in capsys.readouterr().err

@@ -1,0 +1,279 @@
+"""The losses as double loops over float64 numbers, from the papers' equations and from nothing in the package.
+
+Only `math` is used. A temperature is a pair of functions of the cosine s, its logit and the slope of that logit; a
+loss is a loop over anchors, and its gradient is the chain rule by hand: coefficient of every cosine, then the
+derivative of a cosine of two unnormalised vectors.
+"""
+
+import math
+from dataclasses import dataclass, field
+from operator import mul
+from typing import NamedTuple
+
+
+class Map(NamedTuple):
+    logit: object
+    slope: object
+
+
+class Row(NamedTuple):
+    image: int
+    anchor: int
+    positives: list  # node numbers, then their cosines
+    positive_cosine: list
+    negatives: list
+    negative_cosine: list
+
+
+class Result(NamedTuple):
+    value: float
+    gradients: list  # one (batch, dim) list of lists per view
+
+
+# Temperatures. DySTreSS, https://arxiv.org/abs/2308.01140
+
+
+def quotient(tau, tau_slope, detach):
+    def slope(s):
+        direct = 1 / tau(s)
+        return direct if detach else direct * (1 - s * tau_slope(s) / tau(s))
+
+    return Map(lambda s: s / tau(s), slope)
+
+
+def cosine(low, high):
+    return (
+        lambda s: low + (high - low) / 2 * (1 + math.cos(math.pi * (1 + s))),
+        lambda s: (high - low) / 2 * math.pi * math.sin(math.pi * s),
+    )
+
+
+def shifted(low, high, shift=-0.4, scale=0.7):
+    def tau(s):
+        return high if s > -shift else low + (high - low) / 2 * (1 + math.cos(math.pi * (s + shift) / scale))
+
+    def tau_slope(s):
+        omega = math.pi / scale
+        return 0.0 if s > -shift else -(high - low) / 2 * omega * math.sin(omega * (s + shift))
+
+    return tau, tau_slope
+
+
+def cosine_constant(low, high, start=-0.2, scale=0.8):
+    def tau(s):
+        return high if s > start else low + (high - low) / 2 * (1 + math.cos(math.pi * (s - start) / scale))
+
+    def tau_slope(s):
+        omega = math.pi / scale
+        return 0.0 if s > start else -(high - low) / 2 * omega * math.sin(omega * (s - start))
+
+    return tau, tau_slope
+
+
+def sign(s):
+    return 0.0 if s == 0 else math.copysign(1.0, s)
+
+
+def exponential(low, high, rate=3.5):
+    return (
+        lambda s: high - (high - low) * math.exp(-rate * abs(s)),
+        lambda s: (high - low) * rate * sign(s) * math.exp(-rate * abs(s)),
+    )
+
+
+def linear(low, high):
+    return lambda s: low + (high - low) * abs(s), lambda s: (high - low) * sign(s)
+
+
+def constant(tau):
+    return Map(lambda s: s / tau, lambda s: 1 / tau)
+
+
+def model_aware(alignment, tau, alpha, threshold):
+    """MACL, https://arxiv.org/abs/2207.07874"""
+    return constant(tau * (1 + alpha * (alignment - threshold)))
+
+
+def scheduled(epoch, low, high, period):
+    """Temperature Schedules, https://arxiv.org/abs/2303.13664"""
+    return constant(low + (high - low) * (1 + math.cos(math.pi * epoch / (period / 2))) / 2)
+
+
+def log_odds(clamp):
+    """Temperature-Free Loss, https://arxiv.org/abs/2501.17683"""
+
+    def logit(s):
+        s = min(max(s, clamp - 1), 1 - clamp)
+        return math.log1p(s) - math.log1p(-s)
+
+    return Map(logit, lambda s: 2 / (1 - s * s) if abs(s) < 1 - clamp else 0.0)
+
+
+# Rows
+
+
+def unit(z):
+    peak = max(map(abs, z))
+    if peak == 0:
+        return [0.0] * len(z), math.inf
+    length = peak * math.sqrt(math.fsum((x / peak) ** 2 for x in z))
+    return [x / peak / (length / peak) for x in z], length
+
+
+def dot(a, b):
+    return math.fsum(map(mul, a, b))
+
+
+def layout(views, keys=None):
+    """Nodes (unit vectors), their lengths, and what every anchor is compared with."""
+    batch = len(views[0])
+    pairs = [unit(z) for view in views for z in view]
+    nodes, lengths = [u for u, _ in pairs], [length for _, length in pairs]
+    rows = []
+    for i in range(batch if keys is not None else len(nodes)):
+        if keys is None:
+            positives = [j for j in range(len(nodes)) if j % batch == i % batch and j != i]
+            negatives = [j for j in range(len(nodes)) if j % batch != i % batch]
+        else:
+            positives, negatives = [batch + i], list(range(2 * batch, 2 * batch + len(keys)))
+        rows.append((i % batch, i, positives, negatives))
+    nodes = nodes + [list(key) for key in keys or []]
+    rows = [
+        Row(image, i, p, [dot(nodes[i], nodes[j]) for j in p], n, [dot(nodes[i], nodes[j]) for j in n])
+        for image, i, p, n in rows
+    ]
+    return nodes, lengths, rows
+
+
+def alignment(rows):
+    cosines = [s for row in rows for s in row.positive_cosine]
+    return math.fsum(cosines) / len(cosines)
+
+
+# Objectives: from one anchor's cosines to (value, slope for every positive, slope for every negative)
+
+
+def exponentials(map_, cosines):
+    logits = [map_.logit(s) for s in cosines]
+    peak = max(logits)
+    shares = [math.exp(a - peak) for a in logits]
+    total = math.fsum(shares)
+    return peak + math.log(total), [share / total for share in shares]
+
+
+def distance(row, positive, negative):
+    """d = logsumexp(negatives) - logsumexp(positives), and its slopes."""
+    upper, p_share = exponentials(positive, row.positive_cosine)
+    lower, n_share = exponentials(negative, row.negative_cosine)
+    return (
+        lower - upper,
+        [-w * positive.slope(s) for w, s in zip(p_share, row.positive_cosine, strict=True)],
+        [w * negative.slope(s) for w, s in zip(n_share, row.negative_cosine, strict=True)],
+    )
+
+
+def ntxent(row, positive, negative, running):
+    d, up, down = distance(row, positive, negative)
+    wrong = 1 / (1 + math.exp(-d))  # probability of the negatives
+    return math.log1p(math.exp(d)), [wrong * c for c in up], [wrong * c for c in down]
+
+
+def macl(row, positive, negative, running):
+    d, up, down = distance(row, positive, negative)
+    odds = math.exp(d)
+    # -V log p with p = 1/(1 + odds), V = 1/(1 - p) held constant
+    return math.log1p(odds) * (1 + odds) / odds if odds > 0 else 1.0, up, down
+
+
+def sogclr(row, positive, negative, running):
+    """SogCLR_DRO of iSogCLR, https://arxiv.org/abs/2305.11965: sum_j W_j s_j / n - s_positive with W = exp(a) / s."""
+    energy = [math.exp(negative.logit(s)) for s in row.negative_cosine]
+    g = math.fsum(energy) / len(energy)
+    weight = [e / running(row.image, g) / len(energy) for e in energy]
+    share = 1 / len(row.positive_cosine)
+    value = math.fsum(map(mul, weight, row.negative_cosine)) - share * math.fsum(row.positive_cosine)
+    return value, [-share for _ in row.positives], weight
+
+
+OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr}
+
+
+def loss(views, maps, objective, *, keys=None, running=None):
+    """The mean over anchors, but for sogclr the mean over images of the sum over views.
+
+    `maps(image, alignment)` gives the maps of positives and negatives. `running(image, g)` gives the running mean of
+    g = mean_j exp(a_j) that SogCLR divides by; None is g itself. With `keys`: a queue, anchors are view 0.
+    """
+    nodes, lengths, rows = layout(views, keys)
+    aligned = alignment(rows)
+    images = len(views[0])
+    scale = 1 / (images if objective == "sogclr" else len(rows))
+    values, pull = [], [[0.0] * len(nodes) for _ in lengths]
+    for row in rows:
+        value, up, down = OBJECTIVES[objective](row, *maps(row.image, aligned), running or (lambda image, g: g))
+        values.append(value)
+        for j, c in zip(row.positives + row.negatives, up + down, strict=True):
+            pull[row.anchor][j] += scale * c
+            if j < len(lengths):
+                pull[j][row.anchor] += scale * c
+    columns = list(zip(*nodes, strict=True))
+    gradients = []
+    for i, length in enumerate(lengths):
+        sphere = [dot(pull[i], column) for column in columns]
+        radial = dot(sphere, nodes[i])
+        gradients.append([(g - radial * u) / length for g, u in zip(sphere, nodes[i], strict=True)])
+    by_view = [gradients[v * images : (v + 1) * images] for v in range(len(views))]
+    return Result(scale * math.fsum(values), by_view)
+
+
+# iSogCLR's tables
+
+
+@dataclass
+class Individual:
+    num_samples: int
+    tau_init: float = 0.1
+    tau_min: float = 0.05
+    tau_max: float = 1.0
+    rho: float = 0.4
+    gamma: float = 0.8
+    beta: float = 0.5
+    eta: float = 0.03
+    clip: float = 3.0
+    tau: list = field(init=False)
+    s: list = field(init=False)  # None before the first visit
+    u: list = field(init=False)
+
+    def __post_init__(self):
+        self.tau = [self.tau_init] * self.num_samples
+        self.s = [None] * self.num_samples
+        self.u = [0.0] * self.num_samples
+
+    def running(self, sample, g):
+        old = self.s[sample]
+        return g if old is None else (1 - self.gamma) * old + self.gamma * g
+
+    def update(self, index, views, keys=None):
+        _, _, rows = layout(views, keys)
+        found = {}
+        for image, sample in enumerate(index):
+            tau = self.tau[sample]
+            running, gradient = [], []
+            for row in rows:
+                if row.image == image:
+                    n = len(row.negative_cosine)
+                    energy = [math.exp(s / tau) for s in row.negative_cosine]
+                    s = self.running(sample, math.fsum(energy) / n)
+                    tilt = math.fsum(e / s * x / tau for e, x in zip(energy, row.negative_cosine, strict=True)) / n
+                    running.append(s)
+                    gradient.append(math.log(s) + self.rho - tilt)
+            mean = math.fsum(gradient) / len(gradient)
+            found.setdefault(sample, []).append(
+                (math.fsum(running) / len(running), min(max(mean, -self.clip), self.clip))
+            )
+        for sample, seen in found.items():
+            self.s[sample] = math.fsum(s for s, _ in seen) / len(seen)
+            mean = math.fsum(g for _, g in seen) / len(seen)
+            self.u[sample] = (1 - self.beta) * self.u[sample] + self.beta * mean
+            moved = self.tau[sample] - self.eta * self.u[sample]
+            self.tau[sample] = min(max(moved, self.tau_min), self.tau_max)

@@ -1,0 +1,495 @@
+import copy
+import io
+import pickle
+
+import oracle
+import pytest
+import torch
+from grid import CASES, EPOCH, OBJECTIVES, SAMPLES, Pair, assert_agree, assert_close, embeddings, tolerance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dystress_plugin as dp
+from dystress_plugin import ContrastiveLoss
+from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, ModelAware, TemperatureFree
+
+every_case = pytest.mark.parametrize("name", CASES)
+every_kind = pytest.mark.parametrize(
+    "name", ["constant", "dystress-cosine", "dystress-two-ranges-live", "macl", "ts", "isogclr", "tempfree"]
+)
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+
+
+def indices(images, seed=0):
+    return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:images]
+
+
+# Against the oracle
+
+
+@every_case
+@every_objective
+@pytest.mark.parametrize(
+    ("images", "dim", "views"),
+    [(2, 1, 2), (7, 3, 2), (33, 64, 2), (3, 4, 4)],
+)
+def test_value_and_gradient_equal_the_double_loop(name, objective, images, dim, views):
+    pair = Pair(name, objective)
+    assert_agree(pair, embeddings(images, dim, views=views), indices(images))
+
+
+@settings(max_examples=80)
+@given(
+    name=st.sampled_from(list(CASES)),
+    objective=st.sampled_from(OBJECTIVES),
+    images=st.integers(2, 33),
+    dim=st.integers(2, 64),
+    views=st.integers(2, 3),
+    seed=st.integers(0, 10_000),
+    scale=st.floats(-30, 30),
+)
+def test_value_and_gradient_equal_the_double_loop_for_any_batch(name, objective, images, dim, views, seed, scale):
+    if views * images > 70:
+        images //= 2
+    batch = [view * 2.0**scale for view in embeddings(images, dim, views=views, seed=seed)]
+    assert_agree(Pair(name, objective), batch, indices(images, seed))
+
+
+@every_case
+@every_objective
+@pytest.mark.parametrize(("images", "dim", "keys"), [(1, 4, 2), (2, 1, 5), (9, 16, 6)])
+def test_value_and_gradient_equal_the_double_loop_over_a_queue(name, objective, images, dim, keys):
+    pair = Pair(name, objective, queue_size=(keys, dim))
+    for step in range(2):  # the second one reads what the first one left
+        assert_agree(pair, embeddings(images, dim, seed=step), indices(images))
+
+
+@every_objective
+def test_individual_temperatures_equal_the_double_loop_as_they_move(objective):
+    pair = Pair("isogclr", objective)
+    for step in range(6):
+        assert_agree(pair, embeddings(9, 4, seed=step), indices(9, seed=step))
+    assert len(set(pair.tables.tau)) > 9
+
+
+@every_case
+@every_objective
+def test_zero_rows_have_similarity_zero_and_no_gradient(name, objective):
+    views = embeddings(5, 3)
+    views[0][1] = 0
+    views[1][1] = 0
+    views[1][3] = 0
+    pair = Pair(name, objective)
+    assert_agree(pair, views, indices(5))
+    _, gradients = pair.package(views, indices(5))
+    assert not gradients[0][1].any()
+    assert not gradients[1][3].any()
+    assert gradients[0][3].any()
+
+
+@every_kind
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_zero_embeddings_have_a_finite_value_and_no_gradient(name, objective, dtype):
+    value, gradients = Pair(name, objective).package([torch.zeros(3, 4, dtype=dtype)] * 2, indices(3))
+    assert value.isfinite()
+    assert not torch.stack(gradients).any()
+
+
+@every_kind
+@every_objective
+def test_coinciding_embeddings_have_a_finite_value_and_gradient(name, objective):
+    same = embeddings(1, 4)[0].expand(4, 4)
+    value, gradients = Pair(name, objective).package([same, same.clone()], indices(4))
+    assert value.isfinite()
+    assert torch.stack(gradients).isfinite().all()
+
+
+@every_kind
+@pytest.mark.parametrize("exponent", [-900, -80, 900])
+def test_value_does_not_depend_on_the_scale_of_rows_and_gradient_divides_by_it(name, exponent):
+    views = embeddings(4, 3)
+    factor = 2.0 ** torch.tensor([[exponent], [0.0], [3.0], [-exponent]], dtype=torch.float64)
+    value, gradients = Pair(name, "ntxent").package(views, indices(4))
+    scaled_value, scaled_gradients = Pair(name, "ntxent").package([views[0] * factor, views[1]], indices(4))
+    assert_close(scaled_value, value, 1e-12)
+    assert_close(scaled_gradients[0] * factor, gradients[0], tolerance(name))
+    assert_close(scaled_gradients[1], gradients[1], tolerance(name))
+
+
+@pytest.mark.parametrize("scale", [1e-29, 1e-20, 1e20, 1e38])
+@every_objective
+def test_float32_rows_of_any_length_keep_their_direction(scale, objective):
+    views = [(view / view.abs().amax(1, keepdim=True)).float() for view in embeddings(6, 4)]
+    value, gradients = Pair("dystress-cosine", objective).package(views, indices(6))
+    scaled_value, scaled_gradients = Pair("dystress-cosine", objective).package([v * scale for v in views], indices(6))
+    assert_close(scaled_value, value, 1e-5)
+    expected = torch.stack(gradients).double() / scale
+    error = (torch.stack(scaled_gradients).double() - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max() + torch.finfo(torch.float32).smallest_normal
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_too_short_for_a_gradient_in_their_dtype_count_as_zero_rows(objective, dtype):
+    short, zero = ([view.to(dtype) for view in embeddings(4, 3)] for _ in range(2))
+    short[0][1] = torch.finfo(dtype).tiny
+    zero[0][1] = 0
+    short_value, short_gradients = Pair("constant", objective).package(short, indices(4))
+    zero_value, zero_gradients = Pair("constant", objective).package(zero, indices(4))
+    assert torch.equal(short_value, zero_value)
+    assert torch.equal(torch.stack(short_gradients), torch.stack(zero_gradients))
+
+
+@every_case
+@every_objective
+def test_float32_is_as_close_to_the_double_loop_as_its_precision_allows(name, objective):
+    views = embeddings(12, 16)
+    rounded = [view.float() for view in views]
+    expected = Pair(name, objective).oracle([view.double() for view in rounded], indices(12))
+    value, gradients = Pair(name, objective).package(rounded, indices(12))
+    assert_close(value, expected.value, 1e-5)
+    assert_close(torch.stack(gradients), expected.gradients, 1e-5)
+
+
+# Types
+
+
+@every_kind
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(name, objective, dtype):
+    views = [view.to(dtype) for view in embeddings(5, 4)]
+    value, gradients = Pair(name, objective).package(views, indices(5))
+    wide_value, wide_gradients = Pair(name, objective).package([view.float() for view in views], indices(5))
+    assert value.dtype == torch.float32
+    assert torch.equal(value, wide_value)
+    for gradient, wide in zip(gradients, wide_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert torch.equal(gradient, wide.to(dtype))
+
+
+@every_kind
+@every_objective
+@pytest.mark.parametrize("queue_size", [None, (4, 4)])
+def test_forward_under_autocast_changes_nothing(name, objective, queue_size):
+    views = [view.float().requires_grad_() for view in embeddings(5, 4)]
+    plain = Pair(name, objective, queue_size=queue_size).loss
+    cast = copy.deepcopy(plain)
+    value = plain(*views, index=indices(5), epoch=EPOCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_value = cast(*views, index=indices(5), epoch=EPOCH)
+    assert torch.equal(value, cast_value)
+    for gradient, cast_gradient in zip(
+        torch.autograd.grad(value, views), torch.autograd.grad(cast_value, views), strict=True
+    ):
+        assert torch.equal(gradient, cast_gradient)
+    assert all(torch.equal(cast.state_dict()[key], entry) for key, entry in plain.state_dict().items())
+
+
+@every_kind
+@every_objective
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.float16, torch.float16), torch.float32),
+        ((torch.bfloat16, torch.float32), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+        ((torch.float64, torch.float64), torch.float64),
+    ],
+)
+def test_value_is_a_scalar_in_float32_or_in_float64_if_a_view_is(name, objective, dtypes, expected):
+    views = [view.to(dtype) for view, dtype in zip(embeddings(3, 4), dtypes, strict=True)]
+    value, _ = Pair(name, objective).package(views, indices(3))
+    assert value.shape == ()
+    assert value.dtype == expected
+
+
+def test_views_of_any_memory_layout_are_taken():
+    views = embeddings(6, 4)
+    value = ContrastiveLoss()(*views)
+    assert torch.equal(ContrastiveLoss()(*[view.T.contiguous().T for view in views]), value)
+
+
+def test_second_view_without_gradient_is_compared_with_all_the_same():
+    z0, z1 = embeddings(4, 3)
+    z0.requires_grad_()
+    value = ContrastiveLoss()(z0, z1)
+    value.backward()
+    assert z1.grad is None
+    assert torch.equal(value, ContrastiveLoss()(z0.detach(), z1))
+
+
+# Identities
+
+
+@every_objective
+def test_order_of_views_and_images_does_not_matter(objective):
+    views = embeddings(6, 4, views=3)
+    order = indices(6).argsort()
+    loss = ContrastiveLoss("dystress", objective=objective)
+    value = loss(*views)
+    assert_close(loss(*views[::-1]), value, 1e-12)
+    assert_close(loss(*[view[order] for view in views]), value, 1e-12)
+
+
+@every_objective
+@pytest.mark.parametrize("profile", ["cosine", "shifted", "cosine_constant", "exponential", "linear"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_dystress_of_an_empty_range_is_constant(objective, profile, detach):
+    views = embeddings(6, 4)
+    value = ContrastiveLoss(DySTreSS(0.2, 0.2, profile, detach=detach), objective=objective)(*views)
+    assert_close(value, ContrastiveLoss(Constant(0.2), objective=objective)(*views), 1e-13)
+
+
+@every_objective
+def test_model_aware_without_awareness_is_constant(objective):
+    views = embeddings(6, 4)
+    value = ContrastiveLoss(ModelAware(0.2, alpha=0), objective=objective)(*views)
+    assert_close(value, ContrastiveLoss(Constant(0.2), objective=objective)(*views), 1e-13)
+
+
+def test_sogclr_gradient_is_tau_times_that_of_macl_summed_over_views():
+    batch = embeddings(6, 4)
+    _, sogclr = Pair("constant", "sogclr").package(batch, indices(6))
+    _, macl = Pair("constant", "macl").package(batch, indices(6))
+    assert_close(torch.stack(sogclr), 0.1 * 2 * torch.stack(macl), 1e-12)
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ("given", "objective"),
+    [
+        ("simclr", "ntxent"),
+        ("dystress", "ntxent"),
+        ("macl", "macl"),
+        ("ts", "ntxent"),
+        ("tempfree", "ntxent"),
+        (Constant(), "ntxent"),
+        (DySTreSS(), "ntxent"),
+        (ModelAware(), "macl"),
+        (CosineSchedule(), "ntxent"),
+        (Individual(5), "sogclr"),
+        (TemperatureFree(), "ntxent"),
+    ],
+)
+def test_objective_defaults_to_the_methods_own(given, objective):
+    assert ContrastiveLoss(given).objective == objective
+
+
+@pytest.mark.parametrize("name", dp.recipes.METHODS)
+def test_every_method_can_be_named_and_trains(name):
+    needs = {"num_samples": 10} if name == "isogclr" else {}
+    loss = ContrastiveLoss(name, **needs)
+    views = [view.requires_grad_() for view in embeddings(4, 3)]
+    loss(*views, index=torch.arange(4), epoch=0).backward()
+    assert all(view.grad.isfinite().all() and view.grad.any() for view in views)
+
+
+def test_settings_reach_a_temperature_given_by_name():
+    loss = ContrastiveLoss("dystress", tau_min=0.05, tau_max=0.09, profile="linear", detach=False)
+    assert_close(
+        loss(*embeddings(4, 3)), ContrastiveLoss(DySTreSS(0.05, 0.09, "linear", detach=False))(*embeddings(4, 3)), 0
+    )
+
+
+def test_default_method_is_dystress():
+    assert isinstance(ContrastiveLoss().temperature, DySTreSS)
+
+
+@pytest.mark.parametrize("none", [None, 0])
+def test_queue_size_of_none_or_zero_is_no_queue(none):
+    assert ContrastiveLoss("simclr", queue_size=none).queue is None
+
+
+def test_repr_shows_the_settings():
+    text = repr(ContrastiveLoss("dystress", tau_max=0.19, queue_size=(8, 3)))
+    for part in ("objective=ntxent", "engine=auto", "gather_distributed=False", "tau_max=0.19", "keys=8, dim=3"):
+        assert part in text
+
+
+# State
+
+
+@every_case
+def test_every_loss_survives_pickling_and_deepcopy(name):
+    torch.manual_seed(0)
+    pair = Pair(name, "sogclr", queue_size=(7, 4))
+    pair.package(embeddings(5, 4), indices(5))
+    copies = [copy.deepcopy(pair.loss), pickle.loads(pickle.dumps(pair.loss))]
+    buffer = io.BytesIO()
+    torch.save(pair.loss, buffer)
+    buffer.seek(0)
+    copies.append(torch.load(buffer, weights_only=False))
+    views = embeddings(5, 4, seed=1)
+    expected = pair.loss(*views, index=indices(5), epoch=EPOCH)
+    for loss in copies:
+        assert torch.equal(loss(*views, index=indices(5), epoch=EPOCH), expected)
+
+
+@every_kind
+@pytest.mark.parametrize("objective", ["ntxent", "sogclr"])
+@pytest.mark.parametrize("queue_size", [None, (7, 4)])
+def test_eval_mode_changes_no_state(name, objective, queue_size):
+    loss = Pair(name, objective, queue_size=queue_size).loss
+    loss(*embeddings(5, 4), index=indices(5), epoch=EPOCH)
+    loss.eval()
+    before = copy.deepcopy(loss.state_dict())
+    values = [loss(*embeddings(5, 4, seed=1), index=indices(5), epoch=EPOCH) for _ in range(2)]
+    assert torch.equal(*values)
+    assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
+
+
+@every_case
+@pytest.mark.parametrize("queue_size", [None, (7, 4)])
+def test_pairs_are_those_of_the_double_loop_and_change_no_state(name, queue_size):
+    pair = Pair(name, "ntxent", queue_size=queue_size)
+    before = copy.deepcopy(pair.loss.state_dict())
+    found = pair.loss.pairs(*embeddings(5, 4), index=indices(5), epoch=EPOCH)
+    assert all(torch.equal(before[key], value) for key, value in pair.loss.state_dict().items())
+
+    keys = pair.loss.queue.keys.tolist() if queue_size else None
+    _, _, rows = oracle.layout([view.tolist() for view in embeddings(5, 4)], keys)
+    assert_close(found.positive_cosine, [s for row in rows for s in row.positive_cosine], 1e-12)
+    assert_close(found.negative_cosine, [s for row in rows for s in row.negative_cosine], 1e-12)
+    assert found.positive_tau.shape == found.positive_cosine.shape
+    assert found.negative_tau.shape == found.negative_cosine.shape
+
+
+def test_pairs_report_the_temperature_of_each_side():
+    loss = ContrastiveLoss(DySTreSS(0.1, 0.2, "linear", negative_range=(0.3, 0.5)))
+    found = loss.pairs(*embeddings(5, 4))
+    assert_close(found.positive_tau, 0.1 + 0.1 * found.positive_cosine.abs(), 1e-12)
+    assert_close(found.negative_tau, 0.3 + 0.2 * found.negative_cosine.abs(), 1e-12)
+
+
+# Bad input
+
+
+def raises(error, match):
+    return pytest.raises(error, match=match)
+
+
+Z = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("views", "error", "message"),
+    [
+        ([], ValueError, "at least two embeddings.*not 0"),
+        ([Z], ValueError, "at least two embeddings.*not 1"),
+        ([Z, Z.tolist()], TypeError, "View 1 must be a tensor, not list"),
+        ([None, Z], TypeError, "View 0 must be a tensor, not NoneType"),
+        ([Z.long(), Z], TypeError, r"View 0 is torch.int64.*float dtype"),
+        ([Z, Z.bool()], TypeError, r"View 1 is torch.bool"),
+        ([Z.to(torch.complex64), Z], TypeError, r"View 0 is torch.complex64"),
+        ([Z[0], Z[0]], ValueError, r"View 0 has shape \(4,\), needs \(batch, dim\)"),
+        ([Z[None], Z[None]], ValueError, r"View 0 has shape \(1, 3, 4\)"),
+        ([Z, Z[:2]], ValueError, r"View 1 has shape \(2, 4\), view 0 \(3, 4\)"),
+        ([Z, Z[:, :3]], ValueError, r"View 1 has shape \(3, 3\), view 0 \(3, 4\)"),
+        ([Z, Z, Z[:2]], ValueError, r"View 2 has shape \(2, 4\)"),
+        ([Z, Z.to("meta")], ValueError, "View 1 is on meta, view 0 on cpu"),
+        ([Z[:0], Z[:0]], ValueError, r"View 0 is empty, shape \(0, 4\)"),
+        ([Z[:, :0], Z[:, :0]], ValueError, r"View 0 is empty, shape \(3, 0\)"),
+        ([Z[:1], Z[:1]], ValueError, "one image has no negatives"),
+        ([Z * torch.nan, Z], ValueError, "View 0 has 3 of 3 rows with NaN or infinity"),
+        ([Z, Z.where(torch.eye(3, 4) == 0, torch.inf)], ValueError, "View 1 has 3 of 3 rows"),
+        ([Z, torch.cat([Z[:2], -torch.inf * Z[2:]])], ValueError, "View 1 has 1 of 3 rows"),
+        ([Z.half() * torch.inf, Z.half()], ValueError, "View 0 has 3 of 3 rows"),
+    ],
+)
+@pytest.mark.parametrize("method", ["loss", "pairs"])
+def test_bad_views_raise_and_say_which(views, error, message, method):
+    loss = ContrastiveLoss()
+    with raises(error, message):
+        (loss if method == "loss" else loss.pairs)(*views)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [([Z, Z, Z], "two views, not 3"), ([Z[:, :3], Z[:, :3]], "Embeddings have 3 dims, the queue 4")],
+)
+def test_bad_views_for_a_queue_raise(views, message):
+    with raises(ValueError, message):
+        ContrastiveLoss(queue_size=(5, 4))(*views)
+
+
+def test_a_batch_of_one_is_legal_with_a_queue():
+    assert ContrastiveLoss(queue_size=(5, 4))(Z[:1], Z[:1]).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (None, ValueError, r"Individual needs the sample numbers: call loss\(z0, z1, index=index\)"),
+        ([0, 1, 2], TypeError, "int64 tensor of sample numbers, not list"),
+        (torch.arange(3.0), TypeError, "not torch.float32"),
+        (torch.arange(3, dtype=torch.int32), TypeError, "not torch.int32"),
+        (torch.arange(4), ValueError, r"index has shape \(4,\), the batch needs \(3,\)"),
+        (torch.arange(3)[:, None], ValueError, r"index has shape \(3, 1\)"),
+        (torch.tensor([0, 1, 9]), ValueError, "index runs from 0 to 9, but num_samples=9.*0 to 8"),
+        (torch.tensor([0, -1, 8]), ValueError, "index runs from -1 to 8"),
+    ],
+)
+def test_bad_index_raises_and_leaves_the_tables_alone(index, error, message):
+    loss = ContrastiveLoss("isogclr", num_samples=9)
+    with raises(error, message):
+        loss(Z, Z, index=index)
+    assert not loss.temperature.visited.any()
+
+
+@pytest.mark.parametrize("index", [torch.arange(3, dtype=torch.int32), torch.arange(4)])
+def test_bad_index_raises_where_it_is_not_needed_too(index):
+    with raises((TypeError, ValueError), "index"):
+        ContrastiveLoss()(Z, Z, index=index)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "error", "message"),
+    [
+        (None, ValueError, r"CosineSchedule needs the epoch: call loss\(z0, z1, epoch=current_epoch\)"),
+        (-1, ValueError, "epoch=-1 must be finite and at least 0"),
+        (-0.5, ValueError, "epoch=-0.5"),
+        (float("nan"), ValueError, "epoch=nan"),
+        (float("inf"), ValueError, "epoch=inf"),
+        ("3", TypeError, "epoch='3' must be a number, not str"),
+        (True, TypeError, "epoch=True must be a number, not bool"),
+    ],
+)
+def test_bad_epoch_raises(epoch, error, message):
+    with raises(error, message):
+        ContrastiveLoss("ts")(Z, Z, epoch=epoch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "message"),
+    [
+        (["dystres"], {}, ValueError, "Unknown method 'dystres'. Did you mean 'dystress'\\? Choose from: simclr"),
+        (["xyz"], {}, ValueError, "Unknown method 'xyz'. Choose from"),
+        (["dystress"], {"tau_mx": 1}, ValueError, "Unknown parameter of method 'dystress' 'tau_mx'.*mean 'tau_max'"),
+        (["tempfree"], {"tau": 1}, ValueError, "Unknown parameter of method 'tempfree' 'tau'"),
+        (["isogclr"], {}, TypeError, r"Method 'isogclr' needs num_samples=\.\.\."),
+        (["simclr"], {"objective": "nt-xent"}, ValueError, "Unknown objective 'nt-xent'. Did you mean 'ntxent'"),
+        (["simclr"], {"engine": "dens"}, ValueError, "Unknown engine 'dens'. Did you mean 'dense'"),
+        (["simclr"], {"queue_size": 16}, ValueError, r"queue_size=16 must be \(keys, dim\)"),
+        (["simclr"], {"queue_size": (16,)}, ValueError, r"queue_size=\(16,\) must be \(keys, dim\)"),
+        (["simclr"], {"queue_size": (0, 4)}, ValueError, "keys must be an int of at least 1"),
+        (["simclr"], {"queue_size": (4, -1)}, ValueError, "dim must be an int of at least 1"),
+        (["simclr"], {"queue_size": (4.0, 4)}, ValueError, "keys must be an int"),
+        ([0.1], {}, TypeError, r"temperature=0.1 must be a method's name.*not float"),
+        ([DySTreSS], {}, TypeError, "not ABCMeta"),
+        ([Constant()], {"tau": 0.2}, TypeError, r"tau: settings go into the temperature itself.*Constant\(\.\.\.\)"),
+        (["dystress"], {"tau_min": 0.3}, ValueError, "tau_min=0.3 is above tau_max=0.2; swap them"),
+        (["dystress"], {"profile": "cosin"}, ValueError, "Unknown profile 'cosin'. Did you mean 'cosine'"),
+    ],
+)
+def test_bad_construction_raises_and_names_the_value(arguments, settings, error, message):
+    with raises(error, message):
+        ContrastiveLoss(*arguments, **settings)
+
+
+def test_everything_after_the_temperature_is_keyword_only():
+    with raises(TypeError, "positional"):
+        ContrastiveLoss("simclr", "ntxent")

@@ -1,0 +1,47 @@
+import subprocess
+import sys
+
+import pytest
+
+import dystress_plugin
+
+HEAVY = (
+    "hydra hydra_plugins lightly lightning matplotlib omegaconf pandas PIL pytorch_lightning scipy sklearn solo "
+    "tensorboard timm torchmetrics torchvision umap wandb"
+)
+PROGRAM = f"""
+import sys, time
+import torch
+start = time.perf_counter()
+import dystress_plugin
+seconds = time.perf_counter() - start
+print(seconds, *[name for name in "{HEAVY}".split() if name in sys.modules])
+"""
+
+
+@pytest.fixture(scope="module")
+def imports():
+    runs = [subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True) for _ in range(3)]
+    assert [run.stderr for run in runs] == [""] * 3
+    return [run.stdout.split() for run in runs]
+
+
+def test_import_needs_no_framework(imports):
+    assert [loaded for _, *loaded in imports] == [[], [], []]
+
+
+def test_import_takes_no_longer_than_torch_and_a_tenth_of_a_second(imports):
+    assert min(float(seconds) for seconds, *_ in imports) < 0.1
+
+
+def test_public_names_are_those_of_the_contract():
+    assert sorted(dystress_plugin.__all__) == ["ContrastiveLoss", "__version__", "metrics", "recipes", "temperature"]
+    assert dystress_plugin.temperature.__all__ == [
+        "Constant",
+        "CosineSchedule",
+        "DySTreSS",
+        "Individual",
+        "ModelAware",
+        "Temperature",
+        "TemperatureFree",
+    ]

@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import torch
+
+from dystress_plugin.engine import RowStats
+from dystress_plugin.objectives import OBJECTIVES, macl, ntxent, sogclr
+
+
+def stats(positive, negative, *, log_s=None, count=6):
+    def leaf(values):
+        return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+    positive_cosine = leaf([0.1 * i for i in range(len(positive))])
+    negative_cosine = leaf([0.5 - 0.1 * i for i in range(len(positive))])
+    return RowStats(leaf(positive), leaf(negative), positive_cosine, negative_cosine, count, log_s)
+
+
+ROWS = ([3.0, -1.0, 8.0], [2.0, 4.0, -3.0])
+
+
+def gradients(value, rows):
+    leaves = [rows.positive, rows.negative, rows.positive_cosine, rows.negative_cosine]
+    return torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+
+
+def test_ntxent_is_the_cross_entropy_of_the_positive():
+    rows = stats(*ROWS)
+    value = ntxent(rows)
+    for p, n, found in zip(*ROWS, value.tolist(), strict=True):
+        assert found == pytest.approx(-math.log(math.exp(p) / (math.exp(p) + math.exp(n))), rel=1e-13)
+    up, down, *cosines = gradients(value, rows)
+    wrong = [1 / (1 + math.exp(p - n)) for p, n in zip(*ROWS, strict=True)]
+    assert down.tolist() == pytest.approx(wrong, rel=1e-13)
+    assert up.tolist() == pytest.approx([-w for w in wrong], rel=1e-13)
+    assert cosines == [None, None]
+
+
+def test_macl_is_the_cross_entropy_over_the_probability_of_the_negatives():
+    rows = stats(*ROWS)
+    for p, n, found in zip(*ROWS, macl(rows).tolist(), strict=True):
+        right = math.exp(p) / (math.exp(p) + math.exp(n))
+        assert found == pytest.approx(-math.log(right) / (1 - right), rel=1e-11)
+
+
+def test_macl_gradient_is_that_of_the_difference():
+    rows = stats(*ROWS)
+    up, down, *cosines = gradients(macl(rows), rows)
+    assert up.tolist() == [-1, -1, -1]
+    assert down.tolist() == [1, 1, 1]
+    assert cosines == [None, None]
+
+
+@pytest.mark.parametrize("objective", [ntxent, macl])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_rows_have_a_finite_value_and_gradient(objective, dtype):
+    positive = torch.tensor([0.0, 0, 0, 0, 0, 0], dtype=dtype, requires_grad=True)
+    negative = torch.tensor([-1e4, -100, -29.9, 29.9, 100, 1e4], dtype=dtype)
+    value = objective(RowStats(positive, negative, positive, None, 6))
+    (gradient,) = torch.autograd.grad(value.sum(), positive)
+    d = negative.double().tolist()
+    expected = {
+        ntxent: [math.log1p(math.exp(x)) if x < 500 else x for x in d],
+        macl: [1.0, 1.0, 1.0, *d[3:]],
+    }[objective]
+    assert value.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-37)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("d", [-31.0, -30.001, -30.0, -29.999, -25.0])
+def test_macl_value_has_no_step_where_its_limit_takes_over(d):
+    value = macl(stats([0.0], [d])).item()
+    assert value == pytest.approx(math.log1p(math.exp(d)) / math.exp(d) * (1 + math.exp(d)), rel=1e-12)
+
+
+def test_ntxent_keeps_all_digits_where_softplus_rounds():
+    d = 21.0
+    assert ntxent(stats([0.0], [d])).item() == pytest.approx(d + math.log1p(math.exp(-d)), rel=1e-15)
+
+
+def test_sogclr_without_a_running_mean_is_the_difference_of_mean_cosines():
+    rows = stats(*ROWS)
+    value = sogclr(rows)
+    assert torch.equal(value, rows.negative_cosine - rows.positive_cosine)
+    up, down, positive, negative = gradients(value, rows)
+    assert (up, down) == (None, None)
+    assert positive.tolist() == [-1, -1, -1]
+    assert negative.tolist() == [1, 1, 1]
+
+
+def test_sogclr_weighs_by_the_batch_mean_over_the_running_mean_and_keeps_the_weight_constant():
+    log_s = torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)
+    rows = stats(*ROWS, log_s=log_s, count=6)
+    value = sogclr(rows)
+    weight = [math.exp(n) / 6 / math.exp(s) for n, s in zip(ROWS[1], log_s.tolist(), strict=True)]
+    expected = [w * (0.5 - 0.1 * i) - 0.1 * i for i, w in enumerate(weight)]
+    assert value.tolist() == pytest.approx(expected, rel=1e-12)
+    up, down, positive, negative = gradients(value, rows)
+    assert (up, down) == (None, None)
+    assert positive.tolist() == [-1, -1, -1]
+    assert negative.tolist() == pytest.approx(weight, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "macl", "sogclr"])
+def test_objective_says_whether_it_reads_the_negative_cosine(name):
+    rows = stats(*ROWS)
+    used = gradients(OBJECTIVES[name].row_loss(rows), rows)[3] is not None
+    assert OBJECTIVES[name].needs_negative_cosine == used
+
+
+def test_only_sogclr_is_summed_over_the_views_of_an_image():
+    assert [name for name, objective in OBJECTIVES.items() if objective.sum_over_views] == ["sogclr"]
