@@ -1,4 +1,4 @@
-"""The loss: gather -> candidates -> temperature -> engine -> objective."""
+"""The loss: layout -> temperature -> engine -> objective."""
 
 from __future__ import annotations
 
@@ -11,29 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import distributed
+from dystress_plugin import layout as layouts
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
+from dystress_plugin.layout import LAYOUTS, Block
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.queue import KeyQueue
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Individual, ModelAware, Temperature
 from dystress_plugin.temperature.base import Batch
-
-
-class Candidates(NamedTuple):
-    """Rows and columns of one batch.
-
-    Attributes:
-        anchors: (rows, dim), all views one after the other.
-        positive_cosine: (rows, positives), with gradient.
-        columns: (columns, dim), what every anchor is compared with.
-        excluded: (rows, any) int64, the columns that are not negatives of each row.
-    """
-
-    anchors: Tensor
-    positive_cosine: Tensor
-    columns: Tensor
-    excluded: Tensor
 
 
 class Pairs(NamedTuple):
@@ -56,18 +42,21 @@ class ContrastiveLoss(nn.Module):
     Args:
         temperature: a method's name, from `dystress_plugin.recipes.METHODS`, or an instance of a class in
             `dystress_plugin.temperature`.
-        objective: "ntxent", "macl" or "sogclr". None takes the recipe's; for an instance "ntxent", but "macl" for
-            ModelAware and "sogclr" for Individual.
-        queue_size: (keys, dim) for a queue of negatives; None or 0 for none.
+        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw". None takes the recipe's; for an instance "ntxent", but
+            "macl" for ModelAware and "sogclr" for Individual.
+        queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
+        layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
+            (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
         engine: "auto" or "dense".
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
-            that the mean over ranks is the loss of the whole batch. MACL's alignment is then the global mean.
-        **settings: parameters of the temperature where it is given by name, such as `tau_max=0.3`; "isogclr" needs
-            `num_samples`.
+            that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
+            those of the whole batch.
+        **settings: parameters of the temperature where it is given by name, such as `tau_max=0.3`, and of the
+            objective, `sigma=0.5` for "dclw"; "isogclr" needs `num_samples`.
 
     Raises:
         ValueError: for an unknown name (with the nearest valid one) or a parameter out of its range.
-        TypeError: for a temperature that is neither a name nor a `Temperature`, or settings beside an instance.
+        TypeError: for a temperature that is neither a name nor a `Temperature`, or its settings beside an instance.
 
     Examples:
         >>> loss = ContrastiveLoss("dystress", tau_min=0.1, tau_max=0.2)
@@ -80,37 +69,51 @@ class ContrastiveLoss(nn.Module):
         *,
         objective: str | None = None,
         queue_size: tuple[int, int] | int | None = None,
+        layout: str = "views",
         engine: str = "auto",
         gather_distributed: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
-        if isinstance(temperature, str):
-            chosen = recipe(temperature)
-            objective = objective or chosen.objective
+        chosen = recipe(temperature) if isinstance(temperature, str) else None
+        if objective is None:
+            default = {ModelAware: "macl", Individual: "sogclr"}.get(type(temperature), "ntxent")  # type: ignore[arg-type]
+            objective = chosen.objective if chosen else default
+        for kind, name, known in (
+            ("objective", objective, OBJECTIVES),
+            ("layout", layout, LAYOUTS),
+            ("engine", engine, ENGINES),
+        ):
+            if name not in known:
+                raise ValueError(unknown_name(kind, name, known))
+
+        own = {name: settings.pop(name) for name in OBJECTIVES[objective].parameters if name in settings}
+        if chosen:
             temperature = chosen.build_temperature(**settings)
-        elif not isinstance(temperature, Temperature):
-            raise TypeError(
-                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
-                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
-            )
+            if chosen.layout == "queue" and not queue_size:
+                raise ValueError(
+                    f"Method '{chosen.name}' keeps a queue: give queue_size=(keys, dim), such as (65536, 128)."
+                )
         elif settings:
             raise TypeError(
                 f"{', '.join(settings)}: settings go into the temperature itself when it is given as an instance, "
                 f"{type(temperature).__name__}(...)."
             )
-        if objective is None:
-            objective = {ModelAware: "macl", Individual: "sogclr"}.get(type(temperature), "ntxent")
-        if objective not in OBJECTIVES:
-            raise ValueError(unknown_name("objective", objective, OBJECTIVES))
-        if engine not in ENGINES:
-            raise ValueError(unknown_name("engine", engine, ENGINES))
+        if not isinstance(temperature, Temperature):
+            raise TypeError(
+                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
+                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
+            )
 
         self.temperature = temperature
         self.objective = objective
+        self.objective_settings = OBJECTIVES[objective].checked(own)
+        self.layout = layout
         self.engine = engine
         self.gather_distributed = bool(gather_distributed)
         self.queue = _queue(queue_size)
+        if self.queue is not None and layout != "views":
+            raise ValueError(f"layout='{layout}' takes no queue: leave queue_size out.")
 
     def forward(self, *views: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
         """The loss of a batch.
@@ -118,9 +121,9 @@ class ContrastiveLoss(nn.Module):
         Args:
             *views: two or more (batch, dim) tensors of any float dtype, row i of each showing image i. They need
                 not be normalised; a zero row has similarity 0 to everything and no gradient. Half precision is
-                computed in float32. With a queue: anchors, then keys.
+                computed in float32. With a queue: anchors, then keys. With another layout than "views": two sides.
             index: (batch,) int64, sample numbers, where the temperature keeps a table.
-            epoch: the current epoch, 0 first, where the temperature is scheduled.
+            epoch: the current epoch, 0 first, where the temperature is scheduled; a fraction lies within it.
 
         Returns:
             0-dim tensor, float32, or float64 if a view is.
@@ -135,7 +138,7 @@ class ContrastiveLoss(nn.Module):
             stats, batch = self._row_stats(units, index, epoch)
             stats = replace(stats, log_s=self.temperature.observe(stats, batch))
             objective = OBJECTIVES[self.objective]
-            rows = objective.row_loss(stats)
+            rows = objective.row_loss(stats, **self.objective_settings)
             value = rows.mean() * (batch.views if objective.sum_over_views else 1)
         if self.queue is not None and self.training:
             self.queue.push(units[1])
@@ -154,23 +157,32 @@ class ContrastiveLoss(nn.Module):
         """
         units, index, epoch = self._checked(views, index, epoch)
         with torch.autocast(views[0].device.type, enabled=False):
-            candidates = self._candidates(units, gather=False)
-            maps = self.temperature.prepare(self._batch(candidates, len(units[0]), index, epoch, gather=False))
-            cosine = candidates.anchors @ candidates.columns.T
-            negative = torch.ones_like(cosine, dtype=torch.bool).scatter_(1, candidates.excluded, False)
-            return Pairs(
-                candidates.positive_cosine.flatten(),
-                maps.positive.temperature(candidates.positive_cosine).flatten(),
-                cosine[negative],
-                maps.negative.temperature(cosine)[negative],
-            )
+            blocks = self._blocks(units, gather=False)
+            batch = self._batch(blocks, len(units[0]), index, epoch, gather=False)
+            maps = self.temperature.prepare(batch)
+            positive_tau = maps.positive.temperature(batch.positive_cosine)
+            cosines, taus = [], []
+            for rows, block in _rows(blocks):
+                candidates = block.anchors if block.candidates is None else block.candidates
+                cosine = block.anchors @ candidates.T
+                negative = torch.ones_like(cosine, dtype=torch.bool)
+                negative.scatter_(1, block.excluded.to(cosine.device), False)
+                cosines.append(cosine[negative])
+                taus.append(maps.negative.rows(rows).temperature(cosine)[negative])
+            return Pairs(batch.positive_cosine.flatten(), positive_tau.flatten(), torch.cat(cosines), torch.cat(taus))
+
+    def _blocks(self, units: Sequence[Tensor], *, gather: bool) -> list[Block]:
+        if self.queue is not None:
+            return layouts.queue(units, self.queue.read())
+        return LAYOUTS[self.layout](units, gather=gather)
 
     def _batch(
-        self, candidates: Candidates, images: int, index: Tensor | None, epoch: float | None, *, gather: bool
+        self, blocks: Sequence[Block], images: int, index: Tensor | None, epoch: float | None, *, gather: bool
     ) -> Batch:
-        views = len(candidates.anchors) // images
+        positive_cosine = torch.cat([block.positive_cosine for block in blocks])
+        views = len(positive_cosine) // images
         return Batch(
-            positive_cosine=candidates.positive_cosine.detach(),
+            positive_cosine=positive_cosine.detach(),
             index=index.repeat(views) if index is not None else None,
             epoch=epoch,
             views=views,
@@ -178,50 +190,31 @@ class ContrastiveLoss(nn.Module):
         )
 
     def _row_stats(self, units: Sequence[Tensor], index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
-        candidates = self._candidates(units, gather=self.gather_distributed)
-        positive_cosine = candidates.positive_cosine
-        batch = self._batch(candidates, len(units[0]), index, epoch, gather=self.gather_distributed)
+        blocks = self._blocks(units, gather=self.gather_distributed)
+        batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
         maps = self.temperature.prepare(batch)
-        negative, negative_cosine = ENGINES[self.engine](
-            candidates.anchors,
-            candidates.columns,
-            candidates.excluded,
-            maps.negative,
-            want_cosine=OBJECTIVES[self.objective].needs_negative_cosine or self.temperature.needs_negative_cosine,
-        )
+        want_cosine = OBJECTIVES[self.objective].needs_negative_cosine or self.temperature.needs_negative_cosine
+        negatives = [
+            ENGINES[self.engine](
+                block.anchors,
+                block.candidates,
+                block.excluded,
+                maps.negative.rows(rows),
+                want_cosine=want_cosine,
+            )
+            for rows, block in _rows(blocks)
+        ]
+        positive_cosine = torch.cat([block.positive_cosine for block in blocks])
+        cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
         stats = RowStats(
             positive=torch.logsumexp(maps.positive.logit(positive_cosine), dim=1),
-            negative=negative,
+            negative=torch.cat([part.negative for part in negatives]),
             positive_cosine=positive_cosine.mean(dim=1),
-            negative_cosine=negative_cosine,
-            num_negatives=len(candidates.columns) - candidates.excluded.shape[1],
+            negative_cosine=torch.cat(cosines) if cosines else None,
+            num_negatives=blocks[0].num_negatives,
+            mean=batch.mean,
         )
         return stats, batch
-
-    def _candidates(self, units: Sequence[Tensor], *, gather: bool) -> Candidates:
-        if self.queue is not None:
-            anchors, keys = units
-            positive_cosine = (anchors * keys).sum(dim=1, keepdim=True)
-            nothing = torch.empty(len(anchors), 0, dtype=torch.int64, device=anchors.device)
-            return Candidates(anchors, positive_cosine, self.queue.read().to(anchors.dtype), nothing)
-
-        views, batch = len(units), len(units[0])
-        stacked = torch.stack(list(units), dim=1)  # (batch, views, dim)
-        everything, start = stacked, 0
-        if gather:
-            everything, start = distributed.all_rows_with_gradient(stacked)
-        cosine = stacked @ stacked.mT  # (batch, views, views)
-        others = [[w for w in range(views) if w != v] for v in range(views)]
-        positive_cosine = torch.cat([cosine[:, v, others[v]] for v in range(views)])
-
-        own = start + torch.arange(batch, device=stacked.device).repeat(views)
-        blocks = len(everything) * torch.arange(views, device=stacked.device)
-        return Candidates(
-            anchors=torch.cat(list(units)),
-            positive_cosine=positive_cosine,
-            columns=everything.transpose(0, 1).flatten(0, 1),
-            excluded=own[:, None] + blocks[None, :],
-        )
 
     def _share(self, rows: int, device: torch.device) -> float:
         """Rows of this rank over the mean of all ranks', so that ranks of different batches weigh by their rows."""
@@ -234,7 +227,7 @@ class ContrastiveLoss(nn.Module):
         self, views: Sequence[Tensor], index: Tensor | None, epoch: float | None
     ) -> tuple[list[Tensor], Tensor | None, float | None]:
         """The views at length 1 in the dtype of the computation, the index on their device, the epoch as a float."""
-        _check_views(views, self.queue, alone=not self.gather_distributed or distributed.world_size() == 1)
+        self._check_views(views)
         name = type(self.temperature).__name__
         if index is None and self.temperature.needs_index:
             raise ValueError(f"{name} needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")
@@ -257,8 +250,28 @@ class ContrastiveLoss(nn.Module):
         with torch.autocast(views[0].device.type, enabled=False):
             return [normalize(view.to(dtype)) for view in views], index, epoch
 
+    def _check_views(self, views: Sequence[Tensor]) -> None:
+        if len(views) < 2:
+            raise ValueError(f"The loss compares views: pass at least two embeddings, loss(z0, z1), not {len(views)}.")
+        if len(views) > 2 and (self.queue is not None or self.layout != "views"):
+            what = "a queue" if self.queue is not None else f"layout='{self.layout}'"
+            raise ValueError(f"With {what} the loss takes two views, not {len(views)}.")
+        for number, view in enumerate(views):
+            _check_view(number, view, views[0])
+        if self.queue is not None:
+            if views[0].shape[1] != self.queue.keys.shape[1]:
+                raise ValueError(
+                    f"Embeddings have {views[0].shape[1]} dims, the queue {self.queue.keys.shape[1]}; set queue_size."
+                )
+        elif len(views[0]) == 1 and not (self.gather_distributed and distributed.world_size() > 1):
+            raise ValueError("A batch of one image has no negatives; use at least two images, or a queue.")
+
     def extra_repr(self) -> str:
-        return f"objective={self.objective}, engine={self.engine}, gather_distributed={self.gather_distributed}"
+        own = "".join(f", {name}={value}" for name, value in self.objective_settings.items())
+        return (
+            f"objective={self.objective}{own}, layout={self.layout}, engine={self.engine}, "
+            f"gather_distributed={self.gather_distributed}"
+        )
 
 
 def normalize(z: Tensor) -> Tensor:
@@ -274,6 +287,14 @@ def normalize(z: Tensor) -> Tensor:
     return torch.where(present, z / z.square().sum(dim=1, keepdim=True).sqrt(), 0.0)
 
 
+def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:
+    """Every block with where its anchors lie among the rows of the batch."""
+    ends = [0]
+    for block in blocks:
+        ends.append(ends[-1] + len(block.anchors))
+    return [(slice(start, end), block) for start, end, block in zip(ends, ends[1:], blocks, strict=False)]
+
+
 def _queue(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
     if queue_size is None or queue_size == 0:
         return None
@@ -286,33 +307,19 @@ def _queue(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
     return KeyQueue(size, dim)
 
 
-def _check_views(views: Sequence[Tensor], queue: KeyQueue | None, *, alone: bool) -> None:
-    if len(views) < 2:
-        raise ValueError(f"The loss compares views: pass at least two embeddings, loss(z0, z1), not {len(views)}.")
-    for number, view in enumerate(views):
-        if not isinstance(view, Tensor):
-            raise TypeError(f"View {number} must be a tensor, not {type(view).__name__}.")
-        if not view.is_floating_point():
-            raise TypeError(f"View {number} is {view.dtype}; embeddings must be of a float dtype: call .float().")
-        if view.dim() != 2:
-            raise ValueError(f"View {number} has shape {tuple(view.shape)}, needs (batch, dim): flatten it.")
-        if view.shape != views[0].shape:
-            raise ValueError(
-                f"View {number} has shape {tuple(view.shape)}, view 0 {tuple(views[0].shape)}; they must agree."
-            )
-        if view.device != views[0].device:
-            raise ValueError(f"View {number} is on {view.device}, view 0 on {views[0].device}; move them together.")
-        if view.numel() == 0:
-            raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
-        if view.device.type == "cpu" and not torch.isfinite(view).all():
-            bad = int((~torch.isfinite(view)).any(dim=1).sum())
-            raise ValueError(f"View {number} has {bad} of {len(view)} rows with NaN or infinity: the model diverged.")
-    if queue is not None:
-        if len(views) != 2:
-            raise ValueError(f"With a queue the loss takes anchors and keys, two views, not {len(views)}.")
-        if views[0].shape[1] != queue.keys.shape[1]:
-            raise ValueError(
-                f"Embeddings have {views[0].shape[1]} dims, the queue {queue.keys.shape[1]}; set queue_size."
-            )
-    elif len(views[0]) == 1 and alone:
-        raise ValueError("A batch of one image has no negatives; use at least two images, or a queue.")
+def _check_view(number: int, view: Tensor, first: Tensor) -> None:
+    if not isinstance(view, Tensor):
+        raise TypeError(f"View {number} must be a tensor, not {type(view).__name__}.")
+    if not view.is_floating_point():
+        raise TypeError(f"View {number} is {view.dtype}; embeddings must be of a float dtype: call .float().")
+    if view.dim() != 2:
+        raise ValueError(f"View {number} has shape {tuple(view.shape)}, needs (batch, dim): flatten it.")
+    if view.shape != first.shape:
+        raise ValueError(f"View {number} has shape {tuple(view.shape)}, view 0 {tuple(first.shape)}; they must agree.")
+    if view.device != first.device:
+        raise ValueError(f"View {number} is on {view.device}, view 0 on {first.device}; move them together.")
+    if view.numel() == 0:
+        raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
+    if view.device.type == "cpu" and not torch.isfinite(view).all():
+        bad = int((~torch.isfinite(view)).any(dim=1).sum())
+        raise ValueError(f"View {number} has {bad} of {len(view)} rows with NaN or infinity: the model diverged.")

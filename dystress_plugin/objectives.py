@@ -5,19 +5,22 @@ With P and L the logsumexp of the positives' and of the negatives' logits and d 
     ntxent   log(1 + exp(d))                                  SimCLR, 2020, https://arxiv.org/abs/2002.05709
     macl     log(1 + exp(d)) / sg[sigmoid(d)]                 MACL, 2023, https://arxiv.org/abs/2207.07874
     sogclr   w N - s, w = sg[g / running mean of g]           iSogCLR, 2023, https://arxiv.org/abs/2305.11965
+    dcl      d                                                DCL, 2021, https://arxiv.org/abs/2110.06848
+    dclw     L - w P, w = sg[2 - e^(s/sigma) / mean of it]    the same paper
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dystress_plugin.engine.rows import RowStats
+from dystress_plugin.temperature.base import check_positive
 
 
 def ntxent(stats: RowStats) -> Tensor:
@@ -51,23 +54,56 @@ def sogclr(stats: RowStats) -> Tensor:
     return torch.exp(log_g - stats.log_s) * stats.negative_cosine - stats.positive_cosine
 
 
+def dcl(stats: RowStats) -> Tensor:
+    """L - P: NT-Xent without the positive among the terms it competes with.
+
+    One logsumexp over all negatives. The released DySTreSS code adds one over those of the same view and one over
+    those of the other, which an old version of lightly had taken from nowhere in the paper; that is not offered.
+    """
+    return stats.negative - stats.positive
+
+
+def dclw(stats: RowStats, *, sigma: float) -> Tensor:
+    """L - w P with von Mises-Fisher weights w_i = 2 - exp(s_i / sigma) / mean_k exp(s_k / sigma), detached.
+
+    s is the raw cosine of an anchor with its positives, and k runs over the whole batch: pairs that are already
+    close weigh less. As sigma grows w tends to 1, and the objective to `dcl`.
+    """
+    # In double: for a small sigma the exponentials of a batch lie far apart.
+    e = torch.exp((stats.positive_cosine.detach().double() - 1) / sigma)
+    weight = 2 - e / stats.mean(e)
+    return stats.negative - weight.to(stats.positive.dtype) * stats.positive
+
+
 @dataclass(frozen=True)
 class Objective:
     """A row's loss and how rows are joined.
 
     Attributes:
-        row_loss: from the statistics to (rows,).
+        row_loss: from the statistics, and the parameters by keyword, to (rows,).
         needs_negative_cosine: whether it reads `RowStats.negative_cosine`.
         sum_over_views: sum over the views of an image instead of their mean; always the mean over images.
+        parameters: its own parameters with their defaults, positive numbers.
     """
 
-    row_loss: Callable[[RowStats], Tensor]
+    row_loss: Callable[..., Tensor]
     needs_negative_cosine: bool = False
     sum_over_views: bool = False
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    def checked(self, settings: Mapping[str, float]) -> dict[str, float]:
+        """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf)."""
+        parameters = {name: check_positive(name, settings.get(name, value)) for name, value in self.parameters.items()}
+        for name, value in parameters.items():
+            if value < 0.01:
+                raise ValueError(f"{name}={value} must be at least 0.01: below, the weights of a batch underflow.")
+        return parameters
 
 
 OBJECTIVES: dict[str, Objective] = {
     "ntxent": Objective(ntxent),
     "macl": Objective(macl),
     "sogclr": Objective(sogclr, needs_negative_cosine=True, sum_over_views=True),
+    "dcl": Objective(dcl),
+    "dclw": Objective(dclw, parameters={"sigma": 0.5}),
 }

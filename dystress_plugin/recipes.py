@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dystress_plugin.errors import unknown_name
+from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import (
     Constant,
     CosineSchedule,
@@ -31,7 +32,7 @@ class Recipe:
         paper: title or short name, with year.
         url: where to read it.
         defaults: values of the temperature's parameters where they differ from the class's own.
-        layout: "views" of a batch; adapters leave out recipes of a layout that they cannot serve.
+        layout: "views" of a batch, or "queue" for anchors, momentum keys and a queue of negatives (MoCo).
     """
 
     name: str
@@ -45,18 +46,19 @@ class Recipe:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Every parameter of the temperature with its default here; `inspect.Parameter.empty` where it has none."""
+        """Parameters of temperature and objective with their defaults; `inspect.Parameter.empty` where one has none."""
         signature = inspect.signature(self.temperature).parameters
-        return {name: self.defaults.get(name, parameter.default) for name, parameter in signature.items()}
+        own = {name: self.defaults.get(name, parameter.default) for name, parameter in signature.items()}
+        return own | dict(OBJECTIVES[self.objective].parameters)
 
     def build_temperature(self, **settings: Any) -> Temperature:
-        """The temperature with some parameters set.
+        """The temperature with some of its parameters set.
 
         Raises:
             ValueError: at a parameter that it does not have (with the nearest that it has), or a bad value.
             TypeError: if a parameter without default is missing.
         """
-        parameters = self.parameters
+        parameters = {n: v for n, v in self.parameters.items() if n not in OBJECTIVES[self.objective].parameters}
         for name in settings:
             if name not in parameters:
                 raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, parameters or ["(none)"]))
@@ -66,23 +68,35 @@ class Recipe:
         return self.temperature(**{**self.defaults, **settings})
 
 
+def _variants(base: Recipe) -> list[Recipe]:
+    """The method itself, with DCL's two objectives, and with a queue of negatives."""
+    return [
+        base,
+        replace(base, name=f"{base.name}_dcl", title=f"{base.title} DCL", objective="dcl"),
+        replace(base, name=f"{base.name}_dclw", title=f"{base.title} DCLW", objective="dclw"),
+        replace(base, name=f"{base.name}_moco", title=f"{base.title} MoCo", layout="queue"),
+    ]
+
+
+_BASES = (
+    Recipe("simclr", "SimCLR", Constant, "ntxent", "SimCLR, 2020", "https://arxiv.org/abs/2002.05709"),
+    Recipe("dystress", "DySTreSS", DySTreSS, "ntxent", "DySTreSS, 2023", "https://arxiv.org/abs/2308.01140"),
+    Recipe("macl", "MACL", ModelAware, "macl", "MACL, 2023", "https://arxiv.org/abs/2207.07874"),
+    Recipe("ts", "TS", CosineSchedule, "ntxent", "Temperature Schedules, 2023", "https://arxiv.org/abs/2303.13664"),
+    Recipe(
+        "tempfree",
+        "Temperature-free",
+        TemperatureFree,
+        "ntxent",
+        "Temperature-Free Loss, 2025",
+        "https://arxiv.org/abs/2501.17683",
+    ),
+)
+# Its objective is its own, and its published form has no queue.
+_ISOGCLR = Recipe("isogclr", "iSogCLR", Individual, "sogclr", "iSogCLR, 2023", "https://arxiv.org/abs/2305.11965")
+
 METHODS: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("simclr", "SimCLR", Constant, "ntxent", "SimCLR, 2020", "https://arxiv.org/abs/2002.05709"),
-        Recipe("dystress", "DySTreSS", DySTreSS, "ntxent", "DySTreSS, 2023", "https://arxiv.org/abs/2308.01140"),
-        Recipe("macl", "MACL", ModelAware, "macl", "MACL, 2023", "https://arxiv.org/abs/2207.07874"),
-        Recipe("ts", "TS", CosineSchedule, "ntxent", "Temperature Schedules, 2023", "https://arxiv.org/abs/2303.13664"),
-        Recipe("isogclr", "iSogCLR", Individual, "sogclr", "iSogCLR, 2023", "https://arxiv.org/abs/2305.11965"),
-        Recipe(
-            "tempfree",
-            "Temperature-free",
-            TemperatureFree,
-            "ntxent",
-            "Temperature-Free Loss, 2025",
-            "https://arxiv.org/abs/2501.17683",
-        ),
-    )
+    recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, *(v for base in _BASES for v in _variants(base)[1:]))
 }
 
 

@@ -12,19 +12,19 @@ from dystress_plugin.temperature.base import LogitMap
 
 
 def negative_stats(
-    anchors: Tensor, candidates: Tensor, excluded: Tensor, logit_map: LogitMap, *, want_cosine: bool
+    anchors: Tensor, candidates: Tensor | None, excluded: Tensor, logit_map: LogitMap, *, want_cosine: bool
 ) -> NegativeStats:
     """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i, with s_ij = anchors_i . candidates_j.
 
     Args:
         anchors: (rows, dim), of length 1.
-        candidates: (columns, dim), of length 1.
-        excluded: (rows, any) int64, the columns that are not negatives of each row.
+        candidates: (columns, dim), of length 1; None where they are the anchors themselves.
+        excluded: (rows, any) int64 on the CPU, the columns that are not negatives of each row.
         logit_map: a.
         want_cosine: whether to return the negatives' mean cosine as well.
     """
-    cosine = anchors @ candidates.T
-    out = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, excluded, True)
+    cosine = anchors @ (anchors if candidates is None else candidates).T
+    out = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, excluded.to(cosine.device), True)
     logit = logit_map.logit(cosine).masked_fill(out, -math.inf)
     mean_cosine = None
     if want_cosine:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,6 +25,7 @@ class RowStats:
         num_negatives: how many negatives each anchor has.
         log_s: log of the running mean of exp(logit) over i's negatives that SogCLR divides by; None is the batch's
             own mean.
+        mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
     """
 
     positive: Tensor
@@ -32,6 +34,7 @@ class RowStats:
     negative_cosine: Tensor | None
     num_negatives: int
     log_s: Tensor | None = None
+    mean: Callable[[Tensor], Tensor] = torch.mean
 
 
 class NegativeStats(NamedTuple):

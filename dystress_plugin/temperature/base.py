@@ -39,8 +39,22 @@ class LogitMap(ABC):
         """The temperature at each cosine, for logs and figures; in the unit of a cosine, positive."""
 
     @abstractmethod
+    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        """Fresh a(s) and a'(s), which share most of their work; the slope may be smaller, if it broadcasts."""
+
+    @abstractmethod
     def rows(self, rows: slice) -> LogitMap:
         """The map restricted to some rows."""
+
+    @property
+    @abstractmethod
+    def bound(self) -> float:
+        """A number that |a(s)| does not exceed, known without looking at a tensor."""
+
+    @property
+    @abstractmethod
+    def rowless(self) -> bool:
+        """Whether every row has the same map."""
 
 
 class LogitMaps(NamedTuple):
@@ -52,9 +66,15 @@ class LogitMaps(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaled(LogitMap):
-    """a(s) = s / tau, with tau a number, a 0-dim tensor, or one per row as (rows, 1)."""
+    """a(s) = s / tau, with tau a number, a 0-dim tensor, or one per row as (rows, 1).
+
+    Attributes:
+        tau: the temperature.
+        least: what it is never below; needed where it is a tensor.
+    """
 
     tau: float | Tensor
+    least: float | None = None
 
     def logit(self, cosine: Tensor) -> Tensor:
         return cosine / self._tau(cosine)
@@ -62,13 +82,26 @@ class Scaled(LogitMap):
     def slope(self, cosine: Tensor) -> Tensor:
         return torch.ones_like(cosine) / self._tau(cosine)
 
+    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        slope = cosine.new_ones(()) / self._tau(cosine)
+        return cosine * slope, slope
+
     def temperature(self, cosine: Tensor) -> Tensor:
         return torch.zeros_like(cosine) + self._tau(cosine)
 
     def rows(self, rows: slice) -> Scaled:
-        if isinstance(self.tau, Tensor) and self.tau.dim() > 0:
-            return Scaled(self.tau[rows])
-        return self
+        if self.rowless:
+            return self
+        assert isinstance(self.tau, Tensor)  # narrows the type
+        return Scaled(self.tau[rows], self.least)
+
+    @property
+    def bound(self) -> float:
+        return 1 / (self.least or float(self.tau))
+
+    @property
+    def rowless(self) -> bool:
+        return not isinstance(self.tau, Tensor) or self.tau.dim() == 0
 
     def _tau(self, cosine: Tensor) -> float | Tensor:
         return self.tau.to(cosine.dtype) if isinstance(self.tau, Tensor) else self.tau
@@ -100,11 +133,13 @@ class Temperature(nn.Module, ABC):
         needs_index: the loss must be given `index`.
         needs_epoch: the loss must be given `epoch`.
         needs_negative_cosine: `observe` reads `RowStats.negative_cosine`.
+        per_step: adapters pass the epoch with the fraction of it that is over, not the whole number.
     """
 
     needs_index = False
     needs_epoch = False
     needs_negative_cosine = False
+    per_step = False
 
     @abstractmethod
     def prepare(self, batch: Batch) -> LogitMaps:
@@ -118,6 +153,10 @@ class Temperature(nn.Module, ABC):
             there is none, which means the batch's own.
         """
         return None
+
+    def clock(self, epoch: int, batch: int, batches: int) -> float:
+        """What an adapter passes as the epoch at batch `batch` of the `batches` of an epoch, both 0 first."""
+        return epoch + batch / batches if self.per_step else float(epoch)
 
 
 def check_positive(name: str, value: float) -> float:

@@ -22,6 +22,8 @@ class CosineSchedule(Temperature):
         tau_min: lowest temperature, above 0.
         tau_max: highest temperature, at least tau_min.
         period: epochs of one full cycle, above 0.
+        per_step: whether the adapters pass the epoch with its fraction, so that the temperature moves at every step
+            instead of every epoch. The loss itself takes either.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -29,8 +31,11 @@ class CosineSchedule(Temperature):
 
     needs_epoch = True
 
-    def __init__(self, tau_min: float = 0.1, tau_max: float = 1.0, period: float = 400.0) -> None:
+    def __init__(
+        self, tau_min: float = 0.1, tau_max: float = 1.0, period: float = 400.0, *, per_step: bool = False
+    ) -> None:
         super().__init__()
+        self.per_step = bool(per_step)
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)
         self.period = check_positive("period", period)
 
@@ -45,4 +50,4 @@ class CosineSchedule(Temperature):
         return LogitMaps(map_, map_)
 
     def extra_repr(self) -> str:
-        return f"tau_min={self.tau_min}, tau_max={self.tau_max}, period={self.period}"
+        return f"tau_min={self.tau_min}, tau_max={self.tau_max}, period={self.period}, per_step={self.per_step}"

@@ -87,7 +87,7 @@ class ProfiledMap(LogitMap):
     detach: bool
 
     def temperature(self, cosine: Tensor) -> Tensor:
-        return self.tau_min + (self.tau_max - self.tau_min) * self.shape(cosine)
+        return (self.shape(cosine) * (self.tau_max - self.tau_min)).add_(self.tau_min)
 
     def logit(self, cosine: Tensor) -> Tensor:
         return cosine / self.temperature(cosine.detach() if self.detach else cosine)
@@ -98,8 +98,22 @@ class ProfiledMap(LogitMap):
             return 1 / tau
         return (1 - cosine * (self.tau_max - self.tau_min) * self.shape_slope(cosine) / tau) / tau
 
+    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        if self.detach:
+            slope = self.temperature(cosine).reciprocal_()
+            return cosine * slope, slope
+        return self.logit(cosine), self.slope(cosine)
+
     def rows(self, rows: slice) -> ProfiledMap:
         return self
+
+    @property
+    def bound(self) -> float:
+        return 1 / self.tau_min
+
+    @property
+    def rowless(self) -> bool:
+        return True
 
 
 def monotone_limit(shape: Curve, shape_slope: Curve) -> float:
@@ -140,6 +154,8 @@ class DySTreSS(Temperature):
         detach: whether tau(s) counts as a constant in the gradient. The released code does so everywhere but
             in its DCL loss.
         negative_range: another (tau_min, tau_max) for the negatives; None uses the same.
+        stabilise: epochs over which tau_min rises linearly to tau_max, so that training ends with a constant; None
+            leaves it. Off in the released code, where it stands commented out without a result.
 
     Raises:
         ValueError: for a range that is not 0 < tau_min <= tau_max, an unknown profile, or a parameter that the
@@ -161,6 +177,7 @@ class DySTreSS(Temperature):
         rate: float | None = None,
         detach: bool = True,
         negative_range: tuple[float, float] | None = None,
+        stabilise: float | None = None,
     ) -> None:
         super().__init__()
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)
@@ -172,6 +189,8 @@ class DySTreSS(Temperature):
             if len(negative_range) != 2:
                 raise ValueError(f"negative_range={negative_range} must be a pair (tau_min, tau_max) or None.")
             self.negative_range = check_range(*negative_range, "negative_range[0]", "negative_range[1]")
+        self.stabilise = None if stabilise is None else check_positive("stabilise", stabilise)
+        self.needs_epoch = self.stabilise is not None
 
         limit = monotone_limit(*self._shape())
         for low, high in filter(None, [(self.tau_min, self.tau_max), self.negative_range]):
@@ -184,10 +203,17 @@ class DySTreSS(Temperature):
                 )
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        positive = ProfiledMap(self.tau_min, self.tau_max, *self._shape(), self.detach)
+        positive = self._map(self.tau_min, self.tau_max, batch)
         if self.negative_range is None:
             return LogitMaps(positive, positive)
-        return LogitMaps(positive, ProfiledMap(*self.negative_range, *self._shape(), self.detach))
+        return LogitMaps(positive, self._map(*self.negative_range, batch))
+
+    def _map(self, tau_min: float, tau_max: float, batch: Batch) -> ProfiledMap:
+        if self.stabilise is not None:
+            if batch.epoch is None:
+                raise ValueError("DySTreSS with stabilise needs the epoch: call loss(z0, z1, epoch=current_epoch).")
+            tau_min += (tau_max - tau_min) * min(1.0, batch.epoch / self.stabilise)
+        return ProfiledMap(tau_min, tau_max, *self._shape(), self.detach)
 
     def _shape(self) -> tuple[Curve, Curve]:
         # Built on use: the closures would keep the module from being pickled.
@@ -199,6 +225,7 @@ class DySTreSS(Temperature):
             **self.parameters_,
             "detach": self.detach,
             "negative_range": self.negative_range,
+            "stabilise": self.stabilise,
         }
         return f"tau_min={self.tau_min}, tau_max={self.tau_max}, " + ", ".join(f"{k}={v}" for k, v in own.items())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dystress_plugin import distributed
 from dystress_plugin.engine.rows import RowStats
+from dystress_plugin.errors import unknown_name
 from dystress_plugin.temperature.base import (
     Batch,
     LogitMaps,
@@ -56,6 +57,8 @@ class Individual(Temperature):
         beta: share of the new gradient in u, in (0, 1].
         eta: step size of tau, at least 0.
         clip: bound of G, above 0.
+        gradient: "cosine" as above, the unimodal code's form. "difference" computes S, w and G from s_j - s_p instead,
+            p the positive, as the formula in the paper and the bimodal code do. They agree at the first visit.
 
     Attributes:
         tau, log_s, u, visited: buffers of length num_samples, so that a checkpoint resumes. The first three keep
@@ -88,6 +91,8 @@ class Individual(Temperature):
         beta: float = 0.5,
         eta: float = 0.03,
         clip: float = 3.0,
+        *,
+        gradient: str = "cosine",
     ) -> None:
         super().__init__()
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)
@@ -103,6 +108,9 @@ class Individual(Temperature):
         if self.eta < 0:
             raise ValueError(f"eta={eta} must be at least 0.")
         self.clip = check_positive("clip", clip)
+        if gradient not in ("cosine", "difference"):
+            raise ValueError(unknown_name("gradient", gradient, ["cosine", "difference"]))
+        self.gradient = gradient
         self._rho_checked = False
         self.resize(num_samples)
 
@@ -128,7 +136,8 @@ class Individual(Temperature):
         self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool, device=device))
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        map_ = Scaled(self.tau[self._checked(batch.index)].to(batch.positive_cosine.dtype)[:, None])
+        tau = self.tau[self._checked(batch.index)].to(batch.positive_cosine.dtype)
+        map_ = Scaled(tau[:, None], least=self.tau_min)
         return LogitMaps(map_, map_)
 
     @torch.no_grad()
@@ -146,14 +155,16 @@ class Individual(Temperature):
                 )
         tau, visited = self.tau[index], self.visited[index]
         assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
-        log_g = stats.negative.double() - log_n
+        # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves.
+        positive = stats.positive_cosine.double() if self.gradient == "difference" else torch.zeros_like(tau)
+        log_g = stats.negative.double() - log_n - positive / tau
         moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
         log_s = torch.where(visited, moved, log_g)
         if self.training:
             weight = torch.exp(log_g - log_s)
-            gradient = log_s + self.rho - weight * stats.negative_cosine.double() / tau
+            gradient = log_s + self.rho - weight * (stats.negative_cosine.double() - positive) / tau
             self._update(index, log_s, gradient, batch.views)
-        return log_s.to(stats.negative.dtype)
+        return (log_s + positive / tau).to(stats.negative.dtype)
 
     def _update(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
         images = index.view(views, -1)[0]
@@ -198,7 +209,7 @@ class Individual(Temperature):
         return self
 
     def extra_repr(self) -> str:
-        names = ("num_samples", "tau_init", "tau_min", "tau_max", "rho", "gamma", "beta", "eta", "clip")
+        names = ("num_samples", "tau_init", "tau_min", "tau_max", "rho", "gamma", "beta", "eta", "clip", "gradient")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 

@@ -55,7 +55,8 @@ class ModelAware(Temperature):
                 f"(now {self.alpha}) or threshold (now {self.threshold}) avoids this.",
                 stacklevel=2,
             )
-        map_ = Scaled(self.tau * factor.clamp(min=FLOOR))
+        least = max(FLOOR, 1 + self.alpha * (-1 - self.threshold))
+        map_ = Scaled(self.tau * factor.clamp(min=least), least=self.tau * least)
         return LogitMaps(map_, map_)
 
     def extra_repr(self) -> str:

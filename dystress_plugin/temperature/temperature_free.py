@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -30,8 +31,19 @@ class LogOddsMap(LogitMap):
         held = cosine.clamp(self.clamp - 1, 1 - self.clamp)
         return (1 - held) * (1 + held) / 2
 
+    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logit(cosine), self.slope(cosine)
+
     def rows(self, rows: slice) -> LogOddsMap:
         return self
+
+    @property
+    def bound(self) -> float:
+        return 2 * math.atanh(1 - self.clamp)
+
+    @property
+    def rowless(self) -> bool:
+        return True
 
     def _inside(self, cosine: Tensor) -> Tensor:
         return cosine.abs() < 1 - self.clamp

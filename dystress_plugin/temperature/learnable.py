@@ -1,0 +1,49 @@
+"""A learned scalar temperature, as CLIP has it."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import nn
+
+from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+
+
+@final
+class Learnable(Temperature):
+    """a(s) = s / tau, tau = exp(log_tau) one parameter, trained with the model and held in [tau_min, tau_max].
+
+    With L the logsumexp of an anchor's negative logits, dL / dlog_tau = -(mean of those logits under their softmax).
+    The parameter belongs to the loss: give `loss.parameters()` to the optimizer too, without weight decay.
+
+    CLIP, 2021, https://arxiv.org/abs/2103.00020 (0.07 at the start, never below 0.01).
+
+    Args:
+        tau: temperature at the start, in [tau_min, tau_max].
+        tau_min: lowest temperature, above 0.
+        tau_max: highest temperature.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    def __init__(self, tau: float = 0.07, tau_min: float = 0.01, tau_max: float = 1.0) -> None:
+        super().__init__()
+        self.tau_min, self.tau_max = check_range(tau_min, tau_max)
+        tau = check_positive("tau", tau)
+        if not self.tau_min <= tau <= self.tau_max:
+            raise ValueError(f"tau={tau} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}].")
+        self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        with torch.no_grad():
+            # The parameter itself is moved back, as in CLIP: a clamp in the graph would leave it without gradient
+            # outside of the range, for good.
+            self.log_tau.clamp_(math.log(self.tau_min), math.log(self.tau_max))
+        map_ = Scaled(self.log_tau.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
+        return LogitMaps(map_, map_)
+
+    def extra_repr(self) -> str:
+        return f"tau={math.exp(float(self.log_tau.detach())):.4g}, tau_min={self.tau_min}, tau_max={self.tau_max}"

@@ -1,0 +1,94 @@
+"""Any temperature, reached from a constant one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from dystress_plugin.engine.rows import RowStats
+from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Scaled, Temperature, check_positive
+
+
+@dataclass(frozen=True)
+class MixedMap(LogitMap):
+    """a(s) = (1 - share) * first(s) + share * second(s)."""
+
+    first: LogitMap
+    second: LogitMap
+    share: float
+
+    def logit(self, cosine: Tensor) -> Tensor:
+        return (1 - self.share) * self.first.logit(cosine) + self.share * self.second.logit(cosine)
+
+    def slope(self, cosine: Tensor) -> Tensor:
+        return (1 - self.share) * self.first.slope(cosine) + self.share * self.second.slope(cosine)
+
+    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.first.logit_and_slope(cosine), self.second.logit_and_slope(cosine)
+        logit, slope = ((1 - self.share) * a + self.share * b for a, b in zip(first, second, strict=True))
+        return logit, slope
+
+    def temperature(self, cosine: Tensor) -> Tensor:
+        inverse = (1 - self.share) / self.first.temperature(cosine) + self.share / self.second.temperature(cosine)
+        return 1 / inverse
+
+    def rows(self, rows: slice) -> MixedMap:
+        return MixedMap(self.first.rows(rows), self.second.rows(rows), self.share)
+
+    @property
+    def bound(self) -> float:
+        return max(self.first.bound, self.second.bound)
+
+    @property
+    def rowless(self) -> bool:
+        return self.first.rowless and self.second.rowless
+
+
+@final
+class WarmUp(Temperature):
+    """a(s) = (1 - x) s / tau + x b(s), x = min(1, e / epochs), b the logit of another temperature, e the epoch.
+
+    Training starts at the constant temperature and arrives at the other after `epochs`. Logits are mixed, not
+    temperatures, so that it works for the temperature-free logit too.
+
+    Args:
+        temperature: where it arrives, any `Temperature`.
+        tau: the constant it starts from, above 0.
+        epochs: how long it takes, above 0.
+        per_step: whether adapters pass the epoch with its fraction; see `CosineSchedule`.
+
+    Raises:
+        TypeError: if temperature is not a `Temperature`.
+        ValueError: if a value is out of its range.
+    """
+
+    needs_epoch = True
+
+    def __init__(
+        self, temperature: Temperature, tau: float = 0.1, epochs: float = 10.0, *, per_step: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(temperature, Temperature):
+            raise TypeError(f"temperature={temperature!r} must be a Temperature, such as DySTreSS().")
+        self.temperature = temperature
+        self.tau = check_positive("tau", tau)
+        self.epochs = check_positive("epochs", epochs)
+        self.per_step = bool(per_step) or temperature.per_step
+        self.needs_index = temperature.needs_index
+        self.needs_negative_cosine = temperature.needs_negative_cosine
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        if batch.epoch is None:
+            raise ValueError("WarmUp needs the epoch: call loss(z0, z1, epoch=current_epoch).")
+        share = min(1.0, batch.epoch / self.epochs)
+        maps = self.temperature.prepare(batch)
+        positive, negative = (MixedMap(Scaled(self.tau), map_, share) for map_ in maps)
+        return LogitMaps(positive, negative)
+
+    def observe(self, stats: RowStats, batch: Batch) -> Tensor | None:
+        return self.temperature.observe(stats, batch)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, epochs={self.epochs}, per_step={self.per_step}"
