@@ -6,11 +6,11 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dystress_plugin import __version__
-from dystress_plugin.recipes import METHODS
+from dystress_plugin.recipes import METHODS, Recipe
 
 EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' ({error})."
 
@@ -37,20 +37,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def methods_table() -> str:
-    """Every method with its temperature, objective, parameters and paper."""
-    rows = [("method", "temperature", "objective", "parameters and defaults", "paper")]
-    for recipe in METHODS.values():
-        parameters = ", ".join(
-            name if default is inspect.Parameter.empty else f"{name}={default}"
-            for name, default in recipe.parameters.items()
-        )
-        paper = f"{recipe.paper}, {recipe.url}"
-        rows.append((recipe.name, recipe.temperature.__name__, recipe.objective, parameters, paper))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), f"{row[3]}  [{row[4]}]"])
-        for row in rows
+    """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
+    variants = {name: base for name in METHODS if (base := name.rpartition("_")[0]) in METHODS}
+    lines = _columns(
+        [("method", "temperature", "objective", "paper")]
+        + [
+            (recipe.name, recipe.temperature.__name__, recipe.objective, f"{recipe.paper}, {recipe.url}")
+            for recipe in METHODS.values()
+            if recipe.name not in variants
+        ]
     )
+    lines += ["", *_columns([("parameters and defaults, method_kwargs.NAME=VALUE", "")])]
+    lines += _columns([(name, _defaults(METHODS[name])) for name in METHODS if name not in variants])
+    lines += ["", "variants, with temperature, parameters and paper of the method before the underscore"]
+    lines += _columns([(name, *_difference(METHODS[name], METHODS[base])) for name, base in variants.items()])
+    return "\n".join(lines)
+
+
+def _defaults(recipe: Recipe, without: Collection[str] = ()) -> str:
+    return ", ".join(
+        name if default is inspect.Parameter.empty else f"{name}={default}"
+        for name, default in recipe.parameters.items()
+        if name not in without
+    )
+
+
+def _difference(recipe: Recipe, base: Recipe) -> tuple[str, str]:
+    if recipe.layout == "queue":
+        return (
+            f"objective {recipe.objective}",
+            "a queue of negatives and a momentum encoder: queue_size, momentum_encoder",
+        )
+    return f"objective {recipe.objective}", _defaults(recipe, without=base.parameters)
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:

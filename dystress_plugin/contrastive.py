@@ -47,7 +47,8 @@ class ContrastiveLoss(nn.Module):
         queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
-        engine: "auto" or "dense".
+        engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
+            and not with its square; "auto" takes the faster one for the size. A second derivative needs "dense".
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
@@ -248,7 +249,10 @@ class ContrastiveLoss(nn.Module):
             epoch = float(epoch)
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
         with torch.autocast(views[0].device.type, enabled=False):
-            return [normalize(view.to(dtype)) for view in views], index, epoch
+            together = torch.cat([view.to(dtype) for view in views])
+            if together.device.type == "cpu" and not torch.isfinite(together).all():
+                raise ValueError(_not_finite(views))
+            return list(normalize(together).chunk(len(views))), index, epoch
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -283,8 +287,8 @@ def normalize(z: Tensor) -> Tensor:
     peak = z.detach().abs().amax(dim=1, keepdim=True)
     # Below, the gradient 1/|z| itself would leave the dtype's range.
     present = peak > 1e8 * torch.finfo(z.dtype).tiny
-    z = torch.where(present, z, 1.0) / torch.where(present, peak, 1.0)
-    return torch.where(present, z / z.square().sum(dim=1, keepdim=True).sqrt(), 0.0)
+    z = z / torch.where(present, peak, math.inf)
+    return z * torch.where(present, z.square().sum(dim=1, keepdim=True), 1.0).rsqrt()
 
 
 def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:
@@ -320,6 +324,9 @@ def _check_view(number: int, view: Tensor, first: Tensor) -> None:
         raise ValueError(f"View {number} is on {view.device}, view 0 on {first.device}; move them together.")
     if view.numel() == 0:
         raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
-    if view.device.type == "cpu" and not torch.isfinite(view).all():
-        bad = int((~torch.isfinite(view)).any(dim=1).sum())
-        raise ValueError(f"View {number} has {bad} of {len(view)} rows with NaN or infinity: the model diverged.")
+
+
+def _not_finite(views: Sequence[Tensor]) -> str:
+    bad = [int((~torch.isfinite(view)).any(dim=1).sum()) for view in views]
+    number = next(v for v, rows in enumerate(bad) if rows)
+    return f"View {number} has {bad[number]} of {len(views[0])} rows with NaN or infinity: the model diverged."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -38,17 +39,16 @@ def views(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
     SimCLR's layout. Anchors come view by view.
     """
     number, batch = len(units), len(units[0])
-    stacked = torch.stack(list(units), dim=1)  # (batch, views, dim)
-    cosine = stacked @ stacked.mT  # (batch, views, views)
-    others = [[w for w in range(number) if w != v] for v in range(number)]
-    positive_cosine = torch.cat([cosine[:, v, others[v]] for v in range(number)])
-
-    everything, start = distributed.all_rows_with_gradient(stacked) if gather else (stacked, 0)
-    own = start + torch.arange(batch).repeat(number)
-    excluded = own[:, None] + len(everything) * torch.arange(number)[None, :]
-    alone = everything is stacked
-    candidates = None if alone else everything.transpose(0, 1).flatten(0, 1)
-    return [Block(torch.cat(list(units)), positive_cosine, candidates, excluded)]
+    cosine = {(v, w): (units[v] * units[w]).sum(dim=1) for v in range(number) for w in range(v + 1, number)}
+    positive_cosine = torch.cat(
+        [torch.stack([cosine[min(v, w), max(v, w)] for w in range(number) if w != v], dim=1) for v in range(number)]
+    )
+    anchors = torch.cat(list(units))
+    if not gather or distributed.world_size() == 1:
+        return [Block(anchors, positive_cosine, None, _same_image(number, batch, batch, 0))]
+    everything, start = distributed.all_rows_with_gradient(torch.stack(list(units), dim=1))  # (images, views, dim)
+    candidates = everything.transpose(0, 1).flatten(0, 1)
+    return [Block(anchors, positive_cosine, candidates, _same_image(number, batch, len(everything), start))]
 
 
 def queue(units: Sequence[Tensor], keys: Tensor) -> list[Block]:
@@ -70,6 +70,13 @@ def one_way(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
 def both_ways(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
     """`one_way` from side 0 to side 1 and from side 1 to side 0: CLIP's layout."""
     return one_way(units, gather=gather) + one_way(units[::-1], gather=gather)
+
+
+@lru_cache(maxsize=8)
+def _same_image(number: int, batch: int, images: int, start: int) -> Tensor:
+    """For every anchor, view by view, the candidates that show its image; of all `images` its own begin at `start`."""
+    own = start + torch.arange(batch).repeat(number)
+    return own[:, None] + images * torch.arange(number)[None, :]
 
 
 LAYOUTS = {"views": views, "one_way": one_way, "both_ways": both_ways}

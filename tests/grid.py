@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -14,12 +15,13 @@ from dystress_plugin import ContrastiveLoss, temperature
 
 EPOCH = 37.5
 SAMPLES = 50
-OBJECTIVES = ("ntxent", "macl", "sogclr")
+OBJECTIVES = ("ntxent", "macl", "sogclr", "dcl", "dclw")
 
 
 class Case(NamedTuple):
     build: Callable[[], temperature.Temperature]
     maps: Callable[..., oracle.Map] | None  # from the alignment to the map, or to (positives' map, negatives' map)
+    tables: Callable[[], oracle.Individual] | None = None  # where there is a map for every sample instead
 
 
 def dystress(profile, low=0.1, high=0.2, detach=True, **own):
@@ -38,6 +40,19 @@ def two_ranges(profile, detach):
     )
 
 
+def lifted(profile, detach, *ends):
+    """Stabilised: 37.5 of 100 epochs are over."""
+    found = [oracle.quotient(*getattr(oracle, profile)(*oracle.lifted(EPOCH, 100, *e)), detach) for e in ends]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def warm_up(build, maps):
+    return Case(
+        lambda: temperature.WarmUp(build(), tau=0.3, epochs=50), lambda a: oracle.warm_up(EPOCH / 50, 0.3, maps(a))
+    )
+
+
+LEARNED = math.exp(torch.tensor(math.log(0.12)).item())  # the parameter is float32
 PROFILES = ("cosine", "shifted", "cosine_constant", "exponential", "linear")
 CASES = {
     "constant": Case(lambda: temperature.Constant(0.1), lambda a: oracle.constant(0.1)),
@@ -60,9 +75,50 @@ CASES = {
     ),
     "macl": Case(lambda: temperature.ModelAware(0.1, 0.5, 0.2), lambda a: oracle.model_aware(a, 0.1, 0.5, 0.2)),
     "ts": Case(lambda: temperature.CosineSchedule(), lambda a: oracle.scheduled(EPOCH, 0.1, 1.0, 400)),
-    "isogclr": Case(lambda: temperature.Individual(SAMPLES), None),
+    "isogclr": Case(lambda: temperature.Individual(SAMPLES), None, lambda: oracle.Individual(SAMPLES)),
     "tempfree": Case(lambda: temperature.TemperatureFree(), lambda a: oracle.log_odds(1e-6)),
+    "dystress-stabilised": Case(
+        lambda: temperature.DySTreSS(0.1, 0.2, stabilise=100), lambda a: lifted("cosine", True, (0.1, 0.2))
+    ),
+    "dystress-stabilised-two-ranges-live": Case(
+        lambda: temperature.DySTreSS(0.1, 0.2, "linear", detach=False, negative_range=(0.08, 0.15), stabilise=100),
+        lambda a: lifted("linear", False, (0.1, 0.2), (0.08, 0.15)),
+    ),
+    "step-first-half": Case(
+        lambda: temperature.StepSchedule(0.2, 0.6, 80), lambda a: oracle.stepped(EPOCH, 0.2, 0.6, 80)
+    ),
+    "step-second-half": Case(
+        lambda: temperature.StepSchedule(0.2, 0.6, 16), lambda a: oracle.stepped(EPOCH, 0.2, 0.6, 16)
+    ),
+    "isogclr-difference": Case(
+        lambda: temperature.Individual(SAMPLES, gradient="difference"),
+        None,
+        lambda: oracle.Individual(SAMPLES, gradient="difference"),
+    ),
+    "learnable": Case(lambda: temperature.Learnable(0.12), lambda a: oracle.learnable(LEARNED)),
+    "warm-up-dystress-live": warm_up(
+        lambda: temperature.DySTreSS(0.1, 0.2, detach=False),
+        lambda a: oracle.quotient(*oracle.cosine(0.1, 0.2), False),
+    ),
+    "warm-up-macl": warm_up(lambda: temperature.ModelAware(), lambda a: oracle.model_aware(a, 0.1, 0.5, 0.0)),
+    "warm-up-tempfree": warm_up(lambda: temperature.TemperatureFree(), lambda a: oracle.log_odds(1e-6)),
+    "warm-up-learnable": warm_up(lambda: temperature.Learnable(0.12), lambda a: oracle.learnable(LEARNED)),
 }
+# One of every class: where a test is about something else than the shape of a map.
+KINDS = (
+    "constant",
+    "dystress-cosine",
+    "dystress-two-ranges-live",
+    "dystress-stabilised",
+    "macl",
+    "ts",
+    "step-second-half",
+    "isogclr",
+    "isogclr-difference",
+    "tempfree",
+    "learnable",
+    "warm-up-dystress-live",
+)
 
 
 @cache
@@ -76,7 +132,7 @@ def build(name: str) -> temperature.Temperature:
 
 
 def tolerance(name: str) -> float:
-    return 1e-9 if name == "tempfree" else 1e-12
+    return 1e-9 if "tempfree" in name else 1e-12
 
 
 def embeddings(images: int, dim: int, *, views: int = 2, seed: int = 0) -> list[torch.Tensor]:
@@ -86,20 +142,52 @@ def embeddings(images: int, dim: int, *, views: int = 2, seed: int = 0) -> list[
     return [shared + 0.7 * torch.randn(images, dim, generator=generator, dtype=torch.float64) for _ in range(views)]
 
 
+def indices(images: int, seed: int = 0) -> torch.Tensor:
+    return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:images]
+
+
 class Pair:
     """A loss of the package and the oracle's, with the tables that either keeps."""
 
-    def __init__(self, name: str, objective: str, *, queue_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        objective: str,
+        *,
+        queue_size: tuple[int, int] | None = None,
+        layout: str = "views",
+        engine: str = "auto",
+        **settings: float,
+    ) -> None:
         case = CASES[name]
-        self.loss = ContrastiveLoss(build(name), objective=objective, queue_size=queue_size)
-        self.name, self.case, self.objective = name, case, objective
-        self.tables = oracle.Individual(SAMPLES) if case.maps is None else None
+        self.loss = ContrastiveLoss(
+            build(name), objective=objective, queue_size=queue_size, layout=layout, engine=engine, **settings
+        )
+        self.loss.temperature.double()
+        self.name, self.case, self.objective, self.settings = name, case, objective, settings
+        self.tables = case.tables() if case.tables else None
+
+    def with_history(self) -> Pair:
+        """Tables as in the middle of a training: different temperatures, and every third sample not yet visited."""
+        if self.tables:
+            self.tables.tau = torch.linspace(0.06, 0.5, SAMPLES, dtype=torch.float64).tolist()
+            self.tables.u = torch.linspace(-1, 1, SAMPLES, dtype=torch.float64).tolist()
+            self.tables.s = [None if i % 3 == 0 else 0.5 + i / SAMPLES for i in range(SAMPLES)]
+            own = self.loss.temperature
+            own.tau.copy_(torch.tensor(self.tables.tau, dtype=torch.float64))
+            own.u.copy_(torch.tensor(self.tables.u, dtype=torch.float64))
+            own.log_s.copy_(torch.tensor([math.log(s or 1) for s in self.tables.s], dtype=torch.float64))
+            own.visited.copy_(torch.tensor([s is not None for s in self.tables.s]))
+        return self
 
     def package(self, views, index, **more):
-        """The value, and the gradient with respect to every view."""
+        """The value, and the gradient with respect to every view; `by_parameter` keeps that of the parameters."""
         leaves = [view.detach().clone().requires_grad_() for view in views]
         value = self.loss(*leaves, index=index, epoch=EPOCH, **more)
-        return value.detach(), torch.autograd.grad(value, leaves)
+        inputs = [*leaves, *self.loss.parameters()]
+        gradients = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+        self.by_parameter = gradients[len(leaves) :]
+        return value.detach(), gradients[: len(leaves)]
 
     def oracle(self, views, index):
         views, index = [view.tolist() for view in views], index.tolist()
@@ -112,10 +200,11 @@ class Pair:
                 found = self.case.maps(alignment)
             return (found, found) if isinstance(found, oracle.Map) else found
 
-        running = (lambda image, g: self.tables.running(index[image], g)) if self.tables is not None else None
-        result = oracle.loss(views, maps, self.objective, keys=keys, running=running)
+        where = {"keys": keys, "sides": self.loss.layout}
+        running = self.tables.running(index) if self.tables is not None else None
+        result = oracle.loss(views, maps, self.objective, running=running, **where, **self.settings)
         if self.tables is not None:
-            self.tables.update(index, views, keys)
+            self.tables.update(index, views, **where)
         return result
 
 
@@ -130,9 +219,24 @@ def assert_close(actual, expected, tolerance: float, *, terms: float = 0.0) -> N
     assert error <= tolerance * largest, f"off by {error:.3g} of {largest:.3g}"
 
 
+def assert_result(pair: Pair, found, expected, exactly: float | None = None) -> None:
+    exactly = exactly or tolerance(pair.name)
+    value, gradients = found
+    # These values are differences of terms of the size of a cosine or of a logit, exactly 0 where they agree.
+    assert_close(value, expected.value, exactly, terms=0.0 if pair.objective in ("ntxent", "macl") else 1.0)
+    assert_close(torch.stack(gradients), expected.gradients, exactly)
+    for gradient in pair.by_parameter:
+        assert_close(gradient, expected.log_tau, exactly, terms=1.0)
+
+
 def assert_agree(pair: Pair, views, index) -> None:
     expected = pair.oracle(views, index)  # first: the package writes to its queue
-    value, gradients = pair.package(views, index)
-    # SogCLR's value is a difference of mean cosines, exactly 0 where they agree.
-    assert_close(value, expected.value, tolerance(pair.name), terms=1.0 if pair.objective == "sogclr" else 0.0)
-    assert_close(torch.stack(gradients), expected.gradients, tolerance(pair.name))
+    assert_result(pair, pair.package(views, index), expected)
+
+
+def assert_tables_equal(temperature, reference, tolerance: float = 1e-12) -> None:
+    assert temperature.visited.tolist() == [s is not None for s in reference.s]
+    seen = [i for i, s in enumerate(reference.s) if s is not None]
+    assert_close(temperature.tau, reference.tau, tolerance)
+    assert_close(temperature.u, reference.u, tolerance)
+    assert_close(temperature.log_s[seen], [math.log(reference.s[i]) for i in seen], tolerance)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 class Map(NamedTuple):
     logit: object
     slope: object
+    by_log_tau: object = None  # derivative of the logit in the logarithm of a learned temperature
 
 
 class Row(NamedTuple):
@@ -28,6 +29,7 @@ class Row(NamedTuple):
 class Result(NamedTuple):
     value: float
     gradients: list  # one (batch, dim) list of lists per view
+    log_tau: float  # gradient of a learned temperature
 
 
 # Temperatures. DySTreSS, https://arxiv.org/abs/2308.01140
@@ -99,6 +101,29 @@ def scheduled(epoch, low, high, period):
     return constant(low + (high - low) * (1 + math.cos(math.pi * epoch / (period / 2))) / 2)
 
 
+def stepped(epoch, low, high, period):
+    """The same paper's other schedule, as the package defines it."""
+    return constant(high if math.floor(2 * epoch / period) % 2 == 0 else low)
+
+
+def lifted(epoch, epochs, low, high):
+    """DySTreSS's "stabilisation": the range whose lower end has moved towards the upper one."""
+    return low + epoch / epochs * (high - low), high
+
+
+def learnable(tau):
+    """CLIP's logit scale, https://arxiv.org/abs/2103.00020: d(s / tau) / dlog tau = -s / tau"""
+    return Map(lambda s: s / tau, lambda s: 1 / tau, lambda s: -s / tau)
+
+
+def warm_up(share, tau, arrival):
+    return Map(
+        lambda s: (1 - share) * s / tau + share * arrival.logit(s),
+        lambda s: (1 - share) / tau + share * arrival.slope(s),
+        arrival.by_log_tau and (lambda s: share * arrival.by_log_tau(s)),
+    )
+
+
 def log_odds(clamp):
     """Temperature-Free Loss, https://arxiv.org/abs/2501.17683"""
 
@@ -124,19 +149,33 @@ def dot(a, b):
     return math.fsum(map(mul, a, b))
 
 
-def layout(views, keys=None):
+def compared(images, nodes, keys, sides):
+    """(anchor, positives, negatives) as node numbers. Node v * images + i is view v of image i; keys follow."""
+    if keys:
+        return [(i, [images + i], list(range(nodes, nodes + keys))) for i in range(images)]
+    if sides != "views":  # two sides: 0 to 1, and 1 to 0
+        ways = {"one_way": [(0, 1)], "both_ways": [(0, 1), (1, 0)]}[sides]
+        return [
+            (a * images + i, [c * images + i], [c * images + j for j in range(images) if j != i])
+            for a, c in ways
+            for i in range(images)
+        ]
+    return [
+        (
+            i,
+            [j for j in range(nodes) if j % images == i % images and j != i],
+            [j for j in range(nodes) if j % images != i % images],
+        )
+        for i in range(nodes)
+    ]
+
+
+def layout(views, keys=None, sides="views"):
     """Nodes (unit vectors), their lengths, and what every anchor is compared with."""
-    batch = len(views[0])
+    images = len(views[0])
     pairs = [unit(z) for view in views for z in view]
     nodes, lengths = [u for u, _ in pairs], [length for _, length in pairs]
-    rows = []
-    for i in range(batch if keys is not None else len(nodes)):
-        if keys is None:
-            positives = [j for j in range(len(nodes)) if j % batch == i % batch and j != i]
-            negatives = [j for j in range(len(nodes)) if j % batch != i % batch]
-        else:
-            positives, negatives = [batch + i], list(range(2 * batch, 2 * batch + len(keys)))
-        rows.append((i % batch, i, positives, negatives))
+    rows = [(i % images, i, p, n) for i, p, n in compared(images, len(nodes), len(keys or []), sides)]
     nodes = nodes + [list(key) for key in keys or []]
     rows = [
         Row(image, i, p, [dot(nodes[i], nodes[j]) for j in p], n, [dot(nodes[i], nodes[j]) for j in n])
@@ -150,7 +189,8 @@ def alignment(rows):
     return math.fsum(cosines) / len(cosines)
 
 
-# Objectives: from one anchor's cosines to (value, slope for every positive, slope for every negative)
+# Objectives: from one anchor's cosines to (value, slope for every positive, slope for every negative). `running` and
+# `weight` are SogCLR's and DCLW's.
 
 
 def exponentials(map_, cosines):
@@ -172,50 +212,80 @@ def distance(row, positive, negative):
     )
 
 
-def ntxent(row, positive, negative, running):
+def ntxent(row, positive, negative, running, weight):
     d, up, down = distance(row, positive, negative)
     wrong = 1 / (1 + math.exp(-d))  # probability of the negatives
     return math.log1p(math.exp(d)), [wrong * c for c in up], [wrong * c for c in down]
 
 
-def macl(row, positive, negative, running):
+def macl(row, positive, negative, running, weight):
     d, up, down = distance(row, positive, negative)
     odds = math.exp(d)
     # -V log p with p = 1/(1 + odds), V = 1/(1 - p) held constant
     return math.log1p(odds) * (1 + odds) / odds if odds > 0 else 1.0, up, down
 
 
-def sogclr(row, positive, negative, running):
+def dcl(row, positive, negative, running, weight):
+    """Decoupled contrastive learning, https://arxiv.org/abs/2110.06848"""
+    return distance(row, positive, negative)
+
+
+def dclw(row, positive, negative, running, weight):
+    upper, _ = exponentials(positive, row.positive_cosine)
+    lower, _ = exponentials(negative, row.negative_cosine)
+    _, up, down = distance(row, positive, negative)
+    return lower - weight * upper, [weight * c for c in up], down
+
+
+def von_mises_fisher(rows, sigma):
+    """2 - B softmax_i(s_i / sigma) over the positives' cosines of the whole batch, constants in the gradient."""
+    energy = [math.exp(math.fsum(row.positive_cosine) / len(row.positive_cosine) / sigma) for row in rows]
+    return [2 - len(rows) * e / math.fsum(energy) for e in energy]
+
+
+class Running(NamedTuple):
+    """A running mean for SogCLR; the default is the batch's own."""
+
+    mean: object = lambda row, g: g
+    offset: object = lambda row: 0.0  # what is subtracted from the logits in it
+
+
+def sogclr(row, positive, negative, running, weight):
     """SogCLR_DRO of iSogCLR, https://arxiv.org/abs/2305.11965: sum_j W_j s_j / n - s_positive with W = exp(a) / s."""
-    energy = [math.exp(negative.logit(s)) for s in row.negative_cosine]
+    energy = [math.exp(negative.logit(s) - running.offset(row)) for s in row.negative_cosine]
     g = math.fsum(energy) / len(energy)
-    weight = [e / running(row.image, g) / len(energy) for e in energy]
+    weights = [e / running.mean(row, g) / len(energy) for e in energy]
     share = 1 / len(row.positive_cosine)
-    value = math.fsum(map(mul, weight, row.negative_cosine)) - share * math.fsum(row.positive_cosine)
-    return value, [-share for _ in row.positives], weight
+    value = math.fsum(map(mul, weights, row.negative_cosine)) - share * math.fsum(row.positive_cosine)
+    return value, [-share for _ in row.positives], weights
 
 
-OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr}
+OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr, "dcl": dcl, "dclw": dclw}
 
 
-def loss(views, maps, objective, *, keys=None, running=None):
+def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigma=0.5):
     """The mean over anchors, but for sogclr the mean over images of the sum over views.
 
-    `maps(image, alignment)` gives the maps of positives and negatives. `running(image, g)` gives the running mean of
-    g = mean_j exp(a_j) that SogCLR divides by; None is g itself. With `keys`: a queue, anchors are view 0.
+    `maps(image, alignment)` gives the maps of positives and negatives, `running` the means that SogCLR divides by.
+    With `keys`: a queue, anchors are view 0. `sides` other than "views": anchors of a side, candidates of the other.
     """
-    nodes, lengths, rows = layout(views, keys)
+    nodes, lengths, rows = layout(views, keys, sides)
     aligned = alignment(rows)
     images = len(views[0])
     scale = 1 / (images if objective == "sogclr" else len(rows))
-    values, pull = [], [[0.0] * len(nodes) for _ in lengths]
-    for row in rows:
-        value, up, down = OBJECTIVES[objective](row, *maps(row.image, aligned), running or (lambda image, g: g))
+    values, log_tau, pull = [], [0.0], [[0.0] * len(nodes) for _ in lengths]
+    for row, weight in zip(rows, von_mises_fisher(rows, sigma), strict=True):
+        positive, negative = maps(row.image, aligned)
+        value, up, down = OBJECTIVES[objective](row, positive, negative, running or Running(), weight)
         values.append(value)
         for j, c in zip(row.positives + row.negatives, up + down, strict=True):
             pull[row.anchor][j] += scale * c
             if j < len(lengths):
                 pull[j][row.anchor] += scale * c
+        if positive.by_log_tau and objective != "sogclr":  # whose weights are constants, and whose cosines are bare
+            cosines, both = row.positive_cosine + row.negative_cosine, [positive] * len(up) + [negative] * len(down)
+            for map_, s, c in zip(both, cosines, up + down, strict=True):
+                log_tau.append(scale * c / map_.slope(s) * map_.by_log_tau(s))
     columns = list(zip(*nodes, strict=True))
     gradients = []
     for i, length in enumerate(lengths):
@@ -223,7 +293,7 @@ def loss(views, maps, objective, *, keys=None, running=None):
         radial = dot(sphere, nodes[i])
         gradients.append([(g - radial * u) / length for g, u in zip(sphere, nodes[i], strict=True)])
     by_view = [gradients[v * images : (v + 1) * images] for v in range(len(views))]
-    return Result(scale * math.fsum(values), by_view)
+    return Result(scale * math.fsum(values), by_view, math.fsum(log_tau))
 
 
 # iSogCLR's tables
@@ -240,6 +310,7 @@ class Individual:
     beta: float = 0.5
     eta: float = 0.03
     clip: float = 3.0
+    gradient: str = "cosine"  # or "difference": s_j - s_positive in place of s_j, the bimodal code's form
     tau: list = field(init=False)
     s: list = field(init=False)  # None before the first visit
     u: list = field(init=False)
@@ -249,22 +320,33 @@ class Individual:
         self.s = [None] * self.num_samples
         self.u = [0.0] * self.num_samples
 
-    def running(self, sample, g):
+    def mean(self, sample, g):
         old = self.s[sample]
         return g if old is None else (1 - self.gamma) * old + self.gamma * g
 
-    def update(self, index, views, keys=None):
-        _, _, rows = layout(views, keys)
+    def subtracted(self, row):
+        if self.gradient == "cosine":
+            return 0.0
+        return math.fsum(row.positive_cosine) / len(row.positive_cosine)
+
+    def running(self, index):
+        return Running(
+            lambda row, g: self.mean(index[row.image], g),
+            lambda row: self.subtracted(row) / self.tau[index[row.image]],
+        )
+
+    def update(self, index, views, keys=None, sides="views"):
+        _, _, rows = layout(views, keys, sides)
         found = {}
         for image, sample in enumerate(index):
             tau = self.tau[sample]
             running, gradient = [], []
             for row in rows:
                 if row.image == image:
-                    n = len(row.negative_cosine)
-                    energy = [math.exp(s / tau) for s in row.negative_cosine]
-                    s = self.running(sample, math.fsum(energy) / n)
-                    tilt = math.fsum(e / s * x / tau for e, x in zip(energy, row.negative_cosine, strict=True)) / n
+                    h = [s - self.subtracted(row) for s in row.negative_cosine]
+                    energy = [math.exp(x / tau) for x in h]
+                    s = self.mean(sample, math.fsum(energy) / len(h))
+                    tilt = math.fsum(e / s * x / tau for e, x in zip(energy, h, strict=True)) / len(h)
                     running.append(s)
                     gradient.append(math.log(s) + self.rho - tilt)
             mean = math.fsum(gradient) / len(gradient)

@@ -9,9 +9,14 @@ from dystress_plugin.recipes import METHODS
 
 def test_methods_prints_the_table(capsys):
     assert main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(METHODS)
-    assert "tau_min=0.1, tau_max=0.2, profile=cosine" in lines[2]
+    papers, parameters, variants = (part.splitlines()[1:] for part in capsys.readouterr().out.split("\n\n"))
+    first = [[line.split()[0] for line in part] for part in (papers, parameters, variants)]
+    assert first[0] == first[1] == [name for name in METHODS if "_" not in name]
+    assert first[0] + first[2] == list(METHODS)
+    assert "https://arxiv.org/abs/2308.01140" in papers[1]
+    assert "tau_min=0.1, tau_max=0.2, profile=cosine" in parameters[1]
+    assert variants[1].split() == ["simclr_dclw", "objective", "dclw", "sigma=0.5"]
+    assert "queue_size" in variants[2]
 
 
 @pytest.mark.parametrize("command", ["pretrain", "evaluate"])

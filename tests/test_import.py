@@ -41,7 +41,10 @@ def test_public_names_are_those_of_the_contract():
         "CosineSchedule",
         "DySTreSS",
         "Individual",
+        "Learnable",
         "ModelAware",
+        "StepSchedule",
         "Temperature",
         "TemperatureFree",
+        "WarmUp",
     ]

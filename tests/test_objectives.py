@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dystress_plugin.engine import RowStats
-from dystress_plugin.objectives import OBJECTIVES, macl, ntxent, sogclr
+from dystress_plugin.objectives import OBJECTIVES, dcl, dclw, macl, ntxent, sogclr
 
 
 def stats(positive, negative, *, log_s=None, count=6):
@@ -51,7 +51,45 @@ def test_macl_gradient_is_that_of_the_difference():
     assert cosines == [None, None]
 
 
-@pytest.mark.parametrize("objective", [ntxent, macl])
+def test_dcl_is_the_difference():
+    rows = stats(*ROWS)
+    value = dcl(rows)
+    assert value.tolist() == [n - p for p, n in zip(*ROWS, strict=True)]
+    up, down, *cosines = gradients(value, rows)
+    assert (up.tolist(), down.tolist(), cosines) == ([-1, -1, -1], [1, 1, 1], [None, None])
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 4.0])
+def test_dclw_weighs_the_positive_by_two_minus_its_share_of_the_batch(sigma):
+    rows = stats(*ROWS)
+    value = dclw(rows, sigma=sigma)
+    energy = [math.exp(0.1 * i / sigma) for i in range(3)]
+    weight = [2 - 3 * e / sum(energy) for e in energy]
+    assert sum(weight) == pytest.approx(3, rel=1e-12)
+    assert value.tolist() == pytest.approx([n - w * p for p, n, w in zip(*ROWS, weight, strict=True)], rel=1e-12)
+    up, down, *cosines = gradients(value, rows)
+    assert up.tolist() == pytest.approx([-w for w in weight], rel=1e-12)
+    assert (down.tolist(), cosines) == ([1, 1, 1], [None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dclw_takes_the_mean_over_all_ranks_where_there_is_one(dtype):
+    cosine = torch.tensor([0.2, -1.0, 1.0], dtype=dtype)
+    rows = RowStats(torch.ones_like(cosine), torch.zeros_like(cosine), cosine, None, 4, mean=lambda e: e.mean() * 2)
+    alone = RowStats(torch.ones_like(cosine), torch.zeros_like(cosine), cosine, None, 4)
+    assert torch.allclose(-dclw(rows, sigma=0.5) - 2, (-dclw(alone, sigma=0.5) - 2) / 2)
+    assert dclw(rows, sigma=0.5).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dclw_of_the_least_sigma_is_finite(dtype):
+    cosine = torch.tensor([-1.0, -0.99, -0.98], dtype=dtype)
+    value = dclw(RowStats(torch.ones_like(cosine), torch.zeros_like(cosine), cosine, None, 4), sigma=0.01)
+    energy = [math.exp((s + 1) / 0.01) for s in cosine.tolist()]
+    assert value.tolist() == pytest.approx([3 * e / sum(energy) - 2 for e in energy], abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [ntxent, macl, dcl])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_rows_have_a_finite_value_and_gradient(objective, dtype):
     positive = torch.tensor([0.0, 0, 0, 0, 0, 0], dtype=dtype, requires_grad=True)
@@ -62,6 +100,7 @@ def test_extreme_rows_have_a_finite_value_and_gradient(objective, dtype):
     expected = {
         ntxent: [math.log1p(math.exp(x)) if x < 500 else x for x in d],
         macl: [1.0, 1.0, 1.0, *d[3:]],
+        dcl: d,
     }[objective]
     assert value.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-37)
     assert gradient.isfinite().all()
@@ -101,12 +140,33 @@ def test_sogclr_weighs_by_the_batch_mean_over_the_running_mean_and_keeps_the_wei
     assert negative.tolist() == pytest.approx(weight, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ntxent", "macl", "sogclr"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_says_whether_it_reads_the_negative_cosine(name):
     rows = stats(*ROWS)
-    used = gradients(OBJECTIVES[name].row_loss(rows), rows)[3] is not None
+    used = gradients(OBJECTIVES[name].row_loss(rows, **OBJECTIVES[name].parameters), rows)[3] is not None
     assert OBJECTIVES[name].needs_negative_cosine == used
 
 
 def test_only_sogclr_is_summed_over_the_views_of_an_image():
     assert [name for name, objective in OBJECTIVES.items() if objective.sum_over_views] == ["sogclr"]
+
+
+def test_only_dclw_has_a_parameter():
+    parameters = {name: dict(objective.parameters) for name, objective in OBJECTIVES.items() if objective.parameters}
+    assert parameters == {"dclw": {"sigma": 0.5}}
+    assert OBJECTIVES["dclw"].checked({}) == {"sigma": 0.5}
+    assert OBJECTIVES["dclw"].checked({"sigma": 2}) == {"sigma": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("sigma", "error", "message"),
+    [
+        (0.0, ValueError, "sigma=0.0 must be above 0"),
+        (0.009, ValueError, "sigma=0.009 must be at least 0.01"),
+        (math.nan, ValueError, "sigma=nan must be finite"),
+        ("1", TypeError, "sigma='1' must be a number, not str"),
+    ],
+)
+def test_bad_parameters_raise_and_name_the_value(sigma, error, message):
+    with pytest.raises(error, match=message):
+        OBJECTIVES["dclw"].checked({"sigma": sigma})

@@ -4,7 +4,7 @@ import inspect
 import pytest
 import torch
 
-from dystress_plugin import recipes
+from dystress_plugin import ContrastiveLoss, recipes
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.recipes import METHODS
 from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, ModelAware, TemperatureFree
@@ -40,6 +40,21 @@ def test_plain_methods_have_the_papers_temperature_objective_and_values(name):
     assert METHODS[name].parameters.items() >= values.items()
 
 
+def test_methods_are_those_of_the_contract():
+    """Each but isogclr also with one suffix, for the objective or for the queue."""
+    suffixed = [f"{name}_{suffix}" for name in PLAIN if name != "isogclr" for suffix in ("dcl", "dclw", "moco")]
+    assert set(METHODS) == {*PLAIN, *suffixed}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
+def test_a_suffix_changes_the_objective_or_the_layout_and_nothing_else(name):
+    base, suffix = METHODS[name.rsplit("_", 1)[0]], name.rsplit("_", 1)[1]
+    changed = {"layout": "queue"} if suffix == "moco" else {"objective": suffix}
+    title = f"{base.title} {'MoCo' if suffix == 'moco' else suffix.upper()}"
+    assert METHODS[name] == dataclasses.replace(base, name=name, title=title, **changed)
+    assert base.layout == "views"
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_recipe_is_complete(name):
     recipe = METHODS[name]
@@ -57,9 +72,18 @@ def test_every_recipe_builds_from_its_own_parameters(name):
     parameters = {
         key: 5 if value is inspect.Parameter.empty else value for key, value in METHODS[name].parameters.items()
     }
-    built = METHODS[name].build_temperature(**parameters)
-    assert repr(built) == repr(METHODS[name].build_temperature(**({"num_samples": 5} if name == "isogclr" else {})))
-    assert type(built) is METHODS[name].temperature
+    queue_size = (8, 3) if METHODS[name].layout == "queue" else None
+    needed = {"num_samples": 5} if name == "isogclr" else {}
+    built, plain = (ContrastiveLoss(name, queue_size=queue_size, **own) for own in (parameters, needed))
+    assert repr(built) == repr(plain)
+    assert type(built.temperature) is METHODS[name].temperature
+    assert built.objective == METHODS[name].objective
+
+
+def test_parameters_of_the_objective_stand_beside_those_of_the_temperature():
+    assert METHODS["dystress_dclw"].parameters == {**METHODS["dystress"].parameters, "sigma": 0.5}
+    assert METHODS["dystress_dcl"].parameters == METHODS["dystress"].parameters
+    assert ContrastiveLoss("dystress_dclw", sigma=0.3, tau_max=0.19).objective_settings == {"sigma": 0.3}
 
 
 def test_defaults_of_a_recipe_stand_unless_they_are_set():

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dystress_plugin.experiment.module import PretrainModule
+from dystress_plugin.metrics import some_pairs
 
 BLUE, ORANGE, GREEN = "#1f77b4", "#d95f02", "#1b9e77"
 STYLE: dict[str, Any] = {
@@ -57,11 +58,11 @@ def curves(metrics: Path, path: Path, title: str) -> None:
 @torch.no_grad()
 def profile(module: PretrainModule, views: list[Tensor], index: Tensor, epoch: int, path: Path, title: str) -> None:
     """The temperature at every cosine, over the histograms of the cosines of one batch of views."""
-    # In train mode, as the loss sees the embeddings; on a copy, since that moves the statistics of the norms.
-    backbone, head = copy.deepcopy(module.backbone).train(), copy.deepcopy(module.projection_head).train()
-    z = head(backbone(torch.cat(views).to(module.device)).flatten(1)).chunk(len(views))
-    keep = slice(256)
-    pairs = module.loss.pairs(*(view[keep] for view in z), index=index[keep], epoch=epoch)
+    # In train mode, as the loss sees the embeddings; that moves the statistics of the norms, which are put back.
+    state = copy.deepcopy(module.state_dict())
+    z = module.train().embed([view.to(module.device) for view in views])
+    module.load_state_dict(state)
+    pairs = some_pairs(module.loss, *z, index=index, epoch=epoch, max_images=256)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         density = figure.subplots()

@@ -1,15 +1,18 @@
-"""The training step of every method, as a LightningModule."""
+"""The training step of every method, as LightningModules: one for each layout of the table."""
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from lightly.models.modules import SimCLRProjectionHead
-from lightly.models.utils import get_weight_decay_parameters
+from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.lars import LARS
-from lightly.utils.scheduler import CosineWarmupScheduler
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
@@ -18,6 +21,9 @@ from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment.evaluation import knn_accuracy
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.metrics import temperature_summary
+from dystress_plugin.temperature.base import check_fraction
+
+MOMENTUM = 0.99  # of the key encoder
 
 # Defaults that the settings leave open: learning rate for a batch over all devices, weight decay.
 OPTIMIZERS = {
@@ -26,8 +32,10 @@ OPTIMIZERS = {
 }
 
 
-class PretrainModule(LightningModule):
+class PretrainModule(LightningModule, ABC):
     """Backbone, projection head and loss; a weighted kNN after every epoch.
+
+    Subclasses are final and say how the views of a batch become what the loss compares.
 
     Args:
         backbone: maps images to (batch, features).
@@ -51,14 +59,20 @@ class PretrainModule(LightningModule):
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
 
+    @abstractmethod
+    def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the loss compares, (batch, projection_dim) each."""
+
     def training_step(self, batch: tuple[list[Tensor], Tensor, Tensor], batch_idx: int) -> Tensor:
         views, _, index = batch
-        z = self.projection_head(self.backbone(torch.cat(views)).flatten(1)).chunk(len(views))
-        context = {"index": index, "epoch": self.current_epoch}
-        loss: Tensor = self.loss(*z, **context)
+        z = self.embed(views)
+        epoch = self.loss.temperature.clock(self.current_epoch, batch_idx, int(self.trainer.num_training_batches))
+        # First, since the loss moves queue and tables on.
+        summary = temperature_summary(self.loss, *z, index=index, epoch=epoch)
+        loss: Tensor = self.loss(*z, index=index, epoch=epoch)
         log: dict[str, Any] = {"batch_size": len(index), "on_step": False, "on_epoch": True}
         self.log("loss", loss, prog_bar=True, sync_dist=True, **log)
-        for name, value in temperature_summary(self.loss, *z, **context).items():
+        for name, value in summary.items():
             how = name.rsplit("_", 1)[-1]
             self.log(
                 "tau" if name == "tau_positive_mean" else name,
@@ -111,3 +125,55 @@ class PretrainModule(LightningModule):
         warmup = s.warmup_epochs if s.warmup_epochs is not None else min(10.0, s.epochs / 10)
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=round(steps * warmup / s.epochs), max_epochs=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@final
+class ViewsModule(PretrainModule):
+    """One encoder for all views, as in SimCLR."""
+
+    def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _project(self.backbone, self.projection_head, torch.cat(list(views))).chunk(len(views))
+
+
+@final
+class QueueModule(PretrainModule):
+    """Anchors from the trained encoder, keys from its moving average, as in MoCo.
+
+    The weight of the past in the average rises from `settings.momentum_encoder` to 1 on half a cosine over the
+    training, as in MoCo v3; the queue starts with random directions. Batch norm sees the batch as it is, without MoCo's
+    shuffling over devices: on GPUs its statistics are those of all devices, and MoCo v3 does without as well.
+
+    MoCo, 2020, https://arxiv.org/abs/1911.05722 (0.999, constant); MoCo v3, 2021, https://arxiv.org/abs/2104.02057
+    (0.99, rising).
+    """
+
+    def __init__(
+        self, backbone: nn.Module, features: int, loss: ContrastiveLoss, settings: PretrainSettings, num_classes: int
+    ) -> None:
+        super().__init__(backbone, features, loss, settings, num_classes)
+        given = settings.momentum_encoder
+        self.momentum = check_fraction("momentum_encoder", MOMENTUM if given is None else given)
+        self.key_backbone = copy.deepcopy(self.backbone)
+        self.key_projection_head = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.key_backbone)
+        deactivate_requires_grad(self.key_projection_head)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        steps = int(self.trainer.estimated_stepping_batches)
+        momentum = cosine_schedule(self.global_step, steps, self.momentum, 1.0)
+        update_momentum(self.backbone, self.key_backbone, momentum)
+        update_momentum(self.projection_head, self.key_projection_head, momentum)
+
+    def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        anchors = _project(self.backbone, self.projection_head, views[0])
+        with torch.no_grad():
+            keys = _project(self.key_backbone, self.key_projection_head, views[1])
+        return anchors, keys
+
+
+MODULES: dict[str, type[PretrainModule]] = {"views": ViewsModule, "queue": QueueModule}
+
+
+def _project(backbone: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
+    z: Tensor = head(backbone(images).flatten(1))
+    return z

@@ -19,14 +19,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
 
-from dystress_plugin import __version__, recipes
+from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment import data as data_module
 from dystress_plugin.experiment import figures
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
 from dystress_plugin.experiment.evaluation import evaluate
-from dystress_plugin.experiment.module import PretrainModule
+from dystress_plugin.experiment.module import MODULES, PretrainModule
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.transforms import plain_transform, view_transform
 from dystress_plugin.temperature import CosineSchedule
@@ -38,6 +38,7 @@ HOST_NOISE = (
     "The '.*_dataloader' does not have many workers",
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
+QUEUE_SIZE = 4096
 COLUMNS = (
     "epoch",
     "loss",
@@ -96,6 +97,10 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if trainer.global_rank != 0 or untrained is None:
         return {}
+    if settings.wandb != "off":
+        import wandb
+
+        wandb.finish()  # or the next run of this process would go on with it
 
     device = str(module.device)
     trained = evaluate(module.backbone, data, device=device, **options)
@@ -125,10 +130,25 @@ def _module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, imag
     method_kwargs = dict(settings.method_kwargs)
     if "num_samples" in recipe.parameters:
         method_kwargs.setdefault("num_samples", len(data.train.labels))
-    loss = ContrastiveLoss(settings.method, gather_distributed=settings.gather_distributed, **method_kwargs)
     seed_everything(settings.seed, workers=True, verbose=False)
+    # First of all that is drawn, so that it starts the same with every method.
     backbone, features = build_backbone(backbone_name(settings.backbone, settings.data), image_size)
-    return PretrainModule(backbone, features, loss, settings, data.num_classes)
+    loss = ContrastiveLoss(
+        settings.method,
+        queue_size=_queue_size(settings, recipe),
+        gather_distributed=settings.gather_distributed,
+        **method_kwargs,
+    )
+    return MODULES[recipe.layout](backbone, features, loss, settings, data.num_classes)
+
+
+def _queue_size(settings: PretrainSettings, recipe: recipes.Recipe) -> tuple[int, int] | None:
+    if recipe.layout == "queue":
+        return settings.queue_size if settings.queue_size is not None else QUEUE_SIZE, settings.projection_dim
+    for key in ("queue_size", "momentum_encoder"):
+        if (value := getattr(settings, key)) is not None:
+            raise ValueError(f"{key}={value} is for methods with a queue, such as 'simclr_moco', not '{recipe.name}'.")
+    return None
 
 
 def _loaders(
@@ -154,6 +174,7 @@ def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
     callbacks: list[Callback] = [
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
+        *_diagnostics(settings, out),
         ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, enable_version_counter=False),
     ]
     if settings.progress:
@@ -174,6 +195,13 @@ def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
         log_every_n_steps=1,
         default_root_dir=out,
     )
+
+
+def _diagnostics(settings: PretrainSettings, out: Path) -> list[Callback]:
+    every = settings.diagnostics_every_n_steps
+    if every < 0:
+        raise ValueError(f"diagnostics_every_n_steps={every} must be at least 1, or 0 for none.")
+    return [diagnostics.callback(out / "diagnostics.csv", every_n_steps=every)] if every else []
 
 
 def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:

@@ -42,6 +42,8 @@ class PretrainSettings:
     backbone: str | None = _key(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
     hidden_dim: int = _key(512, "hidden width of the projection head")
     projection_dim: int = _key(128, "numbers per embedding")
+    queue_size: int | None = _key(None, "negatives in the queue of a *_moco method; null: 4096")
+    momentum_encoder: float | None = _key(None, "of a *_moco method, at the start; rises to 1; null: 0.99")
 
     optimizer: str = _key("lars", "lars | sgd")
     lr: float | None = _key(None, "null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices")
@@ -66,6 +68,9 @@ class PretrainSettings:
     strategy: str = _key("auto", "Lightning's strategy, such as ddp")
     precision: str = _key("32-true", "Lightning's precision, such as 16-mixed or bf16-mixed")
     progress: bool = _key(True, "show a progress bar")
+    diagnostics_every_n_steps: int = _key(
+        50, "steps between two looks at similarities and temperatures, into diagnostics.csv; 0: none"
+    )
     wandb: str = _key("off", "off | offline | online")
     wandb_project: str = _key("dystress", "project in wandb")
     tensorboard: bool = _key(False, "write TensorBoard events to `out`")

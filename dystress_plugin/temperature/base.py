@@ -56,6 +56,16 @@ class LogitMap(ABC):
     def rowless(self) -> bool:
         """Whether every row has the same map."""
 
+    def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
+        """A zero per row whose gradient, in the map's own parameters, is that of logsumexp_j a(s_j).
+
+        For engines that differentiate in the cosines alone. None where the map has no parameter to train.
+
+        Args:
+            mean_cosine: (rows,) mean of the s_j under the softmax of their logits.
+        """
+        return None
+
 
 class LogitMaps(NamedTuple):
     """The maps of one batch; the same object twice unless the method treats negatives differently."""
@@ -94,6 +104,12 @@ class Scaled(LogitMap):
             return self
         assert isinstance(self.tau, Tensor)  # narrows the type
         return Scaled(self.tau[rows], self.least)
+
+    def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
+        if not isinstance(self.tau, Tensor) or not self.tau.requires_grad:
+            return None
+        inverse: Tensor = 1 / self.tau.to(mean_cosine.dtype)
+        return mean_cosine.detach() * (inverse - inverse.detach()).flatten()
 
     @property
     def bound(self) -> float:

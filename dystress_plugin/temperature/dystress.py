@@ -27,50 +27,55 @@ Curve = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Profile:
-    """A shape f with 0 <= f(s) <= 1; the temperature is tau_min + (tau_max - tau_min) * f(s).
+    """A shape of temperature over cosine, between tau_min and tau_min + delta.
 
     Attributes:
         defaults: the parameters this profile has, with its own values.
-        build: from the parameters to (f, f').
+        build: from (tau_min, delta) and the parameters by keyword to (tau, tau').
     """
 
     defaults: dict[str, float]
     build: Callable[..., tuple[Curve, Curve]]
 
 
-def _cosine() -> tuple[Curve, Curve]:
+def _cosine(low: float, delta: float) -> tuple[Curve, Curve]:
     return (
-        lambda s: 0.5 - 0.5 * torch.cos(math.pi * s),
-        lambda s: (0.5 * math.pi) * torch.sin(math.pi * s),
+        lambda s: torch.cos(s * math.pi).mul_(-delta / 2).add_(low + delta / 2),
+        lambda s: torch.sin(s * math.pi).mul_(delta * math.pi / 2),
     )
 
 
-def _plateau(start: float, half_period: float) -> tuple[Curve, Curve]:
-    """1 above `start`; below it a cosine that first falls to 0 at `start - half_period`."""
-    omega = math.pi / half_period
+def _plateau(low: float, delta: float, shift: float, scale: float) -> tuple[Curve, Curve]:
+    """low + delta above `shift`; below it a cosine that first falls to low at `shift - scale`."""
+    omega = math.pi / scale
 
     def phase(s: Tensor) -> Tensor:
         # On the plateau the phase is 0: the curve and its slope join it without a branch, since sin 0 = 0.
-        return omega * (s - start).clamp(max=0)
+        return (s - shift).clamp_(max=0).mul_(omega)
 
-    return lambda s: 0.5 + 0.5 * torch.cos(phase(s)), lambda s: (-0.5 * omega) * torch.sin(phase(s))
-
-
-def _exponential(rate: float) -> tuple[Curve, Curve]:
     return (
-        lambda s: 1 - torch.exp(-rate * s.abs()),
-        lambda s: rate * torch.sign(s) * torch.exp(-rate * s.abs()),
+        lambda s: torch.cos(phase(s)).mul_(delta / 2).add_(low + delta / 2),
+        lambda s: torch.sin(phase(s)).mul_(-delta * omega / 2),
     )
 
 
-def _linear() -> tuple[Curve, Curve]:
-    return torch.abs, torch.sign
+def _exponential(low: float, delta: float, rate: float) -> tuple[Curve, Curve]:
+    return (
+        lambda s: torch.exp(s.abs() * -rate) * -delta + (low + delta),
+        lambda s: torch.sign(s) * torch.exp(s.abs() * -rate) * (delta * rate),
+    )
+
+
+def _linear(low: float, delta: float) -> tuple[Curve, Curve]:
+    return lambda s: s.abs() * delta + low, lambda s: torch.sign(s) * delta
 
 
 PROFILES: dict[str, Profile] = {
     "cosine": Profile({}, _cosine),
-    "shifted": Profile({"shift": -0.4, "scale": 0.7}, lambda shift, scale: _plateau(-shift, scale)),
-    "cosine_constant": Profile({"shift": -0.2, "scale": 0.8}, lambda shift, scale: _plateau(shift, scale)),
+    "shifted": Profile(
+        {"shift": -0.4, "scale": 0.7}, lambda low, delta, shift, scale: _plateau(low, delta, -shift, scale)
+    ),
+    "cosine_constant": Profile({"shift": -0.2, "scale": 0.8}, _plateau),
     "exponential": Profile({"rate": 3.5}, _exponential),
     "linear": Profile({}, _linear),
 }
@@ -78,29 +83,28 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass(frozen=True)
 class ProfiledMap(LogitMap):
-    """a(s) = s / tau(s) with tau(s) = tau_min + (tau_max - tau_min) * f(s)."""
+    """a(s) = s / tau(s)."""
 
+    tau: Curve
+    tau_slope: Curve
     tau_min: float
-    tau_max: float
-    shape: Curve
-    shape_slope: Curve
     detach: bool
 
     def temperature(self, cosine: Tensor) -> Tensor:
-        return (self.shape(cosine) * (self.tau_max - self.tau_min)).add_(self.tau_min)
+        return self.tau(cosine)
 
     def logit(self, cosine: Tensor) -> Tensor:
-        return cosine / self.temperature(cosine.detach() if self.detach else cosine)
+        return cosine / self.tau(cosine.detach() if self.detach else cosine)
 
     def slope(self, cosine: Tensor) -> Tensor:
-        tau = self.temperature(cosine)
+        tau = self.tau(cosine)
         if self.detach:
             return 1 / tau
-        return (1 - cosine * (self.tau_max - self.tau_min) * self.shape_slope(cosine) / tau) / tau
+        return (1 - cosine * self.tau_slope(cosine) / tau) / tau
 
     def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
         if self.detach:
-            slope = self.temperature(cosine).reciprocal_()
+            slope = self.tau(cosine).reciprocal_()
             return cosine * slope, slope
         return self.logit(cosine), self.slope(cosine)
 
@@ -116,14 +120,15 @@ class ProfiledMap(LogitMap):
         return True
 
 
-def monotone_limit(shape: Curve, shape_slope: Curve) -> float:
+def monotone_limit(profile: str, **parameters: float) -> float:
     """The largest tau_max / tau_min at which s / tau(s) still never falls on [-1, 1]; infinite if there is none.
 
-    With tau = tau_min * (1 + r f), r = ratio - 1, the logit falls where 1 + r (f - s f') < 0, so each s with
-    s f' > f bounds r by 1 / (s f' - f).
+    With tau = tau_min * (1 + r f), f the profile from 0 to 1 and r = ratio - 1, the logit falls where
+    1 + r (f - s f') < 0, so each s with s f' > f bounds r by 1 / (s f' - f).
     """
+    f, f_slope = PROFILES[profile].build(0.0, 1.0, **parameters)
     s = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
-    excess = (s * shape_slope(s) - shape(s)).max().item()
+    excess = (s * f_slope(s) - f(s)).max().item()
     return 1 + 1 / excess if excess > 1e-12 else math.inf
 
 
@@ -192,7 +197,7 @@ class DySTreSS(Temperature):
         self.stabilise = None if stabilise is None else check_positive("stabilise", stabilise)
         self.needs_epoch = self.stabilise is not None
 
-        limit = monotone_limit(*self._shape())
+        limit = monotone_limit(profile, **self.parameters_)
         for low, high in filter(None, [(self.tau_min, self.tau_max), self.negative_range]):
             if high / low > limit * (1 + 1e-9):
                 warnings.warn(
@@ -213,11 +218,8 @@ class DySTreSS(Temperature):
             if batch.epoch is None:
                 raise ValueError("DySTreSS with stabilise needs the epoch: call loss(z0, z1, epoch=current_epoch).")
             tau_min += (tau_max - tau_min) * min(1.0, batch.epoch / self.stabilise)
-        return ProfiledMap(tau_min, tau_max, *self._shape(), self.detach)
-
-    def _shape(self) -> tuple[Curve, Curve]:
-        # Built on use: the closures would keep the module from being pickled.
-        return PROFILES[self.profile].build(**self.parameters_)
+        curves = PROFILES[self.profile].build(tau_min, tau_max - tau_min, **self.parameters_)
+        return ProfiledMap(*curves, tau_min, self.detach)
 
     def extra_repr(self) -> str:
         own = {

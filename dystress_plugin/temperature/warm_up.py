@@ -37,6 +37,10 @@ class MixedMap(LogitMap):
     def rows(self, rows: slice) -> MixedMap:
         return MixedMap(self.first.rows(rows), self.second.rows(rows), self.share)
 
+    def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
+        term = self.second.parameter_term(mean_cosine)
+        return None if term is None else self.share * term
+
     @property
     def bound(self) -> float:
         return max(self.first.bound, self.second.bound)

@@ -47,11 +47,11 @@ class SimCLR(pl.LightningModule):
         print(f"epoch: {self.current_epoch:>02}, loss: {self.trainer.callback_metrics['loss']:.5f}")
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.06)
+        return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9)
 
 
-transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
 if args.data == "cifar10":
+    transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
     dataset = torchvision.datasets.CIFAR10("datasets/cifar10", download=True, transform=transform)
 else:  # a folder containing images; here the 1,797 that come with scikit-learn
     folder = Path("datasets/digits")
@@ -59,8 +59,10 @@ else:  # a folder containing images; here the 1,797 that come with scikit-learn
         folder.mkdir(parents=True)
         for number, pixels in enumerate(load_digits().images):
             Image.fromarray((15.9 * pixels).astype("uint8")).save(folder / f"{number:04}.png")
+    # Of so few pixels a smaller crop shows nothing.
+    transform = SimCLRTransform(input_size=16, min_scale=0.5, gaussian_blur=0.0)
     dataset = LightlyDataset(str(folder), transform=transform)
-dataloader = torch.utils.data.DataLoader(dataset, batch_size=256, shuffle=True, drop_last=True, num_workers=2)
+dataloader = torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True, drop_last=True, num_workers=2)
 
 trainer = pl.Trainer(max_epochs=args.epochs, devices=1, accelerator="auto", log_every_n_steps=1)
 trainer.fit(model=SimCLR(), train_dataloaders=dataloader)

@@ -39,8 +39,8 @@ model = SimCLR(nn.Sequential(*list(resnet.children())[:-1]))
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model.to(device)
 
-transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
 if args.data == "cifar10":
+    transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
     dataset = torchvision.datasets.CIFAR10("datasets/cifar10", download=True, transform=transform)
 else:  # a folder containing images; here the 1,797 that come with scikit-learn
     folder = Path("datasets/digits")
@@ -48,11 +48,13 @@ else:  # a folder containing images; here the 1,797 that come with scikit-learn
         folder.mkdir(parents=True)
         for number, pixels in enumerate(load_digits().images):
             Image.fromarray((15.9 * pixels).astype("uint8")).save(folder / f"{number:04}.png")
+    # Of so few pixels a smaller crop shows nothing.
+    transform = SimCLRTransform(input_size=16, min_scale=0.5, gaussian_blur=0.0)
     dataset = LightlyDataset(str(folder), transform=transform)
-dataloader = torch.utils.data.DataLoader(dataset, batch_size=256, shuffle=True, drop_last=True, num_workers=2)
+dataloader = torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True, drop_last=True, num_workers=2)
 
 criterion = DySTreSSLoss(tau_min=0.1, tau_max=0.2)  # in place of NTXentLoss()
-optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9)
 
 print("Starting Training")
 for epoch in range(args.epochs):

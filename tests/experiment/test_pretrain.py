@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dystress_plugin.cli import main
+from dystress_plugin.experiment import module, pretrain
 from dystress_plugin.experiment.pretrain import COLUMNS, SeedEveryEpoch
 from dystress_plugin.recipes import METHODS
 
@@ -20,11 +22,35 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("method", METHODS)
+def settings_of(method, tiny):
+    settings = tiny | {"method": method}
+    if method.startswith("ts"):
+        settings["method_kwargs.period"] = 1
+    if method.endswith("_moco"):
+        settings["queue_size"] = 32
+    return settings
+
+
+FULL = [*(name for name in METHODS if "_" not in name), "dystress_moco"]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in FULL])
+def test_every_variant_trains_for_two_steps(method, tiny, monkeypatch):
+    # What they leave is checked below for the others.
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args, **kwargs: {"knn_top1": 50.0, "linear_top1": 50.0})
+    monkeypatch.setattr(pretrain.figures, "curves", lambda *args: None)
+    monkeypatch.setattr(pretrain.figures, "profile", lambda *args: None)
+    settings = settings_of(method, tiny) | {"epochs": 1, "batch_size": 9, "diagnostics_every_n_steps": 1}
+    assert dystress("pretrain", settings) == 0
+    (row,) = rows(tiny["out"])
+    assert float(row["tau_negative_min"]) > 0
+    with open(f"{tiny['out']}/diagnostics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0"] * 4 + ["1"] * 4
+
+
+@pytest.mark.parametrize("method", FULL)
 def test_every_method_leaves_what_is_promised(method, tiny, capsys):
-    settings = tiny | {"method": method, "epochs": 2}
-    if method == "ts":
-        settings["method_kwargs.period"] = 2
+    settings = settings_of(method, tiny) | {"epochs": 2}
     assert dystress("pretrain", settings) == 0
 
     out = Path(tiny["out"])
@@ -45,6 +71,7 @@ def test_every_method_leaves_what_is_promised(method, tiny, capsys):
     for name in ("knn_top1", "linear_top1", "untrained_knn_top1", "untrained_linear_top1"):
         assert 0 <= summary[name] <= 100
     assert (out / "checkpoints" / "last.ckpt").exists()
+    assert (out / "diagnostics.csv").read_text().count("\n") == 1 + 4
     assert sorted(path.name for path in (out / "figures").glob("*.png")) == ["curves.png", "temperature.png"]
     assert all(path.stat().st_size > 10_000 for path in (out / "figures").glob("*.png"))
     printed = capsys.readouterr().out
@@ -65,12 +92,12 @@ def test_the_backbone_is_a_plain_timm_state_dict_and_evaluates_to_the_summary(ti
     assert json.loads(capsys.readouterr().out) == {name: summary[name] for name in ("knn_top1", "linear_top1")}
 
 
-@pytest.mark.parametrize("method", ["dystress", "isogclr"])
+@pytest.mark.parametrize("method", ["dystress", "isogclr", "macl_moco"])
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, tiny, tmp_path, monkeypatch):
-    whole = tiny | {"method": method, "out": tmp_path / "whole"}
+    whole = settings_of(method, tiny) | {"out": tmp_path / "whole", "diagnostics_every_n_steps": 2}
     assert dystress("pretrain", whole) == 0
 
-    cut = tiny | {"method": method, "out": tmp_path / "cut"}
+    cut = whole | {"out": tmp_path / "cut"}
     on_train_epoch_start = SeedEveryEpoch.on_train_epoch_start
 
     def power_cut(self, trainer, module):
@@ -86,6 +113,9 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, t
     assert dystress("pretrain", cut) == 0
 
     assert rows(cut["out"]) == rows(whole["out"])
+    looks = [(run["out"] / "diagnostics.csv").read_text() for run in (cut, whole)]
+    assert looks[0] == looks[1]
+    assert looks[0].count("\n") == 1 + 4 * 5
     states = [
         torch.load(run["out"] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (cut, whole)
     ]
@@ -137,6 +167,11 @@ def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, cap
         ({"batch_size": 1}, "batch_size=1 must lie between 2 and the 18 training images"),
         ({"batch_size": 19}, "batch_size=19 must lie between 2 and the 18 training images"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"queue_size": 9}, "queue_size=9 is for methods with a queue, such as 'simclr_moco', not 'dystress'."),
+        ({"momentum_encoder": 0.9}, "momentum_encoder=0.9 is for methods with a queue"),
+        ({"method": "ts_moco", "momentum_encoder": 1.5}, "momentum_encoder=1.5 must lie in [0, 1]"),
+        ({"method": "ts_moco", "queue_size": 0}, "queue_size"),
+        ({"diagnostics_every_n_steps": -1}, "diagnostics_every_n_steps=-1 must be at least 1, or 0 for none"),
         ({"wandb": "yes"}, "wandb="),
     ],
 )
@@ -151,11 +186,39 @@ def test_a_schedule_that_cannot_reach_its_minimum_warns(tiny):
         dystress("pretrain", tiny | {"method": "ts", "epochs": 1})
 
 
+def test_the_encoder_of_the_keys_follows_and_the_queue_fills(tiny):
+    settings = tiny | {"method": "simclr_moco", "queue_size": 30, "momentum_encoder": 0.5, "epochs": 2}
+    assert dystress("pretrain", settings) == 0
+    state = torch.load(f"{tiny['out']}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert state["loss.queue.keys"].shape == (30, 128)
+    assert int(state["loss.queue.position"]) == 6 * 6 % 30
+    backbone = torch.load(f"{tiny['out']}/backbone.pt", weights_only=True)
+    name = next(key for key in backbone if key.endswith("weight"))
+    assert torch.equal(backbone[name], state[f"backbone.{name}"])
+    assert not torch.equal(state[f"backbone.{name}"], state[f"key_backbone.{name}"])
+    assert torch.allclose(state[f"backbone.{name}"], state[f"key_backbone.{name}"], atol=0.1)
+
+
+def test_the_momentum_rises_from_its_start_to_one(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "update_momentum", lambda model, ema, m: seen.append(m))
+    assert dystress("pretrain", tiny | {"method": "simclr_moco", "queue_size": 30, "epochs": 2}) == 0
+    assert seen[::2] == seen[1::2] == sorted(seen[::2])
+    assert (len(seen[::2]), seen[0], seen[-1]) == (6, 0.99, 1.0)
+
+
+def test_diagnostics_can_be_left_out(tiny):
+    assert dystress("pretrain", tiny | {"epochs": 1, "diagnostics_every_n_steps": 0}) == 0
+    assert not Path(tiny["out"], "diagnostics.csv").exists()
+
+
 def test_tensorboard_and_offline_wandb_are_written_on_request(tiny, tmp_path):
     assert dystress("pretrain", tiny | {"epochs": 1, "tensorboard": "true", "wandb": "offline"}) == 0
     out = Path(tiny["out"])
     assert list(out.glob("tensorboard/events*"))
     assert list(out.glob("wandb/offline-run-*"))
+    # A run that stays open would swallow the next one of the process.
+    assert importlib.import_module("wandb").run is None
 
 
 def test_evaluate_needs_a_finished_run(tmp_path, capsys):

@@ -4,14 +4,16 @@ import pytest
 from hydra import compose, initialize_config_module
 
 import dystress_plugin.frameworks.solo.configs as configs
+from dystress_plugin import ContrastiveLoss
 from dystress_plugin.frameworks.solo.registration import add_resolver
-from dystress_plugin.frameworks.solo.settings import complete, label, temperature_settings
+from dystress_plugin.frameworks.solo.settings import complete, label, loss_settings
 from dystress_plugin.recipes import METHODS
 
 HEAD = {"proj_hidden_dim": 8, "proj_output_dim": 4}
 FILES = sorted(path.stem for path in Path(configs.__file__).parent.glob("*.yaml"))
 LINEAR = [name for name in FILES if name.startswith("dystress_linear_")]
-PRETRAIN = sorted({*FILES} - {*LINEAR} - {"dystress_pretrain", "dystress_linear"})
+MOCO = "dystress_moco_cifar10"
+PRETRAIN = sorted({*FILES} - {*LINEAR} - {MOCO, "dystress_pretrain", "dystress_linear"})
 DATASETS = {"cifar10", "cifar100", "stl10", "imagenet100", "imagenet", "custom"}
 
 
@@ -20,12 +22,12 @@ def test_every_parameter_gets_its_default(name):
     recipe = METHODS[name]
     filled, notes = complete(recipe, HEAD)
     assert notes == []
-    settings = temperature_settings(recipe, filled)
+    settings = loss_settings(recipe, filled)
     assert list(settings) == list(recipe.parameters)
     if "num_samples" in settings:
         assert settings["num_samples"] is None
         settings["num_samples"] = 3
-    recipe.build_temperature(**settings)
+    ContrastiveLoss(name, queue_size=(4, 2) if recipe.layout == "queue" else None, **settings)
     assert complete(recipe, filled) == (filled, [])
 
 
@@ -55,6 +57,8 @@ def test_label_tells_settings_apart():
         "-negative_range0.1_0.2-tau_max0.3"
     )
     assert label("macl", complete(METHODS["macl"], {**HEAD, "temperature": 0.2}).method_kwargs, 1) == "-seed1-tau0.2"
+    assert label("macl_moco", {**HEAD, "queue_size": 65536}, seed=1) == "-seed1"
+    assert label("macl_moco", {**HEAD, "queue_size": 8}, seed=1) == "-seed1-queue_size8"
     assert label("simclr_of_theirs", {"temperature": 0.2}, seed=1) == "-seed1-temperature0.2"
 
 
@@ -76,6 +80,15 @@ def test_pretraining_configs(name):
     assert cfg.augmentations[0].crop_size == 48
     assert len(cfg.devices) == 1
     assert [crop.num_crops for crop in many.augmentations] == [2, 6]
+
+
+def test_config_of_mocov2plus():
+    add_resolver()
+    with initialize_config_module("dystress_plugin.frameworks.solo.configs", version_base="1.2"):
+        cfg = compose(MOCO)
+    assert cfg.name == "dystress_moco-cifar10-seed5-queue_size32768"
+    assert (cfg.optimizer.name, cfg.momentum.final_tau, cfg.augmentations[0].color_jitter.hue) == ("sgd", 0.999, 0.1)
+    assert cfg.augmentations[0].crop_size == 32
 
 
 @pytest.mark.parametrize("name", LINEAR)

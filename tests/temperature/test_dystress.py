@@ -18,8 +18,8 @@ DEFAULTS = {
 }
 
 
-def tau(temperature, *cosines):
-    map_ = temperature.prepare(Batch(torch.ones(1, 1), None, None, 1, torch.mean)).positive
+def tau(temperature, *cosines, epoch=None, side="positive"):
+    map_ = getattr(temperature.prepare(Batch(torch.ones(1, 1), None, epoch, 1, torch.mean)), side)
     return map_.temperature(torch.tensor(cosines, dtype=torch.float64)).tolist()
 
 
@@ -82,6 +82,8 @@ def test_rate_steepens_the_exponential_profile():
         ({"profile": "exponential", "scale": 0.7}, ValueError, "profile 'exponential' has rate, but no scale"),
         ({"negative_range": (0.3, 0.2)}, ValueError, r"negative_range\[0\]=0.3 is above negative_range\[1\]=0.2"),
         ({"negative_range": (0.0, 0.2)}, ValueError, r"negative_range\[0\]=0.0 must be above 0"),
+        ({"stabilise": 0}, ValueError, "stabilise=0.0 must be above 0"),
+        ({"stabilise": "all"}, TypeError, "stabilise='all' must be a number, not str"),
         ({"negative_range": (0.1, 0.2, 0.3)}, ValueError, r"negative_range=\(0.1, 0.2, 0.3\) must be a pair"),
     ],
 )
@@ -101,6 +103,24 @@ def test_settings_of_none_are_the_profiles_own():
     )
 
 
+# Stabilisation
+
+
+@pytest.mark.parametrize(("epoch", "low"), [(0, 0.1), (5, 0.125), (10, 0.15), (20, 0.2), (33.0, 0.2)])
+def test_stabilisation_lifts_the_lower_end_and_leaves_the_upper(epoch, low):
+    temperature = DySTreSS(0.1, 0.2, "linear", stabilise=20, negative_range=(0.2, 0.6))
+    assert tau(temperature, 0.0, 0.5, 1.0, epoch=epoch) == pytest.approx([low, (low + 0.2) / 2, 0.2], rel=1e-12)
+    low = 0.2 + 4 * (low - 0.1)
+    assert tau(temperature, 0.0, 1.0, epoch=epoch, side="negative") == pytest.approx([low, 0.6], rel=1e-12)
+
+
+def test_only_stabilisation_needs_the_epoch():
+    assert not DySTreSS().needs_epoch
+    assert DySTreSS(stabilise=5).needs_epoch
+    with pytest.raises(ValueError, match="DySTreSS with stabilise needs the epoch"):
+        tau(DySTreSS(stabilise=5), 0.5)
+
+
 # Order inversion
 
 LIMITED = [
@@ -113,7 +133,7 @@ LIMITED = [
 
 @pytest.mark.parametrize(("profile", "own"), LIMITED)
 def test_monotone_limit_is_where_the_logit_first_falls(profile, own):
-    limit = monotone_limit(*PROFILES[profile].build(**{**DEFAULTS[profile], **own}))
+    limit = monotone_limit(profile, **{**DEFAULTS[profile], **own})
     s = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
 
     def logits(temperature):
@@ -154,5 +174,6 @@ def test_range_within_the_limit_does_not_warn(high, profile):
 
 def test_repr_names_the_parameters_of_the_profile():
     assert repr(DySTreSS(profile="shifted")) == (
-        "DySTreSS(tau_min=0.1, tau_max=0.2, profile=shifted, shift=-0.4, scale=0.7, detach=True, negative_range=None)"
+        "DySTreSS(tau_min=0.1, tau_max=0.2, profile=shifted, shift=-0.4, scale=0.7, detach=True, negative_range=None, "
+        "stabilise=None)"
     )

@@ -5,7 +5,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from grid import assert_close, embeddings
+from grid import assert_close, assert_tables_equal, embeddings
 
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.temperature import Individual
@@ -19,49 +19,89 @@ def step(loss, index, seed=0, dtype=torch.float64, views=2):
     return loss(*views, index=torch.tensor(index))
 
 
-def assert_tables_equal(temperature, reference, tolerance=1e-12):
-    assert temperature.visited.tolist() == [s is not None for s in reference.s]
-    seen = [i for i, s in enumerate(reference.s) if s is not None]
-    assert_close(temperature.tau, reference.tau, tolerance)
-    assert_close(temperature.u, reference.u, tolerance)
-    assert_close(temperature.log_s[seen], [math.log(reference.s[i]) for i in seen], tolerance)
-
-
 SETTINGS = [
     {},
     {"gamma": 1.0, "beta": 1.0},
     {"clip": 0.5, "eta": 0.1},
     {"tau_init": 0.3, "tau_min": 0.29, "tau_max": 0.31, "rho": 0.05},
     {"eta": 0.0, "rho": 1.5},
+    {"gradient": "difference"},
+    {"gradient": "difference", "gamma": 0.3, "eta": 0.1},
 ]
+
+
+def both(settings):
+    temperature = Individual(11, **settings)
+    return ContrastiveLoss(temperature), temperature, oracle.Individual(11, **settings)
+
+
+def assert_step_equal(loss, reference, batch, index):
+    """One step of either, from the same tables: value, gradient and the tables after it."""
+    views, samples = [view.tolist() for view in batch], index.tolist()
+    where = {"keys": loss.queue.keys.tolist() if loss.queue else None, "sides": loss.layout}
+
+    def maps(image, _):
+        return (oracle.constant(reference.tau[samples[image]]),) * 2
+
+    expected = oracle.loss(views, maps, "sogclr", running=reference.running(samples), **where)
+    reference.update(samples, views, **where)
+    leaves = [view.requires_grad_() for view in batch]
+    value = loss(*leaves, index=index)
+    assert_close(value, expected.value, 1e-12, terms=1.0)
+    assert_close(torch.stack(torch.autograd.grad(value, leaves)), expected.gradients, 1e-12)
+    assert_tables_equal(loss.temperature, reference)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("duplicates", [False, True])
 def test_twelve_steps_equal_a_plain_loop(settings, views, duplicates):
-    temperature, reference = Individual(11, **settings), oracle.Individual(11, **settings)
-    loss = ContrastiveLoss(temperature)
+    loss, _, reference = both(settings)
     generator = torch.Generator().manual_seed(1)
     for seed in range(12):
         index = torch.randperm(11, generator=generator)[:6]
         if duplicates:
             index[3:] = index[torch.randint(3, (3,), generator=generator)]
-        batch = embeddings(6, 4, seed=seed, views=views)
-        loss(*batch, index=index)
-        reference.update(index.tolist(), [view.tolist() for view in batch])
-        assert_tables_equal(temperature, reference)
+        assert_step_equal(loss, reference, embeddings(6, 4, seed=seed, views=views), index)
 
 
-def test_twelve_steps_with_a_queue_equal_a_plain_loop():
-    reference = oracle.Individual(11)
-    loss = ContrastiveLoss(Individual(11), queue_size=(9, 4))
+@pytest.mark.parametrize("where", [{"queue_size": (9, 4)}, {"layout": "one_way"}, {"layout": "both_ways"}])
+@pytest.mark.parametrize("gradient", ["cosine", "difference"])
+def test_twelve_steps_of_another_layout_equal_a_plain_loop(where, gradient):
+    reference = oracle.Individual(11, gradient=gradient)
+    loss = ContrastiveLoss(Individual(11, gradient=gradient), **where)
     for seed in range(12):
         index = torch.randperm(11, generator=torch.Generator().manual_seed(seed))[:5]
-        batch = embeddings(5, 4, seed=seed)
-        reference.update(index.tolist(), [view.tolist() for view in batch], loss.queue.keys.tolist())
-        loss(*batch, index=index)
-    assert_tables_equal(loss.temperature, reference)
+        assert_step_equal(loss, reference, embeddings(5, 4, seed=seed), index)
+
+
+def trained(loss, steps, dtype):
+    """What the steps leave: values and gradients; the batches hold duplicates."""
+    left = []
+    for seed in steps:
+        views = [view.to(dtype).requires_grad_() for view in embeddings(6, 4, seed=seed)]
+        index = torch.randint(9, (6,), generator=torch.Generator().manual_seed(seed))
+        value = loss(*views, index=index)
+        left += [value.detach(), *torch.autograd.grad(value, views)]
+    return left
+
+
+@pytest.mark.parametrize("gradient", ["cosine", "difference"])
+@pytest.mark.parametrize("where", [{}, {"queue_size": (8, 4)}, {"layout": "both_ways"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_run_interrupted_after_six_steps_ends_as_if_it_had_not_been(tmp_path, gradient, where, dtype):
+    whole, first, second = (ContrastiveLoss(Individual(9, gradient=gradient), **where) for _ in range(3))
+    first.load_state_dict(whole.state_dict())
+    expected = trained(whole, range(12), dtype)
+    found = trained(first, range(6), dtype)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    found += trained(second, range(6, 12), dtype)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(expected) == 36
+    for name, entry in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], entry)
+    assert not torch.equal(first.temperature.tau, whole.temperature.tau)
 
 
 def test_a_queue_of_one_image_updates_its_own_entry_only():
@@ -98,6 +138,39 @@ def test_order_of_a_batch_with_duplicates_does_not_matter():
         assert_close(getattr(first.temperature, name), getattr(second.temperature, name), 1e-13)
 
 
+@pytest.mark.parametrize("gradient", ["cosine", "difference"])
+def test_the_same_batches_with_duplicates_give_the_same_bits(gradient):
+    first, second = (ContrastiveLoss(Individual(9, gradient=gradient)) for _ in range(2))
+    for a, b in zip(trained(first, range(5), torch.float32), trained(second, range(5), torch.float32), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
+
+
+def test_order_of_a_batch_with_duplicates_does_not_matter_to_value_and_gradient():
+    index, order = torch.tensor([3, 1, 3, 0, 1, 3]), torch.tensor([5, 2, 0, 4, 1, 3])
+    results = []
+    for permuted in (torch.arange(6), order):
+        loss = ContrastiveLoss(Individual(5))
+        for seed in range(3):
+            views = [view[permuted].requires_grad_() for view in embeddings(6, 4, seed=seed)]
+            value = loss(*views, index=index[permuted])
+        back = permuted.argsort()
+        results.append((value.detach(), *[g[back] for g in torch.autograd.grad(value, views)]))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, 1e-12)
+
+
+def test_a_duplicate_counts_once_with_the_mean_of_its_occurrences():
+    """Two occurrences that are alike move a sample as far as one does, which two updates in turn would not."""
+    z0, z1 = embeddings(3, 4)
+    twice, once = ContrastiveLoss(Individual(3)), ContrastiveLoss(Individual(4))
+    views = [torch.cat([z, z[:1]]) for z in (z0, z1)]
+    twice(*views, index=torch.tensor([0, 1, 2, 0]))
+    once(*views, index=torch.tensor([0, 1, 2, 3]))  # the same rows, but each image its own sample
+    assert_close(twice.temperature.tau, once.temperature.tau[:3], 1e-13)
+    assert_close(once.temperature.tau[3], once.temperature.tau[0], 1e-13)
+
+
 @pytest.mark.parametrize(("rho", "end"), [(1.7, 0.09), (1e-6, 0.11)])
 def test_temperatures_stay_in_their_range(rho, end):
     loss = ContrastiveLoss(Individual(4, tau_min=0.09, tau_max=0.11, rho=rho, eta=0.1))
@@ -120,8 +193,9 @@ def test_temperature_settles_where_the_divergence_of_the_weights_is_rho():
         assert sum(divergence) / 2 == pytest.approx(rho, abs=1e-4)
 
 
-def test_tiny_temperatures_overflow_nothing():
-    loss = ContrastiveLoss(Individual(4, tau_init=1e-4, tau_min=1e-4))
+@pytest.mark.parametrize("gradient", ["cosine", "difference"])
+def test_tiny_temperatures_overflow_nothing(gradient):
+    loss = ContrastiveLoss(Individual(4, tau_init=1e-4, tau_min=1e-4, gradient=gradient))
     for seed in range(3):
         assert step(loss, [0, 1, 2, 3], seed, torch.float32).isfinite()
     assert all(getattr(loss.temperature, name).isfinite().all() for name in TABLES)
@@ -138,6 +212,17 @@ def test_state_dict_resumes_where_it_stopped():
     assert torch.equal(step(loss, [1, 5, 7], 3), step(fresh, [1, 5, 7], 3))
     for name in TABLES:
         assert torch.equal(getattr(loss.temperature, name), getattr(fresh.temperature, name))
+
+
+def test_both_gradients_agree_at_the_first_visit_and_only_there():
+    """They differ by s_p / tau (g / s - 1), and at the first visit s is g."""
+    losses = [ContrastiveLoss(Individual(3, gradient=gradient, clip=100.0)) for gradient in ("cosine", "difference")]
+    for loss in losses:
+        step(loss, [0, 1, 2])
+    assert_close(losses[0].temperature.tau, losses[1].temperature.tau, 1e-13)
+    for loss in losses:
+        step(loss, [0, 1, 2], 1)
+    assert (losses[0].temperature.tau - losses[1].temperature.tau).abs().min() > 1e-4
 
 
 def test_state_dict_of_another_size_is_refused():
@@ -206,6 +291,7 @@ def test_tables_need_no_gradient():
         ({"eta": -0.1}, ValueError, "eta=-0.1 must be at least 0"),
         ({"clip": 0.0}, ValueError, "clip=0.0 must be above 0"),
         ({"eta": math.nan}, ValueError, "eta=nan must be finite"),
+        ({"gradient": "cosin"}, ValueError, "Unknown gradient 'cosin'. Did you mean 'cosine'.*cosine, difference"),
     ],
 )
 def test_bad_settings_raise_and_name_the_value(settings, error, message):
@@ -242,5 +328,5 @@ def test_prepare_without_an_index_raises():
 def test_defaults_are_the_papers_recipe():
     assert repr(Individual(7)) == (
         "Individual(num_samples=7, tau_init=0.1, tau_min=0.05, tau_max=1.0, "
-        "rho=0.4, gamma=0.8, beta=0.5, eta=0.03, clip=3.0)"
+        "rho=0.4, gamma=0.8, beta=0.5, eta=0.03, clip=3.0, gradient=cosine)"
     )

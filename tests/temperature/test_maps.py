@@ -1,8 +1,20 @@
+import math
+
 import pytest
 import torch
-from grid import CASES, EPOCH, assert_close, build
+from grid import CASES, EPOCH, assert_close, build, tolerance
 
-from dystress_plugin.temperature import DySTreSS, TemperatureFree
+from dystress_plugin.temperature import (
+    Constant,
+    CosineSchedule,
+    DySTreSS,
+    Individual,
+    Learnable,
+    ModelAware,
+    StepSchedule,
+    TemperatureFree,
+    WarmUp,
+)
 from dystress_plugin.temperature.base import Batch
 
 EDGES = torch.tensor([1 - 1e-6, 1 - 1e-7, -0.4, 0.4, -0.2], dtype=torch.float64)
@@ -12,7 +24,9 @@ SIDES = ("positive", "negative")
 
 def prepare(temperature, rows=1):
     index = torch.arange(rows) if temperature.needs_index else None
-    return temperature.prepare(Batch(torch.full((rows, 1), 0.7, dtype=torch.float64), index, EPOCH, 1, torch.mean))
+    return temperature.double().prepare(
+        Batch(torch.full((rows, 1), 0.7, dtype=torch.float64), index, EPOCH, 1, torch.mean)
+    )
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -31,12 +45,11 @@ def test_logit_and_slope_equal_the_oracles(name, side):
     expected = CASES[name].maps(0.7) if CASES[name].maps else CASES["constant"].maps(0.7)
     expected = expected[SIDES.index(side)] if isinstance(expected[0], tuple) else expected
     cosines = COSINES.tolist()
-    tolerance = 1e-9 if name == "tempfree" else 1e-12
-    assert_close(map_.logit(COSINES[None])[0], [expected.logit(s) for s in cosines], tolerance)
+    assert_close(map_.logit(COSINES[None])[0], [expected.logit(s) for s in cosines], tolerance(name))
     # At the edge of temperature-free's clamp either slope is right.
     inside = [s for s in cosines if abs(1 - abs(s) - 1e-6) > 1e-9]
     slope = map_.slope(torch.tensor([inside], dtype=torch.float64))[0]
-    assert_close(slope, [expected.slope(s) for s in inside], tolerance)
+    assert_close(slope, [expected.slope(s) for s in inside], tolerance(name))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -45,7 +58,7 @@ def test_logit_is_the_cosine_over_the_temperature_but_for_temperature_free(name,
     map_ = getattr(prepare(build(name)), side)
     tau = map_.temperature(COSINES[None])
     assert (tau > 0).all()
-    if name == "tempfree":
+    if "tempfree" in name:
         inside = COSINES.abs() < 1 - 1e-6
         assert_close(1 / tau[0, inside], map_.slope(COSINES[None])[0, inside], 1e-9)
     else:
@@ -84,9 +97,97 @@ def test_preparing_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_only_individual_temperatures_have_state(name):
-    keys = set(build(name).state_dict())
-    assert keys == ({"tau", "log_s", "u", "visited"} if name == "isogclr" else set())
+def test_only_learned_temperatures_have_state(name):
+    expected = {
+        "isogclr": {"tau", "log_s", "u", "visited"},
+        "isogclr-difference": {"tau", "log_s", "u", "visited"},
+        "learnable": {"log_tau"},
+        "warm-up-learnable": {"temperature.log_tau"},
+    }
+    assert set(build(name).state_dict()) == expected.get(name, set())
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", CASES)
+def test_logit_and_slope_together_are_those_apart_and_are_fresh(name, side):
+    map_ = getattr(prepare(build(name)), side)
+    logit, slope = map_.logit_and_slope(COSINES[None])
+    assert_close(logit, map_.logit(COSINES[None]), 1e-13)
+    assert_close(slope.expand_as(logit), map_.slope(COSINES[None]), 1e-13)
+    kept = COSINES.clone()
+    with torch.no_grad():  # an engine may write into either
+        logit.fill_(7.0)
+        slope.fill_(7.0)
+    assert torch.equal(COSINES, kept)
+    assert_close(map_.logit_and_slope(COSINES[None])[1].expand(1, len(COSINES)), map_.slope(COSINES[None]), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", CASES)
+def test_no_logit_exceeds_the_bound(name, side, dtype):
+    map_ = getattr(prepare(build(name)), side)
+    largest = map_.logit(COSINES.to(dtype)[None]).abs().max().item()
+    assert largest <= map_.bound * (1 + 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "bound"),
+    [
+        (Constant(0.05), 20.0),
+        (DySTreSS(0.05, 0.2), 20.0),
+        (DySTreSS(0.1, 0.2, stabilise=2 * EPOCH), 1 / 0.15),
+        (CosineSchedule(0.1, 0.5, period=2 * EPOCH), 10.0),
+        (StepSchedule(0.1, 0.5, period=4 * EPOCH), 2.0),
+        (TemperatureFree(0.5), 2 * math.atanh(0.5)),
+        (ModelAware(0.1, alpha=0.5, threshold=0.0), 20.0),  # reached at A = -1
+        (ModelAware(0.1, alpha=2.0, threshold=0.0), 100.0),  # held at tau / 10
+        (Learnable(0.2, tau_min=0.1), 10.0),
+        (Individual(3, tau_min=0.05), 20.0),
+        (WarmUp(Constant(0.05), tau=0.1), 20.0),
+        (WarmUp(Constant(0.2), tau=0.1), 10.0),
+    ],
+)
+def test_bound_follows_from_the_settings(temperature, bound):
+    assert [map_.bound for map_ in prepare(temperature)] == [pytest.approx(bound, rel=1e-5)] * 2
+
+
+@pytest.mark.parametrize("alignment", [-1.0, -0.9, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+@pytest.mark.filterwarnings("ignore:MACL's temperature:UserWarning")
+def test_bound_of_the_model_aware_temperature_holds_at_any_alignment(alignment, alpha):
+    map_ = ModelAware(0.1, alpha).prepare(Batch(torch.full((2, 1), alignment), None, None, 1, torch.mean)).positive
+    assert map_.logit(torch.ones(1)).item() <= map_.bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_map_is_rowless_where_its_rows_are_all_alike(name):
+    temperature = build(name)
+    if temperature.needs_index:
+        temperature.tau[:5] = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    for map_ in prepare(temperature, rows=5):
+        logit = map_.logit(torch.full((5, 1), 0.6, dtype=torch.float64))
+        assert map_.rowless == bool((logit == logit[0]).all())
+        assert map_.rows(slice(1, 3)).rowless == map_.rowless
+        assert map_.rows(slice(1, 3)).bound == map_.bound
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameter_term_is_zero_with_the_gradient_of_a_row(name):
+    """d logsumexp_j a(s_j) / dlog tau is what autograd finds, or there is no parameter and no term."""
+    temperature = build(name)
+    map_ = prepare(temperature, rows=3).negative
+    cosine = torch.linspace(-0.9, 0.8, 12, dtype=torch.float64).view(3, 4)
+    logit = map_.logit(cosine)
+    term = map_.parameter_term((torch.softmax(logit, 1) * cosine).sum(1).detach())
+    parameters = list(temperature.parameters())
+    assert (term is None) == (not parameters)
+    if parameters:
+        assert not term.any()
+        expected, found = (
+            torch.autograd.grad(x.sum(), parameters, retain_graph=True)[0] for x in (torch.logsumexp(logit, 1), term)
+        )
+        assert_close(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("clamp", [1e-6, 1e-3, 0.5])

@@ -3,9 +3,20 @@ import warnings
 
 import pytest
 import torch
+from grid import embeddings
 
 from dystress_plugin import ContrastiveLoss
-from dystress_plugin.temperature import Constant, CosineSchedule, ModelAware, TemperatureFree
+from dystress_plugin.temperature import (
+    Constant,
+    CosineSchedule,
+    DySTreSS,
+    Individual,
+    Learnable,
+    ModelAware,
+    StepSchedule,
+    TemperatureFree,
+    WarmUp,
+)
 from dystress_plugin.temperature.base import Batch
 
 
@@ -37,6 +48,17 @@ def tau(temperature, **batch):
         (lambda: ModelAware(alpha=math.nan), ValueError, "alpha=nan must be finite"),
         (lambda: ModelAware(threshold=1.1), ValueError, r"threshold=1.1 must lie in \[-1, 1\]"),
         (lambda: ModelAware(threshold=None), TypeError, "threshold=None must be a number"),
+        (lambda: StepSchedule(0.0), ValueError, "tau_min=0.0 must be above 0"),
+        (lambda: StepSchedule(2.0), ValueError, "tau_min=2.0 is above tau_max=1.0; swap them"),
+        (lambda: StepSchedule(period=0), ValueError, "period=0.0 must be above 0"),
+        (lambda: Learnable(0), ValueError, "tau=0.0 must be above 0"),
+        (lambda: Learnable(0.005), ValueError, r"tau=0.005 must lie in \[tau_min, tau_max\] = \[0.01, 1.0\]"),
+        (lambda: Learnable(1.5), ValueError, "tau=1.5 must lie in"),
+        (lambda: Learnable(tau_min=2.0), ValueError, "tau_min=2.0 is above tau_max=1.0"),
+        (lambda: WarmUp(0.1), TypeError, r"temperature=0.1 must be a Temperature, such as DySTreSS\(\)"),
+        (lambda: WarmUp(Constant), TypeError, "must be a Temperature"),
+        (lambda: WarmUp(Constant(), tau=0), ValueError, "tau=0.0 must be above 0"),
+        (lambda: WarmUp(Constant(), epochs=0), ValueError, "epochs=0.0 must be above 0"),
         (lambda: TemperatureFree(0.0), ValueError, r"clamp=0.0 must lie in \[1e-6, 0.5\]"),
         (lambda: TemperatureFree(0.6), ValueError, "clamp=0.6"),
         (lambda: TemperatureFree(math.nan), ValueError, "clamp=nan must be finite"),
@@ -63,9 +85,115 @@ def test_schedule_takes_fractions_of_an_epoch():
     assert CosineSchedule(0.1, 1.0, 200).tau(12.5) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 8)))
 
 
-def test_schedule_without_an_epoch_raises():
-    with pytest.raises(ValueError, match="CosineSchedule needs the epoch"):
-        prepare(CosineSchedule())
+@pytest.mark.parametrize("temperature", [CosineSchedule(), StepSchedule(), WarmUp(Constant())])
+def test_schedule_without_an_epoch_raises(temperature):
+    assert temperature.needs_epoch
+    with pytest.raises(ValueError, match=f"{type(temperature).__name__} needs the epoch"):
+        prepare(temperature)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, 1.0), (4.99, 1.0), (5, 0.1), (9.99, 0.1), (10, 1.0), (14, 1.0), (17, 0.1), (1005, 0.1)]
+)
+def test_step_is_high_in_the_first_half_of_every_period_and_low_in_the_second(epoch, expected):
+    assert tau(StepSchedule(0.1, 1.0, 10), epoch=epoch) == pytest.approx(expected, rel=1e-6)
+
+
+# The clock: what adapters pass as the epoch
+
+
+@pytest.mark.parametrize("build", [CosineSchedule, StepSchedule])
+def test_a_schedule_moves_per_epoch_or_per_step(build):
+    coarse, fine = build(period=8.0), build(period=8.0, per_step=True)
+    steps = [(epoch, batch) for epoch in range(8) for batch in range(5)]
+    by_epoch = [tau(coarse, epoch=coarse.clock(epoch, batch, 5)) for epoch, batch in steps]
+    by_step = [tau(fine, epoch=fine.clock(epoch, batch, 5)) for epoch, batch in steps]
+    assert by_epoch == [tau(coarse, epoch=float(epoch)) for epoch, _ in steps]
+    assert by_step == [tau(coarse, epoch=epoch + batch / 5) for epoch, batch in steps]
+    assert by_step[::5] == by_epoch[::5]
+    assert (by_step == by_epoch) == (build is StepSchedule)  # whose half period falls on the start of an epoch
+
+
+def test_clock_counts_whole_epochs_unless_told_otherwise():
+    assert [CosineSchedule().clock(3, batch, 4) for batch in range(4)] == [3.0] * 4
+    assert [CosineSchedule(per_step=True).clock(3, batch, 4) for batch in range(4)] == [3.0, 3.25, 3.5, 3.75]
+    assert isinstance(Constant().clock(3, 1, 4), float)
+
+
+@pytest.mark.parametrize("per_step", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_warm_up_keeps_the_clock_of_what_it_warms_up(per_step, inner):
+    temperature = WarmUp(CosineSchedule(per_step=inner), per_step=per_step)
+    assert temperature.clock(2, 1, 2) == (2.5 if per_step or inner else 2.0)
+
+
+# Warm-up
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(0, 0.0), (1, 0.25), (2.5, 0.625), (4, 1.0), (9, 1.0)])
+def test_warm_up_mixes_logits_by_the_share_of_its_epochs(epoch, share):
+    s = torch.linspace(-0.9, 0.9, 7, dtype=torch.float64)
+    map_ = prepare(WarmUp(TemperatureFree(), tau=0.2, epochs=4), epoch=epoch).positive
+    assert torch.allclose(map_.logit(s), (1 - share) * s / 0.2 + share * 2 * s.atanh(), rtol=1e-12)
+    assert torch.allclose(1 / map_.temperature(s), (1 - share) / 0.2 + share * 2 / (1 - s * s), rtol=1e-12)
+
+
+def test_warm_up_needs_what_its_temperature_needs():
+    assert WarmUp(Individual(3)).needs_index
+    assert WarmUp(Individual(3)).needs_negative_cosine
+    assert not WarmUp(DySTreSS()).needs_index
+
+
+# Learnable
+
+
+def learnable_step(temperature, rate):
+    """One step of gradient descent; returns (temperature in the loss, gradient of its logarithm)."""
+    loss = ContrastiveLoss(temperature)
+    views = embeddings(6, 4)
+    (gradient,) = torch.autograd.grad(loss(*views), loss.parameters())
+    used = math.exp(temperature.log_tau.item())
+    with torch.no_grad():
+        temperature.log_tau -= rate * gradient
+    return used, gradient.item()
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.9])
+def test_learnable_temperature_is_held_in_its_range_and_comes_back(bound):
+    temperature = Learnable(0.2, 0.05, 0.9)
+    away = math.log(bound) + (math.log(bound) - math.log(0.2))
+    with torch.no_grad():
+        temperature.log_tau.fill_(away)
+    used, gradient = learnable_step(temperature, 0.0)
+    assert used == pytest.approx(bound, rel=1e-6)
+    assert (gradient < 0) == (bound == 0.05)  # these views want neither end
+    for _ in range(2):
+        used, _ = learnable_step(temperature, 0.1)
+    assert 0.05 * 1.001 < used < 0.9 / 1.001
+
+
+def test_learnable_temperature_settles_within_its_range_at_a_gradient_of_zero():
+    temperature = Learnable(0.06, 0.05, 0.9)
+    for _ in range(200):
+        used, gradient = learnable_step(temperature, 0.5)
+    assert 0.05 < used < 0.9
+    assert abs(gradient) < 1e-4
+
+
+def test_learnable_temperature_is_the_only_parameter_and_in_the_checkpoint():
+    loss = ContrastiveLoss(Learnable(0.2))
+    assert [name for name, _ in loss.named_parameters()] == ["temperature.log_tau"]
+    fresh = ContrastiveLoss(Learnable(0.5))
+    fresh.load_state_dict(loss.state_dict())
+    assert tau(fresh.temperature) == pytest.approx(0.2, rel=1e-6)
+
+
+def test_two_losses_before_one_backward_pass_are_two_gradients():
+    loss = ContrastiveLoss(Learnable())
+    first, second = (torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    apart = [torch.autograd.grad(loss(*views), loss.parameters())[0] for views in (first, second)]
+    (together,) = torch.autograd.grad(loss(*first) + loss(*second), loss.parameters())
+    assert together.item() == pytest.approx(sum(apart).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("alignment", "expected"), [(-0.5, 0.06), (0.2, 0.2), (0.9, 0.34)])
@@ -112,7 +240,13 @@ def test_model_aware_defaults_never_reach_the_floor(alignment):
     ("temperature", "expected"),
     [
         (Constant(), "Constant(tau=0.1)"),
-        (CosineSchedule(), "CosineSchedule(tau_min=0.1, tau_max=1.0, period=400.0)"),
+        (CosineSchedule(), "CosineSchedule(tau_min=0.1, tau_max=1.0, period=400.0, per_step=False)"),
+        (StepSchedule(), "StepSchedule(tau_min=0.1, tau_max=1.0, period=400.0, per_step=False)"),
+        (Learnable(), "Learnable(tau=0.07, tau_min=0.01, tau_max=1.0)"),
+        (
+            WarmUp(Constant()),
+            "WarmUp(\n  tau=0.1, epochs=10.0, per_step=False\n  (temperature): Constant(tau=0.1)\n)",
+        ),
         (ModelAware(), "ModelAware(tau=0.1, alpha=0.5, threshold=0.0)"),
         (TemperatureFree(), "TemperatureFree(clamp=1e-06)"),
     ],

@@ -13,17 +13,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dystress_plugin import ContrastiveLoss
+from dystress_plugin import ContrastiveLoss, diagnostics
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
-from dystress_plugin.frameworks.solo.settings import HEAD, complete, temperature_settings
+from dystress_plugin.frameworks.solo.settings import DIAGNOSTICS, complete, loss_settings
 from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.recipes import METHODS, Recipe
 from dystress_plugin.temperature import CosineSchedule, Individual
 
 try:
-    from solo.methods import SimCLR
-    from solo.methods.base import BaseMethod
+    from solo.methods import MoCoV2Plus, SimCLR
+    from solo.methods.base import BaseMethod, BaseMomentumMethod
 except ImportError as error:
     raise ImportError(f"solo-learn cannot be imported ({error}).\n{ADVICE}") from error
 
@@ -35,16 +35,17 @@ class AdaptiveTemperature(LightningModule):
     """
 
     recipe: ClassVar[Recipe]
-    head: ClassVar[Sequence[str]] = HEAD
 
     def __init__(self, cfg: DictConfig) -> None:
         fixes.for_training(cfg)
         super().__init__(cfg)
-        settings = temperature_settings(self.recipe, OmegaConf.to_container(cfg.method_kwargs))
+        settings = loss_settings(self.recipe, OmegaConf.to_container(cfg.method_kwargs))
         self._num_samples: int | None = settings.get("num_samples")
         if "num_samples" in settings and self._num_samples is None:
             settings["num_samples"] = 1  # until setup() or a checkpoint knows
-        self.contrastive = ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings)
+        self.contrastive = ContrastiveLoss(
+            self.recipe.name, queue_size=_queue_size(cfg), gather_distributed=True, **settings
+        )
         _warn_if_too_short(cfg, self.contrastive)
 
     @classmethod
@@ -53,7 +54,7 @@ class AdaptiveTemperature(LightningModule):
         given = cfg.get("method_kwargs") or {}
         if isinstance(given, DictConfig):
             given = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
-        completed = complete(cls.recipe, given, cls.head)
+        completed = complete(cls.recipe, given)
         for note in completed.notes:
             rank_zero_info(note)
         cfg.method_kwargs = completed.method_kwargs
@@ -61,19 +62,36 @@ class AdaptiveTemperature(LightningModule):
         OmegaConf.resolve(cfg)
         return super().add_and_assert_specific_cfg(cfg)
 
-    def contrast(self, index: Tensor, views: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch, logged as solo-learn's SimCLR does, and now and then what the temperature does."""
+    def configure_callbacks(self) -> list[Any]:
+        """Adds the diagnostics where `method_kwargs` asks for them: main_pretrain.py takes no callbacks."""
+        return diagnostics.callbacks(self.cfg.method_kwargs.get(DIAGNOSTICS))
+
+    def contrast(self, index: Tensor, batch_idx: int, *sides: tuple[ContrastiveLoss, Sequence[Tensor]]) -> Tensor:
+        """The mean of some losses, logged as solo-learn's methods do, and now and then what the temperature does.
+
+        Args:
+            index: (batch,) sample numbers, `batch[0]` of solo-learn's data sets.
+            batch_idx: number of the batch within the epoch.
+            *sides: losses that share the method's temperature, each with what it is called with.
+        """
         temperature = self.contrastive.temperature
-        numbers, epoch = index if temperature.needs_index else None, float(self.current_epoch)
-        loss: Tensor = self.contrastive(*views, index=numbers, epoch=epoch)
-        self.log("train_nce_loss", loss, on_epoch=True, sync_dist=True)
-        if batch_idx % self.trainer.log_every_n_steps == 0:
-            summary = temperature_summary(self.contrastive, *views, index=numbers, epoch=epoch)
-            for name, value in summary.items():
-                reduction = name.rsplit("_", 1)[-1]
-                reduction = reduction if reduction in ("min", "max") else "mean"
-                self.log(name, value, on_step=False, on_epoch=True, reduce_fx=reduction, sync_dist=True)
-        return loss
+        numbers = index if temperature.needs_index else None
+        epoch = temperature.clock(self.current_epoch, batch_idx, self.trainer.num_training_batches)
+        if batch_idx % self.trainer.log_every_n_steps == 0 and len(index) > 1:
+            self._log_temperature(*sides[0], index=numbers, epoch=epoch)
+        values = [loss(*views, index=numbers, epoch=epoch) for loss, views in sides]
+        mean: Tensor = sum(values[1:], values[0]) / len(values)
+        self.log("train_nce_loss", mean, on_epoch=True, sync_dist=True)
+        return mean
+
+    def _log_temperature(
+        self, loss: ContrastiveLoss, views: Sequence[Tensor], *, index: Tensor | None, epoch: float
+    ) -> None:
+        # Before the loss, which takes the batch's own keys into a queue of negatives.
+        for name, value in temperature_summary(loss, *views, index=index, epoch=epoch).items():
+            reduction = name.rsplit("_", 1)[-1]
+            reduction = reduction if reduction in ("min", "max") else "mean"
+            self.log(name, value, on_step=False, on_epoch=True, reduce_fx=reduction, sync_dist=True)
 
     def setup(self, stage: str) -> None:
         """Gives a table of samples its length, from `method_kwargs.num_samples` or the data set itself."""
@@ -127,12 +145,51 @@ class TwoViews(AdaptiveTemperature, SimCLR):
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         # BaseMethod's: SimCLR's own would compute its loss as well.
         out = BaseMethod.training_step(self, batch, batch_idx)
-        loss: Tensor = self.contrast(batch[0], out["z"], batch_idx) + out["loss"]
+        loss: Tensor = self.contrast(batch[0], batch_idx, (self.contrastive, out["z"])) + out["loss"]
+        return loss
+
+
+class TwoQueues(AdaptiveTemperature, MoCoV2Plus):
+    """Each view's queries against the other's momentum keys and a queue of these, as in solo-learn's MoCoV2Plus.
+
+    Its networks, their momentum update and its settings are MoCoV2Plus's; loss and queues are ours, so that a batch
+    need not divide the queue. `contrastive` keeps the keys of view 1, `swapped` those of view 0.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        if self.multicrop:
+            raise ValueError(
+                f"Method '{self.recipe.name}' compares two crops with a queue and has no use for the "
+                f"{self.num_small_crops} small ones of these augmentations: take them out."
+            )
+        del self.queue, self.queue_ptr
+        settings: dict[str, Any] = self.contrastive.objective_settings
+        self.swapped = ContrastiveLoss(
+            self.contrastive.temperature,
+            objective=self.contrastive.objective,
+            queue_size=_queue_size(cfg),
+            gather_distributed=True,
+            **settings,
+        )
+
+    @classmethod
+    def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
+        """As for the other layouts; a config of a method without momentum encoder gets solo-learn's defaults for it."""
+        cfg.momentum = cfg.get("momentum") or {}  # solo-learn fills it, but only where there is one
+        return super().add_and_assert_specific_cfg(cfg)
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        # BaseMomentumMethod's: MoCoV2Plus's own would compute its loss as well.
+        out = BaseMomentumMethod.training_step(self, batch, batch_idx)
+        (query_0, query_1), (key_0, key_1) = out["z"], out["momentum_z"]
+        sides = (self.contrastive, (query_0, key_1)), (self.swapped, (query_1, key_0))
+        loss: Tensor = self.contrast(batch[0], batch_idx, *sides) + out["loss"]
         return loss
 
 
 # Another layout is served as soon as its class stands here.
-LAYOUTS: dict[str, type[AdaptiveTemperature]] = {"views": TwoViews}
+LAYOUTS: dict[str, type[AdaptiveTemperature]] = {"views": TwoViews, "queue": TwoQueues}
 
 
 def _class(recipe: Recipe, base: type[AdaptiveTemperature]) -> type[AdaptiveTemperature]:
@@ -145,6 +202,11 @@ CLASSES: dict[str, type[AdaptiveTemperature]] = {
     recipe.name: _class(recipe, LAYOUTS[recipe.layout]) for recipe in METHODS.values() if recipe.layout in LAYOUTS
 }
 globals().update({cls.__name__: cls for cls in CLASSES.values()})  # where pickle looks for them
+
+
+def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:
+    keys = cfg.method_kwargs.get("queue_size")
+    return None if keys is None else (keys, cfg.method_kwargs.proj_output_dim)
 
 
 def _warn_if_too_short(cfg: DictConfig, loss: ContrastiveLoss) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.recipes import METHODS, Recipe
 
 HEAD = ("proj_hidden_dim", "proj_output_dim")  # of the projector, named as solo-learn's SimCLR names them
+DIAGNOSTICS = "diagnostics_every_n_steps"  # None or 0 for none; changes nothing about what is trained
+# What a layout has beside the temperature and the objective, with solo-learn's own default.
+LAYOUT: dict[str, dict[str, Any]] = {"views": {}, "queue": {"queue_size": 65536}}
 
 
 class Completed(NamedTuple):
@@ -24,7 +27,7 @@ class Completed(NamedTuple):
     notes: list[str]
 
 
-def complete(recipe: Recipe, given: Mapping[str, Any], head: Sequence[str] = HEAD) -> Completed:
+def complete(recipe: Recipe, given: Mapping[str, Any]) -> Completed:
     """Fills in the defaults of a method's parameters; None stands for the default.
 
     `temperature` may come from a config that was written for another method of solo-learn: it is tau where the
@@ -33,25 +36,28 @@ def complete(recipe: Recipe, given: Mapping[str, Any], head: Sequence[str] = HEA
     Args:
         recipe: the method.
         given: the user's `method_kwargs`.
-        head: keys that are not the temperature's, all required.
 
     Raises:
-        ValueError: for a key that the method does not have (with the nearest that it has), or a missing one.
+        ValueError: for a key that the method does not have (with the nearest that it has), a missing one, or a queue
+            without keys.
     """
-    parameters, notes = recipe.parameters, []
-    known = [*parameters, *head, "temperature"]
+    parameters, notes = parameters_of(recipe), []
+    known = [*parameters, *HEAD, DIAGNOSTICS, "temperature"]
     for key in given:
         if key not in known:
             raise ValueError(unknown_name(f"key in method_kwargs of method '{recipe.name}'", str(key), known))
-    missing = [key for key in head if given.get(key) is None]
+    missing = [key for key in HEAD if given.get(key) is None]
     if missing:
         example = ", ".join(f"method_kwargs.{key}=2048" for key in missing)
         raise ValueError(f"Method '{recipe.name}' needs {example}, or another size of your projector.")
 
-    filled = {key: given[key] for key in head}
+    filled = {key: given[key] for key in HEAD} | {DIAGNOSTICS: given.get(DIAGNOSTICS)}
     for name, default in parameters.items():
         value = given.get(name)
         filled[name] = (None if default is inspect.Parameter.empty else default) if value is None else value
+    keys = filled.get("queue_size", 1)
+    if not isinstance(keys, int) or keys < 1:  # solo-learn would fail at it first, without naming it
+        raise ValueError(f"method_kwargs.queue_size={keys!r} must be an int of at least 1, such as 65536.")
 
     temperature = given.get("temperature")
     if "tau" not in parameters:
@@ -68,8 +74,13 @@ def complete(recipe: Recipe, given: Mapping[str, Any], head: Sequence[str] = HEA
     return Completed(filled, notes)
 
 
-def temperature_settings(recipe: Recipe, method_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of completed `method_kwargs` that the temperature takes, lists as tuples."""
+def parameters_of(recipe: Recipe) -> dict[str, Any]:
+    """Parameters of temperature, objective and layout with their defaults."""
+    return recipe.parameters | LAYOUT[recipe.layout]
+
+
+def loss_settings(recipe: Recipe, method_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of completed `method_kwargs` that temperature and objective take, lists as tuples."""
     values = ((name, method_kwargs[name]) for name in recipe.parameters)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values}
 
@@ -79,13 +90,13 @@ def label(method: str, given: Mapping[str, Any], seed: int | None) -> str:
 
     solo-learn looks for runs to resume by their name, among other things, so two settings must not share one.
     """
-    defaults = METHODS[method].parameters if method in METHODS else {}
+    defaults = parameters_of(METHODS[method]) if method in METHODS else {}
     parts = [] if seed is None else [f"seed{seed}"]
     if "tau" in defaults and given.get("temperature") == given.get("tau", defaults["tau"]):
         given = {key: value for key, value in given.items() if key != "temperature"}
     for key in sorted(given):
         value = given[key]
-        if key not in HEAD and value is not None and value != defaults.get(key):
+        if key not in (*HEAD, DIAGNOSTICS) and value is not None and value != defaults.get(key):
             text = "_".join(map(str, value)) if not isinstance(value, (str, int, float)) else str(value)
             parts.append(f"{key}{text}")
     return "".join(f"-{part}" for part in parts)

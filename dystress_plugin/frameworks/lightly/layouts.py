@@ -1,0 +1,161 @@
+"""How lightly's ImageNet benchmark trains each layout: networks, optimizer and augmentations are its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
+from lightly.models.utils import (
+    batch_shuffle,
+    batch_unshuffle,
+    deactivate_requires_grad,
+    get_weight_decay_parameters,
+    update_momentum,
+)
+from lightly.transforms import MoCoV2Transform, SimCLRTransform
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from torch import Tensor, nn
+
+from dystress_plugin.frameworks.lightly.module import ContrastiveModule
+
+DIM = 128  # of an embedding, in all of the benchmark
+TRANSFORMS = {"views": SimCLRTransform(), "queue": MoCoV2Transform()}
+
+
+class Views(ContrastiveModule):
+    """SimCLR as lightly's benchmark trains it; the learning rate follows the square root of the batch size.
+
+    The arguments are those of `ContrastiveModule` without the queue's.
+    """
+
+    def __init__(
+        self,
+        batch_size_per_device: int,
+        num_classes: int,
+        knn_k: int = 200,
+        knn_t: float = 0.1,
+        backbone: nn.Module | None = None,
+        feature_dim: int = 2048,
+        **settings: Any,
+    ) -> None:
+        super().__init__(batch_size_per_device, num_classes, knn_k, knn_t, backbone, feature_dim, **settings)
+        self.save_hyperparameters(ignore=["backbone"])
+        self.projection_head = SimCLRProjectionHead(feature_dim, feature_dim, DIM)
+
+    def embed(self, views: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        features = self(torch.cat(list(views))).flatten(start_dim=1)
+        return features, self.projection_head(features).chunk(len(views))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = LARS(
+            _parameter_groups(self),
+            # Square root scaling, as lightly's SimCLR: better than linear below batches of 2048 and 200 epochs
+            # (SimCLR, appendix B.1).
+            lr=0.075 * math.sqrt(self.batch_size_per_device * self.trainer.world_size),
+            momentum=0.9,
+            weight_decay=1e-6,
+        )
+        steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs
+        # Ten epochs, as in lightly, whose scheduler refuses a shorter training. That gets a tenth of its steps.
+        warmup = steps * 10 // epochs if epochs >= 10 else steps // 10
+        scheduler = CosineWarmupScheduler(optimizer=optimizer, warmup_epochs=warmup, max_epochs=steps)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Queue(ContrastiveModule):
+    """MoCo v2 as lightly's benchmark trains it: keys from a momentum encoder, in batches shuffled over all devices.
+
+    Unlike lightly's, the key encoder's head starts as a copy of the query encoder's, as in the paper.
+
+    Args:
+        batch_size_per_device: images a step and device; the learning rate is proportional to it.
+        num_classes: as the others, see `ContrastiveModule`.
+        knn_k: see there.
+        knn_t: see there.
+        backbone: see there.
+        feature_dim: see there.
+        queue_size: number of keys in the queue.
+        momentum: share of the key encoder that a step keeps.
+        **settings: parameters of the method, such as `tau_max=0.3`.
+    """
+
+    def __init__(
+        self,
+        batch_size_per_device: int,
+        num_classes: int,
+        knn_k: int = 200,
+        knn_t: float = 0.1,
+        backbone: nn.Module | None = None,
+        feature_dim: int = 2048,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            batch_size_per_device,
+            num_classes,
+            knn_k,
+            knn_t,
+            backbone,
+            feature_dim,
+            queue_size=(queue_size, DIM),
+            **settings,
+        )
+        self.save_hyperparameters(ignore=["backbone"])
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum} must lie in [0, 1]: it is what the key encoder keeps of itself.")
+        self.momentum = momentum
+        self.projection_head = MoCoProjectionHead(feature_dim, feature_dim, DIM)
+        self.key_backbone = copy.deepcopy(self.backbone)
+        self.key_projection_head = copy.deepcopy(self.projection_head)
+        # Nothing is to be found unused by DistributedDataParallel.
+        deactivate_requires_grad(self.key_backbone)
+        deactivate_requires_grad(self.key_projection_head)
+
+    def embed(self, views: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        key_images, query_images = views
+        features = self(query_images).flatten(start_dim=1)
+        queries = self.projection_head(features)
+        # Between the two encoders, as the authors and lightly have it.
+        update_momentum(self.backbone, self.key_backbone, m=self.momentum)
+        update_momentum(self.projection_head, self.key_projection_head, m=self.momentum)
+        return features, (queries, self._keys(key_images))
+
+    @torch.no_grad()
+    def _keys(self, images: Tensor) -> Tensor:
+        # Keys whose batch norm saw the same images as their queries' would be told by it from those in the queue.
+        distributed = self.trainer.world_size > 1
+        images, shuffle = batch_shuffle(images, distributed=distributed)
+        shuffled = self.key_projection_head(self.key_backbone(images).flatten(start_dim=1))
+        keys: Tensor = batch_unshuffle(shuffled, shuffle, distributed=distributed)
+        return keys
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            _parameter_groups(self),
+            lr=0.03 * self.batch_size_per_device * self.trainer.world_size / 256,
+            momentum=0.9,
+            weight_decay=1e-4,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = CosineWarmupScheduler(optimizer=optimizer, warmup_epochs=0, max_epochs=steps)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+# By the layout of a recipe.
+LAYOUTS: dict[str, type[ContrastiveModule]] = {"views": Views, "queue": Queue}
+
+
+def _parameter_groups(module: Views | Queue) -> list[dict[str, Any]]:
+    decayed, not_decayed = get_weight_decay_parameters([module.backbone, module.projection_head])
+    name, classifier = module.method, module.online_classifier.parameters()
+    return [
+        {"name": name, "params": decayed},
+        {"name": f"{name}_no_weight_decay", "params": not_decayed, "weight_decay": 0.0},
+        {"name": "online_classifier", "params": classifier, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,162 @@
+from functools import partial
+
+import pytest
+import torch
+from lightly import loss as lightly_loss
+
+from dystress_plugin.frameworks.lightly import (
+    DySTreSSLoss,
+    ISogCLRLoss,
+    MACLLoss,
+    TemperatureFreeLoss,
+    TemperatureScheduleLoss,
+)
+from dystress_plugin.metrics import alignment
+
+
+def views(batch=6, dim=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, dim, generator=generator).requires_grad_() for _ in range(2)]
+
+
+def assert_same(ours, theirs, z):
+    """Same value and, for the embeddings, same gradient; to 1e-6, of the largest entry where that is above 1."""
+    values = [loss(*z) for loss in (ours, theirs)]
+    gradients = [torch.autograd.grad(value, z) for value in values]
+    for a, b in (values, *zip(*gradients, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("tau", [0.07, 0.5])
+@pytest.mark.parametrize("batch", [2, 33])
+def test_equal_bounds_are_lightlys_ntxent(tau, batch):
+    assert_same(DySTreSSLoss(tau_min=tau, tau_max=tau), lightly_loss.NTXentLoss(tau), views(batch))
+
+
+def test_equal_bounds_are_lightlys_ntxent_with_a_memory_bank():
+    theirs = lightly_loss.NTXentLoss(0.2, memory_bank_size=(16, 5))
+    ours = DySTreSSLoss(0.2, 0.2, memory_bank_size=(16, 5))
+    with torch.no_grad():
+        ours.loss.queue.keys.copy_(theirs.memory_bank.bank)
+    assert_same(ours, theirs, views())
+    # both banks took in the same keys
+    torch.testing.assert_close(ours.loss.queue.keys, theirs.memory_bank.bank, rtol=0, atol=1e-6)
+    assert_same(ours, theirs, views(seed=1))
+
+
+@pytest.mark.parametrize(("alpha", "A_0"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.3)])
+def test_macl_is_lightlys_macl(alpha, A_0):
+    assert_same(MACLLoss(0.2, alpha, A_0), lightly_loss.MACLLoss(0.2, alpha, A_0), views(9))
+
+
+@pytest.mark.parametrize("batch", [3, 17])
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning:lightly")
+def test_objectives_are_lightlys(batch):
+    constant = [
+        lambda **objective: DySTreSSLoss(0.2, 0.2, **objective),
+        lambda **objective: MACLLoss(0.2, alpha=0, **objective),
+        lambda **objective: TemperatureScheduleLoss(0.2, 0.2, **objective),
+    ]
+    for build in constant:
+        call = partial(epoch_of, build)
+        assert_same(call(objective="ntxent"), lightly_loss.NTXentLoss(0.2), views(batch))
+        assert_same(call(objective="dcl"), lightly_loss.DCLLoss(0.2), views(batch))
+        assert_same(call(objective="dclw"), lightly_loss.DCLWLoss(0.2), views(batch))
+        assert_same(call(objective="dclw", sigma=0.3), lightly_loss.DCLWLoss(0.2, sigma=0.3), views(batch))
+    for loss in (TemperatureFreeLoss(objective="dcl"), ISogCLRLoss(20, objective="dclw")):
+        index = {"index": torch.arange(batch)} if isinstance(loss, ISogCLRLoss) else {}
+        assert torch.isfinite(loss(*views(batch), **index))
+
+
+def epoch_of(build, **objective):
+    """The criterion as a function of the embeddings, at epoch 0 where it takes one."""
+    loss = build(**objective)
+    return partial(loss, epoch=0) if isinstance(loss, TemperatureScheduleLoss) else loss
+
+
+def test_macl_takes_the_papers_setting_for_sentences():
+    z0, z1 = views()
+    z1 = (z0 + 0.1 * z1).detach().requires_grad_()  # well aligned, or the temperature would be negative
+    tau = 0.2 * (1 + 2 * (alignment(z0, z1).item() - 0.8))  # lightly's own takes no alpha above 1
+    assert_same(MACLLoss(0.2, alpha=2, A_0=0.8), lightly_loss.MACLLoss(tau, alpha=0), [z0, z1])
+
+
+@pytest.mark.parametrize("profile", ["cosine", "shifted", "cosine_constant", "exponential", "linear"])
+def test_every_profile_by_keyword(profile):
+    z0, z1 = views()
+    loss = DySTreSSLoss(0.1, 0.15, profile=profile, detach=True, negative_range=(0.1, 0.12))
+    assert torch.isfinite(loss(z0=z0, z1=z1))
+
+
+def test_schedule_and_temperature_free():
+    z0, z1 = views()
+    schedule = TemperatureScheduleLoss(tau_min=0.1, tau_max=0.5, period=10)
+    expected = lightly_loss.NTXentLoss(0.1)(z0, z1)
+    torch.testing.assert_close(schedule(z0, z1, epoch=5), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="needs the epoch"):
+        schedule(z0, z1)
+    assert torch.isfinite(TemperatureFreeLoss()(z0, z1))
+
+
+def test_schedule_per_step():
+    steps = [TemperatureScheduleLoss(per_step=per_step).clock(3, 5, 10) for per_step in (False, True)]
+    assert steps == [3.0, 3.5]
+
+
+def test_stabilised_dystress_ends_as_a_constant():
+    loss, z = DySTreSSLoss(0.1, 0.2, stabilise=10), views()
+    assert_same(lambda *z: loss(*z, epoch=10), lightly_loss.NTXentLoss(0.2), z)
+    assert_same(lambda *z: loss(*z, epoch=0), DySTreSSLoss(0.1, 0.2), z)
+    with pytest.raises(ValueError, match="needs the epoch"):
+        loss(*z)
+
+
+def test_isogclr_learns_from_what_it_trains_on_alone():
+    loss = ISogCLRLoss(num_samples=20)
+    index = torch.arange(6) + 10
+    with torch.no_grad():
+        z0, z1 = (torch.randn(6, 5) for _ in range(2))
+    loss(z0, z1, index=index)
+    assert not loss.loss.temperature.visited.any()
+    loss(*views(), index=index)
+    assert loss.loss.temperature.visited.nonzero().flatten().tolist() == index.tolist()
+    fresh = ISogCLRLoss(num_samples=20)
+    fresh.load_state_dict(loss.state_dict())
+    assert torch.equal(fresh.loss.temperature.tau, loss.loss.temperature.tau)
+    with pytest.raises(ValueError, match="needs the sample numbers"):
+        loss(*views())
+
+
+def test_a_batch_without_gradient_does_not_enter_the_memory_bank():
+    loss = DySTreSSLoss(memory_bank_size=(16, 5))
+    before = loss.loss.queue.keys.clone()
+    loss(*(z.detach() for z in views()))
+    assert torch.equal(loss.loss.queue.keys, before)
+    loss(*views())
+    assert not torch.equal(loss.loss.queue.keys, before)
+
+
+@pytest.mark.parametrize("size", [0, (0, 128), [0]])
+def test_memory_bank_of_no_keys_is_none(size):
+    assert DySTreSSLoss(memory_bank_size=size).loss.queue is None
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DySTreSSLoss(memory_bank_size=4096), r"memory_bank_size=4096 .* pair \(num_features, dim\)"),
+        (lambda: MACLLoss(memory_bank_size=(1, 2, 3)), r"memory_bank_size=\(1, 2, 3\) must be the pair"),
+        (lambda: TemperatureFreeLoss(memory_bank_size=(-4, 8)), r"\(-4, 8\)"),
+        (lambda: DySTreSSLoss(tau_min=0.3), "tau_min=0.3 is above tau_max=0.2"),
+        (lambda: DySTreSSLoss(profile="cosin"), "Did you mean 'cosine'"),
+        (lambda: MACLLoss(temperature=0.0), "temperature=0.0 must be above 0"),
+        (lambda: MACLLoss(A_0=1.5), r"A_0=1.5 must lie in \[-1, 1\]"),
+        (lambda: ISogCLRLoss(num_samples=0), "num_samples=0"),
+        (lambda: DySTreSSLoss(objective="dlc"), "Did you mean 'dcl'"),
+        (lambda: DySTreSSLoss(objective="dclw", sigma=0.0), "sigma=0.0"),
+        (lambda: DySTreSSLoss(sigma=0.5), "'sigma'"),
+    ],
+)
+def test_bad_values_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,167 @@
+import pickle
+
+import pytest
+import torch
+from lightly.data import LightlyDataset
+from lightly.transforms import SimCLRTransform
+from PIL import Image
+from pytorch_lightning import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.transforms import ToTensor
+
+from dystress_plugin.frameworks.lightly import modules
+from dystress_plugin.frameworks.lightly.module import sample_numbers
+from dystress_plugin.recipes import METHODS
+
+IMAGES = 12  # in `folder`, in two classes
+
+
+def tiny(method, **settings):
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1))
+    model = modules.BENCHMARK_METHODS[method]["model"]
+    return model(4, num_classes=2, knn_k=200, knn_t=0.1, backbone=backbone, feature_dim=8, **settings)
+
+
+def train_loader(folder, subset=None):
+    dataset = LightlyDataset(folder, transform=SimCLRTransform(input_size=16, gaussian_blur=0.0))
+    dataset = dataset if subset is None else Subset(dataset, subset)
+    return DataLoader(dataset, batch_size=4, shuffle=True, drop_last=True)
+
+
+def fit(model, folder, path, *, epochs=1, loader=None, ckpt_path=None):
+    trainer = Trainer(
+        max_epochs=epochs,
+        limit_train_batches=2,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    plain = LightlyDataset(folder, transform=ToTensor())
+    val_loaders = [DataLoader(plain, batch_size=5), DataLoader(plain, batch_size=5)]
+    trainer.fit(model, loader or train_loader(folder), val_loaders, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["dystress", "macl_moco"])
+def test_diagnostics_are_written_where_asked_for(method, folder, tmp_path):
+    fit(tiny(method, diagnostics_every_n_steps=1), folder, tmp_path)
+    steps = [line.split(",")[0] for line in (tmp_path / "diagnostics.csv").read_text().splitlines()[1:]]
+    assert steps == ["0"] * 4 + ["1"] * 4  # cosines and temperatures, of positives and negatives
+
+
+@pytest.mark.parametrize("method", modules.BENCHMARK_METHODS)
+def test_every_method_trains_validates_and_resumes(method, folder, tmp_path):
+    model = tiny(method)
+    before = model.backbone[0].weight.detach().clone()
+    trainer = fit(model, folder, tmp_path)
+    assert not torch.equal(model.backbone[0].weight, before)
+    logged = trainer.callback_metrics
+    assert 0 <= logged["val_knn_top1"] <= 1
+    assert 0 <= logged["val_online_cls_top1"] <= 1
+    assert torch.isfinite(logged["train_loss"])
+    assert logged["tau_positive_min"] <= logged["tau_positive_max"]
+    assert torch.isfinite(logged["tau_negative_mean"])
+
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt", backbone=tiny(method).backbone)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_every_method_of_the_table_is_there():
+    assert modules.BENCHMARK_METHODS.keys() == METHODS.keys()
+
+
+def test_classes_have_names_to_import_and_pickle():
+    from dystress_plugin.frameworks.lightly.modules import MACL, DySTreSS, DySTreSSMoCo
+
+    assert DySTreSS is modules.BENCHMARK_METHODS["dystress"]["model"]
+    assert tiny("macl", alpha=0.2).criterion.temperature.alpha == 0.2
+    assert isinstance(tiny("macl"), MACL)
+    assert pickle.loads(pickle.dumps(MACL)) is MACL
+    assert pickle.loads(pickle.dumps(DySTreSSMoCo)) is DySTreSSMoCo
+
+
+def test_the_schedule_follows_the_epoch(folder, tmp_path):
+    model = tiny("ts", tau_min=0.1, tau_max=0.9, period=4.0)
+    trainer = fit(model, folder, tmp_path, epochs=3)
+    assert trainer.callback_metrics["tau_positive_mean"].item() == pytest.approx(0.1)
+
+
+def test_the_schedule_follows_the_step(folder, tmp_path):
+    model = tiny("ts", tau_min=0.1, tau_max=0.9, period=1.0, per_step=True)
+    trainer = fit(model, folder, tmp_path)  # two steps, the second at half an epoch
+    assert trainer.callback_metrics["tau_positive_mean"].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.0])
+def test_the_key_encoder_follows_at_its_momentum(momentum, folder, tmp_path):
+    model = tiny("simclr_moco", momentum=momentum, queue_size=5)
+    start = model.backbone[0].weight.detach().clone()
+    assert torch.equal(model.projection_head.layers[0].weight, model.key_projection_head.layers[0].weight)
+    fit(model, folder, tmp_path)
+    assert not torch.equal(model.backbone[0].weight, start)
+    assert torch.equal(model.key_backbone[0].weight, start) == (momentum == 1.0)
+    assert all(parameter.grad is None for parameter in model.key_backbone.parameters())
+    # eight keys have gone around a queue of five
+    assert model.criterion.queue.position == 3
+    with pytest.raises(ValueError, match=r"momentum=1\.5"):
+        tiny("simclr_moco", momentum=1.5)
+
+
+# The checkpoint knows lightly's schedule of the shorter training.
+@pytest.mark.filterwarnings("ignore:Current step number:RuntimeWarning")
+def test_queue_is_resumed(folder, tmp_path):
+    loader = DataLoader(train_loader(folder).dataset, batch_size=4)
+    torch.manual_seed(0)
+    model = tiny("dystress_moco", queue_size=10)
+    trainer = fit(model, folder, tmp_path, loader=loader)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    keys = model.criterion.queue.keys.clone()
+
+    resumed = tiny("dystress_moco", queue_size=10)
+    fit(resumed, folder, tmp_path, epochs=2, loader=loader, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.criterion.queue.position == 6
+    assert torch.equal(resumed.criterion.queue.keys[6:8], keys[6:8])  # not yet overwritten
+    assert not torch.equal(resumed.criterion.queue.keys[:6], keys[:6])
+
+
+def test_isogclr_numbers_images_by_their_filenames(folder, tmp_path):
+    model = tiny("isogclr")
+    trainer = fit(model, folder, tmp_path, loader=train_loader(folder, subset=[1, 3, 4, 8]))
+    temperature = model.criterion.temperature
+    assert temperature.visited.nonzero().flatten().tolist() == [1, 3, 4, 8]
+    assert temperature.num_samples == IMAGES
+
+    # a plain state dict, as lightly's benchmark loads it; then on with the training
+    fresh = tiny("isogclr")
+    fresh.load_state_dict(model.state_dict())
+    fit(fresh, folder, tmp_path)
+    assert fresh.criterion.temperature.visited.sum() > 4
+
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16)).save(smaller / f"{number}.png")
+    with pytest.raises(ValueError, match="temperatures of 12 images, but the training data has 4"):
+        fit(model, str(smaller), tmp_path)
+
+
+def test_isogclr_needs_filenames():
+    with pytest.raises(ValueError, match="TensorDataset does not list filenames"):
+        sample_numbers(TensorDataset(torch.zeros(3)))
+
+
+def test_one_validation_loader_is_enough(folder, tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    plain = LightlyDataset(folder, transform=ToTensor())
+    (metrics,) = trainer.validate(tiny("dystress"), DataLoader(plain, batch_size=5), verbose=False)
+    assert "val_online_cls_top1" in metrics
+    assert "val_knn_top1" not in metrics

@@ -1,0 +1,262 @@
+"""Our classes within the real solo-learn, in this process."""
+
+import json
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+from dystress_plugin.recipes import METHODS
+
+pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' function is deprecated:DeprecationWarning")  # solo-learn
+
+
+@pytest.fixture(scope="module")
+def solo(solo_home):
+    """solo-learn with the plugin registered, and what it was like before."""
+    sys.path.insert(0, solo_home)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports from timm and torch
+        import solo.data.classification_dataloader
+        import solo.methods
+        import solo.utils.auto_resumer
+        import solo.utils.knn
+
+        methods, matched = dict(solo.methods.METHODS), list(solo.utils.auto_resumer.AutoResumer.SHOULD_MATCH)
+        bases = solo.utils.knn.WeightedKNNClassifier.__bases__
+        pipeline = solo.data.classification_dataloader.build_custom_pipeline
+
+        from dystress_plugin.frameworks.solo.registration import register
+
+        assert register()
+        assert register()
+    unchanged = (
+        all(solo.methods.METHODS[name] is cls for name, cls in methods.items())
+        and matched == solo.utils.auto_resumer.AutoResumer.SHOULD_MATCH
+        and solo.utils.knn.WeightedKNNClassifier.__bases__ == bases
+        and solo.data.classification_dataloader.build_custom_pipeline is pipeline
+    )
+    yield types.SimpleNamespace(METHODS=solo.methods.METHODS, own=methods, unchanged=unchanged, module=solo)
+    sys.path.remove(solo_home)
+
+
+def config(method, small_crops=1, **method_kwargs):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(
+        {
+            "method": method,
+            "max_epochs": 1,
+            "backbone": {"name": "resnet18"},
+            "method_kwargs": {"proj_hidden_dim": 8, "proj_output_dim": 4, **method_kwargs},
+            "data": {
+                "dataset": "cifar10",
+                "num_classes": 10,
+                "num_large_crops": 2,
+                "num_small_crops": small_crops,
+                "format": "image_folder",
+            },
+            "optimizer": {"name": "sgd", "batch_size": 4, "lr": 0.1, "weight_decay": 0.0, "classifier_lr": 0.1},
+            "scheduler": {"name": "none", "warmup_epochs": 0},
+        }
+    )
+
+
+class Images(torch.utils.data.Dataset):
+    """Eight images as solo-learn's data sets hand them out: number, two large crops and small ones, class."""
+
+    def __init__(self, small_crops):
+        self.small_crops = small_crops
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        crops = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(index))
+        return index, [crops[0], crops[1], *[crops[2, :, :4, :4]] * self.small_crops], index
+
+
+def fit(model, batches=1):
+    from lightning.pytorch import Trainer
+
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=batches, log_every_n_steps=1, **off
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's about workers and the few batches
+        trainer.fit(model, torch.utils.data.DataLoader(Images(model.num_small_crops), batch_size=4))
+    return trainer
+
+
+def test_registration_leaves_solo_learn_as_it_is(solo):
+    assert solo.unchanged
+    assert set(solo.METHODS) == set(solo.own) | set(METHODS)
+    assert solo.METHODS["simclr"].__module__ == "solo.methods.simclr"
+
+
+def test_diagnostics_are_written_where_asked_for(solo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(solo.METHODS["dystress"](config("dystress", diagnostics_every_n_steps=1)))
+    assert len((tmp_path / "diagnostics.csv").read_text().splitlines()) == 1 + 4
+    assert solo.METHODS["dystress"](config("dystress")).configure_callbacks() == []
+
+
+@pytest.mark.parametrize("crops", [2, 4])
+def test_constant_temperature_is_the_loss_of_its_simclr(solo, crops):
+    from solo.losses.simclr import simclr_loss_func
+
+    import dystress_plugin as dp
+
+    views = torch.randn(crops, 6, 5)
+    theirs = simclr_loss_func(views.flatten(0, 1), indexes=torch.arange(6).repeat(crops), temperature=0.2)
+    ours = dp.ContrastiveLoss(dp.temperature.Constant(0.2))(*views)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dystress", "tempfree", "isogclr"])
+def test_multi_crop_trains(solo, method):
+    logged = fit(solo.METHODS[method](config(method))).callback_metrics
+    assert {"train_nce_loss", "tau_positive_mean", "alignment"} <= set(logged)
+    assert torch.isfinite(logged["train_nce_loss"])
+
+
+def queues(model):
+    return torch.stack([model.swapped.queue.keys, model.contrastive.queue.keys])
+
+
+def test_constant_temperature_with_a_queue_trains_as_its_mocov2plus(solo):
+    settings = {"small_crops": 0, "temperature": 0.2, "queue_size": 8}
+    configs = [config(method, **settings) for method in ("simclr_moco", "mocov2plus")]
+    for cfg in configs:
+        cfg.momentum = {"base_tau": 0.5}
+    ours, theirs = (solo.METHODS[cfg.method](cfg) for cfg in configs)
+    missing, extra = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert extra == ["queue", "queue_ptr"]
+    assert {name.split(".")[1] for name in missing} == {"queue"}
+    with torch.no_grad():
+        theirs.queue.copy_(queues(ours).mT)
+
+    logged = [fit(model, batches=2).callback_metrics["train_nce_loss"] for model in (ours, theirs)]
+    torch.testing.assert_close(*logged, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(queues(ours), theirs.queue.mT, rtol=1e-4, atol=1e-5)
+    trained = ours.state_dict()
+    for name, value in theirs.state_dict().items():
+        if not name.startswith("queue"):
+            torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: name + m)
+
+
+def test_queue_of_any_size_is_in_the_checkpoint(solo, tmp_path):
+    cls, settings = solo.METHODS["dystress_moco"], {"small_crops": 0, "queue_size": 5}
+    model = cls(config("dystress_moco", **settings))
+    assert model.cfg.momentum == {"base_tau": 0.99, "final_tau": 1.0, "classifier": False}
+    assert not hasattr(model, "queue")
+    trainer = fit(model, batches=2)
+    assert model.contrastive.queue.position == model.swapped.queue.position == 3  # 8 keys around 5 places
+    assert model.contrastive.temperature is model.swapped.temperature
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = cls.load_from_checkpoint(tmp_path / "x.ckpt", cfg=config("dystress_moco", **settings))
+    assert torch.equal(queues(again), queues(model))
+    assert again.swapped.queue.position == 3
+
+
+def test_queue_settings_that_cannot_be(solo):
+    with pytest.raises(ValueError, match="no use for the 1 small ones"):
+        solo.METHODS["macl_moco"](config("macl_moco"))
+    with pytest.raises(ValueError, match="queue_size=0 must be an int of at least 1"):
+        solo.METHODS["macl_moco"](config("macl_moco", queue_size=0))
+    with pytest.raises(ValueError, match=r"'queue_size'"):
+        solo.METHODS["macl"](config("macl", queue_size=8))
+
+
+def test_schedule_per_step(solo):
+    cfg = config("ts", small_crops=0, period=1.0, per_step=True)
+    logged = fit(solo.METHODS["ts"](cfg), batches=2).callback_metrics  # the second at half an epoch
+    assert logged["tau_positive_max"].item() == pytest.approx(1.0)
+    assert logged["tau_positive_min"].item() == pytest.approx(0.1)
+
+
+def test_table_of_samples(solo, tmp_path):
+    cls = solo.METHODS["isogclr"]
+    model = cls(config("isogclr"))
+    trainer = fit(model)
+    assert model.contrastive.temperature.num_samples == 8
+    assert "num_samples" in model.cfg.method_kwargs  # and empty, so that args.json fits the next run's settings
+    assert model.cfg.method_kwargs.num_samples is None
+
+    path = tmp_path / "x.ckpt"
+    trainer.save_checkpoint(path)
+    again = cls.load_from_checkpoint(path, strict=False, cfg=config("isogclr"))
+    assert torch.equal(again.contrastive.temperature.tau, model.contrastive.temperature.tau)
+    with pytest.raises(ValueError, match="temperatures of 8 images, this run has 9"):
+        cls.load_from_checkpoint(path, cfg=config("isogclr", num_samples=9))
+    with pytest.raises(ValueError, match="num_samples=5, but there are 8 training images"):
+        fit(cls(config("isogclr", num_samples=5)))
+
+
+def test_settings_reach_the_temperature(solo):
+    model = solo.METHODS["dystress"](config("dystress", tau_max=0.15, negative_range=[0.1, 0.12]))
+    assert model.contrastive.temperature.tau_max == 0.15
+    assert model.contrastive.gather_distributed
+    assert solo.METHODS["macl"](config("macl", temperature=0.3)).contrastive.temperature.tau == 0.3
+    with pytest.raises(ValueError, match=r"tau_maxx.*Did you mean 'tau_max'"):
+        solo.METHODS["dystress"](config("dystress", tau_maxx=0.3))
+    assert (
+        solo.METHODS["ts_dclw"](config("ts_dclw", period=1, sigma=0.3)).contrastive.objective_settings["sigma"] == 0.3
+    )
+    with pytest.raises(ValueError, match=r"tau_min=0\.3 is above tau_max=0\.2"):
+        solo.METHODS["dystress"](config("dystress", tau_min=0.3))
+
+
+def test_runs_that_are_too_short_warn(solo):
+    with pytest.warns(UserWarning, match="never comes down to tau_min"):
+        solo.METHODS["ts"](config("ts"))
+    short = config("dystress")
+    short.scheduler = {"name": "warmup_cosine", "warmup_epochs": 3}
+    with pytest.warns(UserWarning, match=r"ends within scheduler\.warmup_epochs=3"):
+        solo.METHODS["dystress"](short)
+
+
+@pytest.mark.parametrize(("dataset", "stem"), [("cifar10", 3), ("imagenet100", 7)])
+def test_linear_evaluation_builds_the_backbone_of_the_checkpoint(solo, tmp_path, dataset, stem):
+    from omegaconf import OmegaConf
+
+    trained = config("macl")
+    trained.data.dataset = dataset
+    trained.augmentations = [{"crop_size": 32}]
+    (tmp_path / "args.json").write_text(json.dumps(OmegaConf.to_container(trained)))
+    cfg = OmegaConf.create(
+        {
+            "pretrained_feature_extractor": str(tmp_path / "x.ckpt"),
+            "backbone": {"name": "resnet50"},
+            "data": {"dataset": "custom", "train_path": "a", "val_path": "b"},
+        }
+    )
+    dataloaders = solo.module.data.classification_dataloader
+    stock = dataloaders.build_custom_pipeline
+    try:
+        cfg = solo.module.args.linear.add_and_assert_dataset_cfg(cfg)
+        assert dataloaders.prepare_transforms("custom")[1].transforms[1].size == (32, 32)
+    finally:
+        dataloaders.build_custom_pipeline = stock
+    backbone = solo.module.methods.BaseMethod._BACKBONES[cfg.backbone.name](cfg.pretrain_method)
+    assert backbone.conv1.kernel_size == (stem, stem)
+    assert backbone.inplanes == 512
+
+
+def test_linear_evaluation_of_their_methods_is_theirs(solo, tmp_path):
+    from omegaconf import OmegaConf
+
+    (tmp_path / "args.json").write_text(json.dumps(OmegaConf.to_container(config("simclr"))))
+    given = {"pretrained_feature_extractor": str(tmp_path / "x.ckpt"), "backbone": {"name": "resnet18"}}
+    cfg = OmegaConf.create({**given, "data": {"dataset": "custom", "train_path": "a", "val_path": "b"}})
+    assert solo.module.args.linear.add_and_assert_dataset_cfg(cfg).backbone == {"name": "resnet18"}
+
+
+def test_dali_without_numbers_is_refused(solo):
+    cfg = config("isogclr")
+    cfg.data.format = "dali"
+    with pytest.raises(ValueError, match="encode_indexes_into_labels"):
+        fit(solo.METHODS["isogclr"](cfg))
