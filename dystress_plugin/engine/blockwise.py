@@ -8,6 +8,7 @@ instead of four. And |s| <= 1 bounds the logits, so no maximum has to be found u
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dystress_plugin.engine.rows import NegativeStats
-from dystress_plugin.temperature.base import LogitMap
+from dystress_plugin.temperature.base import LogitMap, Work
 
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
 UNSHIFTED = 60.0
 # Entries of a tile: on a CPU a few of them fit the caches, on a GPU one fills the chip.
-TILE_ENTRIES = {"cpu": 512 * 512}
+TILE_ENTRIES = {"cpu": 1024 * 1024}
 TILE_ENTRIES_ELSEWHERE = 4096 * 4096
 # What the forward pass may keep of its tiles for the backward pass, which has to compute the others again.
-KEEP_BYTES = 96 * 2**20
+KEEP_BYTES = 80 * 2**20
 
 
 def negative_stats(
@@ -114,18 +115,14 @@ class _Plan:
                 maxima[rows] = torch.maximum(maxima[rows], self.fill(logit, rows, columns, -math.inf).amax(1))
         return maxima
 
-    def exponentials(self, cosine: Tensor, rows: slice, columns: slice, shift: Tensor | None) -> Tensor:
-        """exp(a(s) - shift) of a tile, 0 in its excluded entries."""
-        return self._exp(self.logit_map.rows(rows).logit(cosine), rows, columns, shift)
-
-    def with_slope(self, cosine: Tensor, rows: slice, columns: slice, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same, and a'(s), which may be smaller, if it broadcasts."""
-        logit, slope = self.logit_map.rows(rows).logit_and_slope(cosine)
-        return self._exp(logit, rows, columns, shift), slope
-
-    def weighted(self, e: Tensor, slope: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the backward pass needs of a tile: e a'(s), and e itself where the mean cosine is wanted."""
-        return (e * slope, e) if self.want_cosine else (e.mul_(slope), None)
+    def exponentials(
+        self, cosine: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
+    ) -> tuple[Tensor, Tensor]:
+        """exp(a(s) - shift) of a tile, 0 in its excluded entries; and a'(s), which may be smaller, if it broadcasts."""
+        logit, slope = self.logit_map.rows(rows).logit_and_slope(cosine, work)
+        if shift is not None:
+            logit.sub_(shift[rows, None])
+        return self.fill(logit.exp_(), rows, columns, 0.0), slope
 
     def fill(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
         """The tile with `value` in its excluded entries."""
@@ -137,10 +134,30 @@ class _Plan:
             tile[row.to(tile.device), there[row, which].to(tile.device)] = value
         return tile
 
-    def _exp(self, logit: Tensor, rows: slice, columns: slice, shift: Tensor | None) -> Tensor:
-        if shift is not None:
-            logit.sub_(shift[rows, None])
-        return self.fill(logit.exp_(), rows, columns, 0.0)
+
+class _Scratch:
+    """Four tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass
+    over it, and gives back what is freed. A GPU's allocator keeps it anyway.
+    """
+
+    _of_thread = threading.local()
+
+    def __init__(self, plan: _Plan, like: Tensor) -> None:
+        entries = min(plan.row_tile, plan.rows) * min(plan.column_tile, plan.columns)
+        last: Tensor | None = getattr(self._of_thread, "last", None)
+        if last is None or last.shape[1] < entries or last.dtype != like.dtype or last.device != like.device:
+            last = like.new_empty(4, entries)
+            if like.device.type == "cpu":
+                self._of_thread.last = last
+        self.flat = last
+
+    def tile(self, number: int, shape: tuple[int, int]) -> Tensor:
+        return self.flat[number, : shape[0] * shape[1]].view(shape)
+
+    def product(self, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """left right^T in the first tile, and the next two as work for a map."""
+        shape = (len(left), len(right))
+        return torch.mm(left, right.T, out=self.tile(0, shape)), (self.tile(1, shape), self.tile(2, shape))
 
 
 class _Blockwise(torch.autograd.Function):
@@ -155,26 +172,26 @@ class _Blockwise(torch.autograd.Function):
         moment = torch.zeros_like(total)
 
         # A mirrored tile with maps of its own for rows and columns would have to be kept twice.
-        budget = plan.keep_bytes if shared or not plan.symmetric else 0
+        budget = plan.keep_bytes if (shared or not plan.symmetric) and any(ctx.needs_input_grad) else 0
         kept: list[tuple[Tensor, Tensor | None]] = []
+        scratch = _Scratch(plan, anchors)
         for rows, columns in plan.tiles():
-            cosine = anchors[rows] @ others[columns].T
+            cosine, work = scratch.product(anchors[rows], others[columns])
             mirrored = plan.symmetric and rows != columns
             budget -= cosine.nbytes * (1 + plan.want_cosine)
-            if keep := budget >= 0 and any(ctx.needs_input_grad):
-                e, slope = plan.with_slope(cosine, rows, columns, shift)
-            else:
-                e = plan.exponentials(cosine, rows, columns, shift)
+            if budget >= 0:
+                work = (torch.empty_like(cosine), work[1])
+            e, slope = plan.exponentials(cosine, rows, columns, shift, work)
             total[rows] += e.sum(1)
-            if mirrored:
-                e_mirror = e.T if shared else plan.exponentials(cosine.T, columns, rows, shift)
-                total[columns] += e_mirror.sum(1)
             if plan.want_cosine:
                 moment[rows] += (e * cosine).sum(1)
-                if mirrored:
+            if mirrored:
+                e_mirror = e.T if shared else plan.exponentials(cosine.T, columns, rows, shift, None)[0]
+                total[columns] += e_mirror.sum(1)
+                if plan.want_cosine:
                     moment[columns] += (e_mirror * cosine.T).sum(1)
-            if keep:
-                kept.append(plan.weighted(e, slope))
+            if budget >= 0:
+                kept.append((e * slope, e) if plan.want_cosine else (e.mul_(slope), None))
         ctx.plan, ctx.shared, ctx.kept = plan, shared, kept
         ctx.save_for_backward(anchors, candidates, total, shift)
         negative = total.log() if shift is None else total.log() + shift
@@ -192,30 +209,38 @@ class _Blockwise(torch.autograd.Function):
         grad_anchors = torch.zeros_like(anchors)
         grad_others = torch.zeros_like(others) if ctx.needs_input_grad[1] else None
 
-        def one_sided(e_slope: Tensor, e: Tensor | None, rows: slice) -> Tensor:
-            block: Tensor = e_slope * by_slope[rows, None]
-            return block if e is None else block.addcmul_(e, plain[rows, None])
+        scratch = _Scratch(plan, anchors)
+
+        def one_sided(cosine: Tensor, rows: slice, columns: slice, work: Work) -> Tensor:
+            e, slope = plan.exponentials(cosine, rows, columns, shift, work)
+            factor = slope * by_slope[rows, None]
+            return e.mul_(factor + plain[rows, None] if plan.want_cosine else factor)
 
         def both_sided(e_slope: Tensor, e: Tensor | None, rows: slice, columns: slice) -> Tensor:
-            block: Tensor = e_slope * (by_slope[rows, None] + by_slope[None, columns])
+            block = scratch.tile(3, e_slope.shape)  # type: ignore[arg-type]
+            torch.add(by_slope[rows, None], by_slope[None, columns], out=block).mul_(e_slope)
             return block if e is None else block.addcmul_(e, plain[rows, None] + plain[None, columns])
 
         for number, (rows, columns) in enumerate(plan.tiles()):
             mirrored = plan.symmetric and rows != columns
             if number < len(ctx.kept):
                 e_slope, e = ctx.kept[number]
+                if not ctx.shared:
+                    block = e_slope * by_slope[rows, None]
+                    block = block if e is None else block.addcmul_(e, plain[rows, None])
+                else:
+                    block = both_sided(e_slope, e, rows, columns)
             else:
-                cosine = anchors[rows] @ others[columns].T
-                e_slope, e = plan.weighted(*plan.with_slope(cosine, rows, columns, shift))
-            if ctx.shared:
-                block = both_sided(e_slope, e, rows, columns)
-            else:
-                block = one_sided(e_slope, e, rows)
-                if mirrored:
-                    mirror = plan.weighted(*plan.with_slope(cosine.T, columns, rows, shift))
-                    block = block + one_sided(*mirror, columns).T
-                elif plan.symmetric:
-                    block = block + block.T
+                cosine, work = scratch.product(anchors[rows], others[columns])
+                if ctx.shared:
+                    e, slope = plan.exponentials(cosine, rows, columns, shift, work)
+                    e_slope = e * slope if plan.want_cosine else e.mul_(slope)
+                    block = both_sided(e_slope, e if plan.want_cosine else None, rows, columns)
+                else:
+                    block = one_sided(cosine, rows, columns, work)
+                    if plan.symmetric:
+                        mirror = one_sided(cosine.T, columns, rows, None) if mirrored else block
+                        block = block + mirror.T
             grad_anchors[rows].addmm_(block, others[columns])
             if mirrored:
                 grad_anchors[columns].addmm_(block.T, anchors[rows])

@@ -10,13 +10,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from dystress_plugin.engine.rows import RowStats
+
+
+# Fresh memory costs more than the arithmetic on a tile that fits a cache, so engines hand in tiles to overwrite.
+Work: TypeAlias = "tuple[Tensor, Tensor] | None"
 
 
 class LogitMap(ABC):
@@ -39,8 +43,14 @@ class LogitMap(ABC):
         """The temperature at each cosine, for logs and figures; in the unit of a cosine, positive."""
 
     @abstractmethod
-    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        """Fresh a(s) and a'(s), which share most of their work; the slope may be smaller, if it broadcasts."""
+    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
+        """a(s) and a'(s), which share most of their work, for the caller to overwrite; without autograd.
+
+        Args:
+            cosine: any tile; it stays as it is.
+            work: two tensors of its shape in which the results may be put. The slope may be smaller, if it
+                broadcasts.
+        """
 
     @abstractmethod
     def rows(self, rows: slice) -> LogitMap:
@@ -92,9 +102,9 @@ class Scaled(LogitMap):
     def slope(self, cosine: Tensor) -> Tensor:
         return torch.ones_like(cosine) / self._tau(cosine)
 
-    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
         slope = cosine.new_ones(()) / self._tau(cosine)
-        return cosine * slope, slope
+        return torch.mul(cosine, slope, out=work and work[0]), slope
 
     def temperature(self, cosine: Tensor) -> Tensor:
         return torch.zeros_like(cosine) + self._tau(cosine)

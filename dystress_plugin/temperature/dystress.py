@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -17,12 +17,17 @@ from dystress_plugin.temperature.base import (
     LogitMap,
     LogitMaps,
     Temperature,
+    Work,
     check_number,
     check_positive,
     check_range,
 )
 
-Curve = Callable[[Tensor], Tensor]
+
+class Curve(Protocol):
+    """A function of the cosine, put into `out` if that is given."""
+
+    def __call__(self, cosine: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Profile:
 
 def _cosine(low: float, delta: float) -> tuple[Curve, Curve]:
     return (
-        lambda s: torch.cos(s * math.pi).mul_(-delta / 2).add_(low + delta / 2),
-        lambda s: torch.sin(s * math.pi).mul_(delta * math.pi / 2),
+        lambda s, out=None: torch.mul(s, math.pi, out=out).cos_().mul_(-delta / 2).add_(low + delta / 2),
+        lambda s, out=None: torch.mul(s, math.pi, out=out).sin_().mul_(delta * math.pi / 2),
     )
 
 
@@ -49,25 +54,29 @@ def _plateau(low: float, delta: float, shift: float, scale: float) -> tuple[Curv
     """low + delta above `shift`; below it a cosine that first falls to low at `shift - scale`."""
     omega = math.pi / scale
 
-    def phase(s: Tensor) -> Tensor:
+    def phase(s: Tensor, out: Tensor | None) -> Tensor:
         # On the plateau the phase is 0: the curve and its slope join it without a branch, since sin 0 = 0.
-        return (s - shift).clamp_(max=0).mul_(omega)
+        return torch.sub(s, shift, out=out).clamp_(max=0).mul_(omega)
 
     return (
-        lambda s: torch.cos(phase(s)).mul_(delta / 2).add_(low + delta / 2),
-        lambda s: torch.sin(phase(s)).mul_(-delta * omega / 2),
+        lambda s, out=None: phase(s, out).cos_().mul_(delta / 2).add_(low + delta / 2),
+        lambda s, out=None: phase(s, out).sin_().mul_(-delta * omega / 2),
     )
 
 
 def _exponential(low: float, delta: float, rate: float) -> tuple[Curve, Curve]:
     return (
-        lambda s: torch.exp(s.abs() * -rate) * -delta + (low + delta),
-        lambda s: torch.sign(s) * torch.exp(s.abs() * -rate) * (delta * rate),
+        # Autograd keeps what exp returns, so that is not to be overwritten.
+        lambda s, out=None: (torch.abs(s, out=out).mul_(-rate).exp_() * -delta).add_(low + delta),
+        lambda s, out=None: torch.abs(s, out=out).mul_(-rate).exp_() * (torch.sign(s) * (delta * rate)),
     )
 
 
 def _linear(low: float, delta: float) -> tuple[Curve, Curve]:
-    return lambda s: s.abs() * delta + low, lambda s: torch.sign(s) * delta
+    return (
+        lambda s, out=None: torch.abs(s, out=out).mul_(delta).add_(low),
+        lambda s, out=None: torch.sign(s, out=out).mul_(delta),
+    )
 
 
 PROFILES: dict[str, Profile] = {
@@ -102,11 +111,11 @@ class ProfiledMap(LogitMap):
             return 1 / tau
         return (1 - cosine * self.tau_slope(cosine) / tau) / tau
 
-    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        if self.detach:
-            slope = self.tau(cosine).reciprocal_()
-            return cosine * slope, slope
-        return self.logit(cosine), self.slope(cosine)
+    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
+        if not self.detach:
+            return self.logit(cosine), self.slope(cosine)
+        slope = self.tau(cosine, out=work and work[1]).reciprocal_()
+        return torch.mul(cosine, slope, out=work and work[0]), slope
 
     def rows(self, rows: slice) -> ProfiledMap:
         return self

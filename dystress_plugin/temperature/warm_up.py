@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from dystress_plugin.engine.rows import RowStats
-from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Scaled, Temperature, check_positive
+from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Scaled, Temperature, Work, check_positive
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MixedMap(LogitMap):
     def slope(self, cosine: Tensor) -> Tensor:
         return (1 - self.share) * self.first.slope(cosine) + self.share * self.second.slope(cosine)
 
-    def logit_and_slope(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
         first, second = self.first.logit_and_slope(cosine), self.second.logit_and_slope(cosine)
         logit, slope = ((1 - self.share) * a + self.share * b for a, b in zip(first, second, strict=True))
         return logit, slope
@@ -55,7 +55,8 @@ class WarmUp(Temperature):
     """a(s) = (1 - x) s / tau + x b(s), x = min(1, e / epochs), b the logit of another temperature, e the epoch.
 
     Training starts at the constant temperature and arrives at the other after `epochs`. Logits are mixed, not
-    temperatures, so that it works for the temperature-free logit too.
+    temperatures, so that it works for the temperature-free logit too. A temperature that learns from the batches
+    (`Individual`) begins to once it has arrived: before, they say little about it.
 
     Args:
         temperature: where it arrives, any `Temperature`.
@@ -92,6 +93,8 @@ class WarmUp(Temperature):
         return LogitMaps(positive, negative)
 
     def observe(self, stats: RowStats, batch: Batch) -> Tensor | None:
+        if batch.epoch is None or batch.epoch < self.epochs:
+            return None
         return self.temperature.observe(stats, batch)
 
     def extra_repr(self) -> str:
