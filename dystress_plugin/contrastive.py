@@ -172,7 +172,7 @@ class ContrastiveLoss(nn.Module):
                 taus.append(maps.negative.rows(rows).temperature(cosine)[negative])
             return Pairs(batch.positive_cosine.flatten(), positive_tau.flatten(), torch.cat(cosines), torch.cat(taus))
 
-    def _blocks(self, units: Sequence[Tensor], *, gather: bool) -> list[Block]:
+    def _blocks(self, units: Tensor, *, gather: bool) -> list[Block]:
         if self.queue is not None:
             return layouts.queue(units, self.queue.read())
         return LAYOUTS[self.layout](units, gather=gather)
@@ -190,7 +190,7 @@ class ContrastiveLoss(nn.Module):
             mean=distributed.mean_over_ranks if gather else torch.mean,
         )
 
-    def _row_stats(self, units: Sequence[Tensor], index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
+    def _row_stats(self, units: Tensor, index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
         blocks = self._blocks(units, gather=self.gather_distributed)
         batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
         maps = self.temperature.prepare(batch)
@@ -226,8 +226,8 @@ class ContrastiveLoss(nn.Module):
 
     def _checked(
         self, views: Sequence[Tensor], index: Tensor | None, epoch: float | None
-    ) -> tuple[list[Tensor], Tensor | None, float | None]:
-        """The views at length 1 in the dtype of the computation, the index on their device, the epoch as a float."""
+    ) -> tuple[Tensor, Tensor | None, float | None]:
+        """(views, batch, dim) of length 1 in the dtype of the computation, the index there too, the epoch as a float."""
         self._check_views(views)
         name = type(self.temperature).__name__
         if index is None and self.temperature.needs_index:
@@ -257,7 +257,7 @@ class ContrastiveLoss(nn.Module):
                 and not torch.isfinite(together).all()
             ):
                 raise ValueError(_not_finite(views))
-            return list(normalize(together).chunk(len(views))), index, epoch
+            return normalize(together).view(len(views), *views[0].shape), index, epoch
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:

@@ -1,8 +1,10 @@
-"""The layout axis: which embeddings are anchors, and what each of them is compared with."""
+"""The layout axis: which embeddings are anchors, and what each of them is compared with.
+
+Every layout takes (views, batch, dim) vectors of length 1, row i of each view showing image i.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,25 +35,23 @@ class Block(NamedTuple):
         return len(self.anchors if self.candidates is None else self.candidates) - self.excluded.shape[1]
 
 
-def views(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
+def views(units: Tensor, *, gather: bool) -> list[Block]:
     """Every view of every image is an anchor; positives are the image's other views, negatives all of other images.
 
     SimCLR's layout. Anchors come view by view.
     """
-    number, batch = len(units), len(units[0])
-    cosine = {(v, w): (units[v] * units[w]).sum(dim=1) for v in range(number) for w in range(v + 1, number)}
-    positive_cosine = torch.cat(
-        [torch.stack([cosine[min(v, w), max(v, w)] for w in range(number) if w != v], dim=1) for v in range(number)]
-    )
-    anchors = torch.cat(list(units))
+    number, batch, _ = units.shape
+    anchors = units.flatten(0, 1)
+    positives = [(anchors * anchors.roll(-shift * batch, 0)).sum(dim=1) for shift in range(1, number)]
+    positive_cosine = torch.stack(positives, dim=1)
     if not gather or distributed.world_size() == 1:
         return [Block(anchors, positive_cosine, None, _same_image(number, batch, batch, 0))]
-    everything, start = distributed.all_rows_with_gradient(torch.stack(list(units), dim=1))  # (images, views, dim)
+    everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))  # (images, views, dim)
     candidates = everything.transpose(0, 1).flatten(0, 1)
     return [Block(anchors, positive_cosine, candidates, _same_image(number, batch, len(everything), start))]
 
 
-def queue(units: Sequence[Tensor], keys: Tensor) -> list[Block]:
+def queue(units: Tensor, keys: Tensor) -> list[Block]:
     """View 0 holds the anchors, view 1 their positives, and the keys are the negatives: MoCo's layout."""
     anchors, positives = units
     positive_cosine = (anchors * positives).sum(dim=1, keepdim=True)
@@ -59,7 +59,7 @@ def queue(units: Sequence[Tensor], keys: Tensor) -> list[Block]:
     return [Block(anchors, positive_cosine, keys.to(anchors.dtype), nothing)]
 
 
-def one_way(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
+def one_way(units: Tensor, *, gather: bool) -> list[Block]:
     """Anchors from side 0, candidates from side 1, row i of each belonging together: SimCSE's layout."""
     anchors, others = units
     everything, start = distributed.all_rows_with_gradient(others) if gather else (others, 0)
@@ -67,9 +67,9 @@ def one_way(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
     return [Block(anchors, (anchors * others).sum(dim=1, keepdim=True), everything, own[:, None])]
 
 
-def both_ways(units: Sequence[Tensor], *, gather: bool) -> list[Block]:
+def both_ways(units: Tensor, *, gather: bool) -> list[Block]:
     """`one_way` from side 0 to side 1 and from side 1 to side 0: CLIP's layout."""
-    return one_way(units, gather=gather) + one_way(units[::-1], gather=gather)
+    return one_way(units, gather=gather) + one_way(units.flip(0), gather=gather)
 
 
 @lru_cache(maxsize=8)
