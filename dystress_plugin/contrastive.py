@@ -227,7 +227,7 @@ class ContrastiveLoss(nn.Module):
     def _checked(
         self, views: Sequence[Tensor], index: Tensor | None, epoch: float | None
     ) -> tuple[Tensor, Tensor | None, float | None]:
-        """(views, batch, dim) of length 1 in the dtype of the computation, the index there too, the epoch as a float."""
+        """(views, batch, dim) of length 1 in the dtype of the computation, the index there, the epoch as a float."""
         self._check_views(views)
         name = type(self.temperature).__name__
         if index is None and self.temperature.needs_index:

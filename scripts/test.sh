@@ -11,7 +11,7 @@ ruff check .
 ruff format --check .
 mypy
 if [ -z "${SOLO_LEARN_HOME:-}" ]; then
-    if python -m dystress_plugin.frameworks.solo install --quiet; then
+    if python -m dystress_plugin.frameworks.solo install; then
         SOLO_LEARN_HOME="$(python -m dystress_plugin.frameworks.solo where)"
         export SOLO_LEARN_HOME
     fi
