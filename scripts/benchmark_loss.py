@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Speed and memory of the loss against other implementations, forward and backward pass together.
 
-    python scripts/benchmark_loss.py --out results/loss-cpu                    # the README's table; about 10 minutes
+    python scripts/benchmark_loss.py --out results/loss-cpu                    # the README's table; about 5 minutes
     python scripts/benchmark_loss.py --device cuda --dtypes float32 bfloat16 float16 --dims 128 512 \
         --batches 256 1024 4096 16384 65536 --out results/loss-cuda
-    python scripts/benchmark_loss.py --batches 65536 --only ours --repeats 1    # one huge batch
+    python scripts/benchmark_loss.py --batches 65536 --only ours --repeats 0    # one huge batch, one step
 
 Ours has DySTreSS' temperature per pair, the others a fixed one, except "dense PyTorch", which is a plain matrix with
 the same per-pair temperature. They run in turn in one process, so that the machine's ups and downs meet all of them;
@@ -36,9 +36,9 @@ from dystress_plugin import ContrastiveLoss
 
 Call = Callable[[Tensor, Tensor], Tensor]
 # Images up to which an implementation is tried on a CPU: it holds the matrix several times over; metric-learning also
-# lists every positive with every negative and takes seconds for 256.
-CPU_LIMIT = {"ours": 10**9, "metric-learning": 256}
-CPU_LIMIT_OTHERS = 8192
+# lists every positive with every negative, 4 s and 2 GiB for 256.
+CPU_LIMIT = {"ours": 10**9, "metric-learning": 64}
+CPU_LIMIT_OTHERS = 4096
 
 
 def dense_pytorch(z0: Tensor, z1: Tensor) -> Tensor:
@@ -132,26 +132,26 @@ def time_all(losses: dict[str, Call], z: tuple[Tensor, Tensor], device: str, rep
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def peak_bytes(name: str, batch: int, dim: int, dtype: str, device: str) -> int:
-    """Peak memory of one step above its inputs, measured in a child process."""
+def alone(name: str, batch: int, dim: int, dtype: str, device: str) -> dict[str, float] | None:
+    """`peak_bytes` of one step above its inputs, and its `seconds`, in a process of its own; None if it failed."""
     arguments = [sys.executable, __file__, "--measure", name, "--batches", batch, "--dims", dim, "--dtypes", dtype]
     out = subprocess.run([*map(str, arguments), "--device", device], capture_output=True, text=True, check=False)
-    return json.loads(out.stdout.splitlines()[-1]) if out.returncode == 0 else -1
+    return json.loads(out.stdout.splitlines()[-1]) if out.returncode == 0 else None
 
 
-def measure(loss: Call, batch: int, dim: int, dtype: str, device: str) -> int:
+def measure(loss: Call, batch: int, dim: int, dtype: str, device: str) -> dict[str, float]:
     step(loss, inputs(64, dim, dtype, device))  # libraries, thread pools and their buffers
     z = inputs(batch, dim, dtype, device)
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(loss, z)
-        return torch.cuda.max_memory_allocated() - before
+        taken = seconds(lambda: step(loss, z), device)
+        return {"seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated() - before}
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
-    step(loss, z)
-    return _status("VmHWM") - before
+    taken = seconds(lambda: step(loss, z), device)
+    return {"seconds": taken, "peak_bytes": _status("VmHWM") - before}
 
 
 def _status(key: str) -> int:
@@ -213,7 +213,11 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", nargs="+", help="names of implementations; 'ours' is always there")
-    parser.add_argument("--repeats", type=int, help="default: as many as fit in six seconds, at least 5")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="default: as many as fit in six seconds, at least 5; 0: the one step whose memory is measured",
+    )
     parser.add_argument("--out", type=Path, help="where to write OUT.csv and OUT.png")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -235,12 +239,20 @@ def main() -> None:
                     for name, loss in found.items()
                     if args.device != "cpu" or batch <= CPU_LIMIT.get(name, CPU_LIMIT_OTHERS)
                 }
-                memory = {name: peak_bytes(name, batch, dim, dtype, args.device) for name in losses}
-                losses = {name: loss for name, loss in losses.items() if memory[name] >= 0}
+                single = {name: alone(name, batch, dim, dtype, args.device) for name in losses}
+                done = {name: result for name, result in single.items() if result is not None}
+                losses = {name: loss for name, loss in losses.items() if name in done}
                 z = inputs(batch, dim, dtype, args.device)
-                for name, value in time_all(losses, z, args.device, args.repeats).items():
+                if args.repeats == 0:
+                    times = {name: result["seconds"] for name, result in done.items()}
+                    times["floor"] = seconds(lambda z=z: floor(z), args.device)  # type: ignore[misc]
+                else:
+                    times = time_all(losses, z, args.device, args.repeats)
+                for name, value in times.items():
                     row = {"device": args.device, "dtype": dtype, "dim": dim, "batch": batch, "implementation": name}
-                    rows.append(row | {"seconds": value, "peak_bytes": memory.get(name, -1)})
+                    rows.append(
+                        row | {"seconds": value, "peak_bytes": done[name]["peak_bytes"] if name in done else -1}
+                    )
                 print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if args.out:

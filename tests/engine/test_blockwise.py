@@ -1,0 +1,167 @@
+import copy
+import threading
+
+import pytest
+import torch
+
+from dystress_plugin import ContrastiveLoss, temperature
+from dystress_plugin.engine import blockwise, dense
+from dystress_plugin.layout import LAYOUTS
+
+TEMPERATURES = {
+    "constant": lambda: temperature.Constant(0.1),
+    "constant-0.01": lambda: temperature.Constant(0.01),  # beyond the bound up to which exp needs no shift
+    "dystress": lambda: temperature.DySTreSS(),
+    "shifted-live": lambda: temperature.DySTreSS(profile="shifted", detach=False),
+    "isogclr": lambda: temperature.Individual(200),
+    "tempfree": lambda: temperature.TemperatureFree(),
+}
+
+
+def views(images, dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(2, images, dim, dtype=torch.float64, generator=generator)
+    z[1] = z[0] + 0.5 * z[1]
+    return z.to(dtype).requires_grad_()
+
+
+def value_and_gradient(loss, z):
+    index = torch.arange(z.shape[1])
+    value = loss(*z, index=index, epoch=0.0)
+    return value.detach().double(), torch.autograd.grad(value, z)[0].double()
+
+
+def losses(name, objective, layout):
+    build = {
+        engine: ContrastiveLoss(TEMPERATURES[name](), objective=objective, layout=layout, engine=engine)
+        for engine in ("dense", "blockwise")
+    }
+    return build["dense"].eval(), build["blockwise"].eval()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("objective", ["ntxent", "macl", "sogclr", "dcl", "dclw"])
+@pytest.mark.parametrize("name", TEMPERATURES)
+def test_float32_error_is_at_most_that_of_the_dense_engine_and_some_rounding(name, objective, layout):
+    # 130 images: more entries than `auto` leaves to the dense engine, and a remainder of the rows of any tile
+    reference, engine = losses(name, objective, layout)
+    z = views(130)
+    truth = value_and_gradient(copy.deepcopy(reference), z.detach().double().requires_grad_())
+    for exact, plain, ours in zip(truth, value_and_gradient(reference, z), value_and_gradient(engine, z), strict=True):
+        scale = exact.abs().max().clamp(min=1.0 if exact.dim() == 0 else 0.0)
+        assert (ours - exact).abs().max() <= (plain - exact).abs().max() + 16 * torch.finfo(torch.float32).eps * scale
+
+
+@pytest.mark.parametrize("name", TEMPERATURES)
+@pytest.mark.parametrize("keep_bytes", [0, 2**30])
+def test_gradcheck(name, keep_bytes):
+    loss = ContrastiveLoss(TEMPERATURES[name]()).eval()
+    z = views(7, 3, torch.float64)
+
+    def statistics(z):
+        units = torch.nn.functional.normalize(z, dim=2)
+        (block,) = LAYOUTS["views"](units, gather=False)
+        batch = loss._batch([block], 7, torch.arange(7), 0.0, gather=False)
+        map_ = loss.temperature.prepare(batch).negative
+        return tuple(
+            blockwise.negative_stats(
+                block.anchors, None, block.excluded, map_, want_cosine=True, tile=4, keep_bytes=keep_bytes
+            )
+        )[:1]
+
+    # Where a temperature is detached, the numerical derivative sees more than the gradient is meant to hold.
+    if name != "dystress":
+        assert torch.autograd.gradcheck(statistics, (z,), atol=1e-6)
+
+
+def saved_bytes(images, keep_bytes):
+    """What autograd holds between forward and backward pass, and what the engine keeps beside it."""
+    units = torch.nn.functional.normalize(views(images), dim=2)
+    (block,) = LAYOUTS["views"](units, gather=False)
+    map_ = temperature.DySTreSS()._map(0.1, 0.2, None)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        stats = blockwise.negative_stats(
+            block.anchors, None, block.excluded, map_, want_cosine=False, keep_bytes=keep_bytes
+        )
+    node = stats.negative.grad_fn
+    kept = sum(tile.nbytes for pair in node.kept for tile in pair if tile is not None)
+    return sum(saved), kept
+
+
+def test_what_is_saved_is_linear_in_the_batch():
+    few, many = saved_bytes(512, 0), saved_bytes(4096, 0)
+    assert few[1] == many[1] == 0
+    assert 0 < many[0] <= 8 * few[0]
+    # per row: the embedding of 16 floats and a sum in double
+    assert many[0] <= 2 * 4096 * (16 * 4 + 8) + 64
+
+
+@pytest.mark.parametrize("budget", [2**20, 2**23])
+def test_kept_tiles_stay_within_the_budget(budget):
+    _, kept = saved_bytes(2048, budget)
+    assert kept <= budget
+    assert kept > 0 or budget < 4 * 1024 * 1024
+
+
+def test_a_second_derivative_is_an_error():
+    z = views(200)
+    value = ContrastiveLoss("dystress", engine="blockwise")(*z)
+    (gradient,) = torch.autograd.grad(value, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+def test_losses_that_interleave_do_not_disturb_each_other():
+    a, b = views(150, seed=1), views(170, seed=2)
+    loss = ContrastiveLoss("dystress", engine="blockwise")
+    expected = [value_and_gradient(loss, z)[1] for z in (a, b)]
+    first, second = loss(*a), loss(*b)
+    assert torch.equal(torch.autograd.grad(first, a)[0].double(), expected[0])
+    assert torch.equal(torch.autograd.grad(second, b)[0].double(), expected[1])
+
+
+def test_threads_do_not_disturb_each_other():
+    loss = ContrastiveLoss("dystress", engine="blockwise")
+    inputs = [views(150 + i, seed=i) for i in range(4)]
+    expected = [value_and_gradient(loss, z)[1] for z in inputs]
+    found = [None] * 4
+
+    def run(i):
+        for _ in range(5):
+            found[i] = value_and_gradient(loss, inputs[i])[1]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 2**30])
+@pytest.mark.parametrize("tile", [5, 64, None])
+def test_tiles_and_what_is_kept_of_them_change_nothing(tile, keep_bytes):
+    units = torch.nn.functional.normalize(views(41, dtype=torch.float64), dim=2)
+    (block,) = LAYOUTS["views"](units, gather=False)
+    map_ = temperature.DySTreSS()._map(0.1, 0.2, None)
+    plain = dense.negative_stats(block.anchors, None, block.excluded, map_, want_cosine=True)
+    tiled = blockwise.negative_stats(
+        block.anchors, None, block.excluded, map_, want_cosine=True, tile=tile, keep_bytes=keep_bytes
+    )
+    for one, other in zip(plain, tiled, strict=True):
+        assert torch.allclose(one, other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_step_is_the_step():
+    model, loss = torch.nn.Linear(16, 8), ContrastiveLoss("dystress", engine="blockwise")
+    z = views(150)
+
+    def step(a, b):
+        return loss(model(a), model(b))
+
+    expected = torch.autograd.grad(step(*z), model.weight)[0]
+    compiled = torch.compile(step, backend="eager")
+    assert torch.allclose(torch.autograd.grad(compiled(*z), model.weight)[0], expected, rtol=1e-6)
