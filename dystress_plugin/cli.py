@@ -18,7 +18,7 @@ EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `dystress ...`; returns the exit status, 2 for settings that do not work."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["methods"]:
+    if given == ["methods"]:  # needs torch alone
         print(methods_table())
         return 0
     try:
@@ -76,6 +76,13 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def _methods(tokens: Sequence[str]) -> dict[str, Any]:
+    if tokens:
+        raise ValueError(f"`dystress methods` takes no settings, not '{tokens[0]}'.")
+    print(methods_table())
+    return {}
+
+
 def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
     from dystress_plugin.experiment.pretrain import output_folder, pretrain
     from dystress_plugin.experiment.settings import PretrainSettings, parse
@@ -118,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate}")
-    commands.add_parser("methods", help="print the table of methods")
+    commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
     for name, run, structure, help_ in (
         ("pretrain", _pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
         ("evaluate", _evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),

@@ -48,7 +48,8 @@ class ContrastiveLoss(nn.Module):
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
-            and not with its square; "auto" takes the faster one for the size. A second derivative needs "dense".
+            and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views), where it is
+            the faster one on a CPU. A second derivative needs "dense".
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.

@@ -85,7 +85,7 @@ _BASES = (
     Recipe("ts", "TS", CosineSchedule, "ntxent", "Temperature Schedules, 2023", "https://arxiv.org/abs/2303.13664"),
     Recipe(
         "tempfree",
-        "Temperature-free",
+        "Temperature-Free",
         TemperatureFree,
         "ntxent",
         "Temperature-Free Loss, 2025",

@@ -8,8 +8,8 @@ from dystress_plugin.engine import blockwise, dense
 from dystress_plugin.engine.rows import NegativeStats, RowStats
 from dystress_plugin.temperature.base import LogitMap
 
-# Entries of the matrix up to which the dense engine is the faster one; measured on a CPU, where the two differ by a
-# tenth below and the blockwise engine wins ever more clearly above.
+# Entries of the matrix up to which the dense engine is the faster one: measured on a CPU, where the two differ by a
+# tenth below and the blockwise engine wins ever more clearly above. Not measured on a GPU.
 DENSE_ENTRIES = 2**16
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from dystress_plugin.experiment.backbone import backbone_name, build_backbone
+from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data import Data, Views, load
 from dystress_plugin.experiment.settings import EvaluateSettings
 from dystress_plugin.experiment.transforms import plain_transform
@@ -108,8 +108,9 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         long_tail=trained.long_tail if settings.data in (None, trained.data) else None,
         seed=trained.seed,
     )
-    image_size = trained.image_size or data.image_size
-    backbone, _ = build_backbone(backbone_name(trained.backbone, trained.data), image_size)
+    # At the size it was trained at, whatever the data: the stem depends on it.
+    image_size = trained.image_size
+    backbone, _ = build_backbone(trained.backbone, image_size)
     backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from torch.utils.data import DataLoader
 
 from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import data as data_module
 from dystress_plugin.experiment import figures
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
 from dystress_plugin.experiment.evaluation import evaluate
-from dystress_plugin.experiment.module import MODULES, PretrainModule
+from dystress_plugin.experiment.module import MODULES, MOMENTUM, OPTIMIZERS, PretrainModule
 from dystress_plugin.experiment.settings import PretrainSettings
-from dystress_plugin.experiment.transforms import plain_transform, view_transform
+from dystress_plugin.experiment.transforms import augmentation, plain_transform, view_transform
 from dystress_plugin.temperature import CosineSchedule
 
 VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "scikit-learn", "numpy")
@@ -64,16 +66,20 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         long_tail=settings.long_tail,
         seed=settings.seed,
     )
-    image_size = settings.image_size or data.image_size
     if settings.epochs < 1:
         raise ValueError(f"epochs={settings.epochs} must be at least 1.")
-    if not 2 <= settings.batch_size <= len(data.train.labels):
+    trainer = _trainer(settings, out)
+    images = len(data.train.labels) // trainer.world_size
+    if not 2 <= settings.batch_size <= images:
+        each = f", {images} for each of {trainer.world_size} devices" if trainer.world_size > 1 else ""
         raise ValueError(
-            f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images."
+            f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images"
+            f"{each}."
         )
+    settings = resolve(settings, recipe, data, trainer.world_size)
+    image_size = settings.image_size or data.image_size
     module = _module(settings, recipe, data, image_size)
     _warn_short_schedule(module.loss, settings.epochs)
-    trainer = _trainer(settings, out)
 
     if trainer.global_rank == 0 and (finished := _open(out, settings)) is not None:
         return finished
@@ -126,10 +132,38 @@ def output_folder(settings: PretrainSettings) -> Path:
     return Path(settings.out or f"runs/{settings.method}-{Path(settings.data).name}-{settings.seed}")
 
 
+def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devices: int) -> PretrainSettings:
+    """The settings with a value for every key that they leave open: what `config.yaml` records.
+
+    Raises:
+        ValueError: for a parameter that the method does not have, or an unknown optimizer.
+    """
+    parameters = recipe.parameters
+    for name in settings.method_kwargs:
+        if name not in parameters:
+            raise ValueError(unknown_name(f"parameter of method '{recipe.name}'", name, parameters))
+    own = {name: None if value is inspect.Parameter.empty else value for name, value in parameters.items()}
+    if "num_samples" in own:
+        own["num_samples"] = len(data.train.labels)
+    if settings.optimizer not in OPTIMIZERS:
+        raise ValueError(unknown_name("optimizer", settings.optimizer, OPTIMIZERS))
+    lr, weight_decay = OPTIMIZERS[settings.optimizer]
+    image_size = settings.image_size or data.image_size
+    defaults = {
+        "image_size": image_size,
+        "backbone": backbone_name(None, settings.data),
+        "lr": lr(settings.batch_size * devices),
+        "weight_decay": weight_decay,
+        "warmup_epochs": min(10.0, settings.epochs / 10),
+    }
+    if recipe.layout == "queue":
+        defaults |= {"queue_size": QUEUE_SIZE, "momentum_encoder": MOMENTUM}
+    chosen = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    chosen |= augmentation(settings, data, image_size)
+    return replace(settings, **chosen, method_kwargs=own | settings.method_kwargs)
+
+
 def _module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, image_size: int) -> PretrainModule:
-    method_kwargs = dict(settings.method_kwargs)
-    if "num_samples" in recipe.parameters:
-        method_kwargs.setdefault("num_samples", len(data.train.labels))
     seed_everything(settings.seed, workers=True, verbose=False)
     # First of all that is drawn, so that it starts the same with every method.
     backbone, features = build_backbone(backbone_name(settings.backbone, settings.data), image_size)
@@ -137,7 +171,7 @@ def _module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, imag
         settings.method,
         queue_size=_queue_size(settings, recipe),
         gather_distributed=settings.gather_distributed,
-        **method_kwargs,
+        **settings.method_kwargs,
     )
     return MODULES[recipe.layout](backbone, features, loss, settings, data.num_classes)
 

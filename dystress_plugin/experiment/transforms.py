@@ -12,8 +12,8 @@ from dystress_plugin.experiment.data import Data
 from dystress_plugin.experiment.settings import PretrainSettings
 
 
-def view_transform(settings: PretrainSettings, data: Data, image_size: int) -> SimCLRTransform:
-    """Two random views of a picture: what the settings say, else the data's own values, else those for its size."""
+def augmentation(settings: PretrainSettings, data: Data, image_size: int) -> dict[str, float]:
+    """What the settings say, else the data's own values, else those for its size; by the settings' names."""
     small = image_size <= SMALL_IMAGE
     values: dict[str, Any] = {
         "min_scale": 0.2,
@@ -24,7 +24,12 @@ def view_transform(settings: PretrainSettings, data: Data, image_size: int) -> S
         "rotate": 0.0,
         **data.augmentation,
     }
-    values |= {name: getattr(settings, name) for name in values if getattr(settings, name) is not None}
+    return values | {name: getattr(settings, name) for name in values if getattr(settings, name) is not None}
+
+
+def view_transform(settings: PretrainSettings, data: Data, image_size: int) -> SimCLRTransform:
+    """Two random views of a picture."""
+    values = augmentation(settings, data, image_size)
     return SimCLRTransform(
         input_size=image_size,
         min_scale=values["min_scale"],

@@ -7,7 +7,7 @@ from typing import final
 
 from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_number, check_positive
 
-FLOOR = 0.1  # of tau; papers.md's suggestion for a quantity that the paper leaves free to become negative
+FLOOR = 0.1  # of tau; our choice, since the paper leaves the temperature free to become negative
 
 
 @final

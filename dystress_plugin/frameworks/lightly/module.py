@@ -15,6 +15,7 @@ from torchvision.models import resnet50
 
 from dystress_plugin import diagnostics
 from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.errors import unknown_name
 from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Individual
@@ -80,7 +81,11 @@ class ContrastiveModule(LightningModule, ABC):
             backbone = resnet50()
             backbone.fc = nn.Identity()
         self.backbone = backbone
-        if "num_samples" in recipe(self.method).parameters:
+        parameters = recipe(self.method).parameters
+        for name in settings:
+            if name not in parameters:
+                raise ValueError(unknown_name(f"parameter of method '{self.method}'", name, parameters))
+        if "num_samples" in parameters:
             settings.setdefault("num_samples", 1)  # until setup() or a checkpoint knows better
         self.criterion = ContrastiveLoss(self.method, queue_size=queue_size, gather_distributed=True, **settings)
 

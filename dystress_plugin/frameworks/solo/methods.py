@@ -211,9 +211,9 @@ def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:
 
 def _warn_if_too_short(cfg: DictConfig, loss: ContrastiveLoss) -> None:
     temperature, epochs = loss.temperature, cfg.max_epochs
-    if isinstance(temperature, CosineSchedule) and epochs < temperature.period / 2:
+    if isinstance(temperature, CosineSchedule) and epochs <= temperature.period / 2:
         rank_zero_warn(
-            f"max_epochs={epochs} is less than half of method_kwargs.period={temperature.period:g}, so the "
+            f"max_epochs={epochs} is at most half of method_kwargs.period={temperature.period:g}, so the "
             f"temperature never comes down to tau_min={temperature.tau_min}."
         )
     if cfg.scheduler.name == "warmup_cosine" and epochs <= cfg.scheduler.warmup_epochs:

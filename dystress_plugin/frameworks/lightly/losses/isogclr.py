@@ -41,6 +41,8 @@ class ISogCLRLoss(Criterion):
             Bound of a temperature's gradient. Range: (0, inf)
         gather_distributed:
             If True then negatives from all GPUs are gathered before the loss calculation.
+        gradient:
+            "cosine" or "difference", see `dystress_plugin.temperature.Individual`.
         objective:
             "sogclr", "ntxent", "macl", "dcl" or "dclw"; see `dystress_plugin.objectives`.
         sigma:
@@ -73,6 +75,7 @@ class ISogCLRLoss(Criterion):
         clip: float = 3.0,
         gather_distributed: bool = False,
         *,
+        gradient: str = "cosine",
         objective: str = "sogclr",
         sigma: float | None = None,
     ) -> None:
@@ -91,6 +94,7 @@ class ISogCLRLoss(Criterion):
             beta=beta,
             eta=eta,
             clip=clip,
+            gradient=gradient,
         )
 
     def forward(self, z0: Tensor, z1: Tensor, index: Tensor | None = None) -> Tensor:
