@@ -17,7 +17,6 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment.evaluation import knn_accuracy
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.metrics import temperature_summary
@@ -41,7 +40,7 @@ class PretrainModule(LightningModule, ABC):
         backbone: maps images to (batch, features).
         features: width of the backbone's output.
         loss: what to minimise.
-        settings: the keys of the command.
+        settings: the keys of the command, as `resolve` in pretrain.py leaves them.
         num_classes: number of classes, for the kNN.
     """
 
@@ -49,8 +48,6 @@ class PretrainModule(LightningModule, ABC):
         self, backbone: nn.Module, features: int, loss: ContrastiveLoss, settings: PretrainSettings, num_classes: int
     ) -> None:
         super().__init__()
-        if settings.optimizer not in OPTIMIZERS:
-            raise ValueError(unknown_name("optimizer", settings.optimizer, OPTIMIZERS))
         self.backbone = backbone
         self.projection_head = SimCLRProjectionHead(features, settings.hidden_dim, settings.projection_dim)
         self.loss = loss
@@ -110,20 +107,20 @@ class PretrainModule(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         s = self.settings
         decayed, others = get_weight_decay_parameters([self.backbone, self.projection_head])
-        lr, weight_decay = OPTIMIZERS[s.optimizer]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         # A learnable temperature trains like a bias: at the same rate and undecayed.
         if learnable := list(self.loss.parameters()):
             groups.append({"params": learnable, "weight_decay": 0.0})
         options: dict[str, Any] = {
-            "lr": s.lr if s.lr is not None else lr(s.batch_size * self.trainer.world_size),
+            "lr": s.lr,
             "momentum": s.momentum,
-            "weight_decay": s.weight_decay if s.weight_decay is not None else weight_decay,
+            "weight_decay": s.weight_decay,
         }
         optimizer = LARS(groups, **options) if s.optimizer == "lars" else torch.optim.SGD(groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = s.warmup_epochs if s.warmup_epochs is not None else min(10.0, s.epochs / 10)
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=round(steps * warmup / s.epochs), max_epochs=steps)
+        assert s.warmup_epochs is not None  # as resolved; narrows the type
+        warmup = round(steps * s.warmup_epochs / s.epochs)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -151,8 +148,8 @@ class QueueModule(PretrainModule):
         self, backbone: nn.Module, features: int, loss: ContrastiveLoss, settings: PretrainSettings, num_classes: int
     ) -> None:
         super().__init__(backbone, features, loss, settings, num_classes)
-        given = settings.momentum_encoder
-        self.momentum = check_fraction("momentum_encoder", MOMENTUM if given is None else given)
+        assert settings.momentum_encoder is not None  # as resolved; narrows the type
+        self.momentum = check_fraction("momentum_encoder", settings.momentum_encoder)
         self.key_backbone = copy.deepcopy(self.backbone)
         self.key_projection_head = copy.deepcopy(self.projection_head)
         deactivate_requires_grad(self.key_backbone)

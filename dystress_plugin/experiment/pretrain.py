@@ -178,7 +178,8 @@ def _module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, imag
 
 def _queue_size(settings: PretrainSettings, recipe: recipes.Recipe) -> tuple[int, int] | None:
     if recipe.layout == "queue":
-        return settings.queue_size if settings.queue_size is not None else QUEUE_SIZE, settings.projection_dim
+        assert settings.queue_size is not None  # as resolved; narrows the type
+        return settings.queue_size, settings.projection_dim
     for key in ("queue_size", "momentum_encoder"):
         if (value := getattr(settings, key)) is not None:
             raise ValueError(f"{key}={value} is for methods with a queue, such as 'simclr_moco', not '{recipe.name}'.")

@@ -52,7 +52,8 @@ def test_float32_error_is_at_most_that_of_the_dense_engine_and_some_rounding(nam
         assert (ours - exact).abs().max() <= (plain - exact).abs().max() + 16 * torch.finfo(torch.float32).eps * scale
 
 
-@pytest.mark.parametrize("name", TEMPERATURES)
+# Where a temperature is detached, as "dystress" is, a numerical derivative sees more than the gradient holds.
+@pytest.mark.parametrize("name", sorted(TEMPERATURES.keys() - {"dystress"}))
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
 def test_gradcheck(name, keep_bytes):
     loss = ContrastiveLoss(TEMPERATURES[name]()).eval()
@@ -69,9 +70,7 @@ def test_gradcheck(name, keep_bytes):
             )
         )[:1]
 
-    # Where a temperature is detached, the numerical derivative sees more than the gradient is meant to hold.
-    if name != "dystress":
-        assert torch.autograd.gradcheck(statistics, (z,), atol=1e-6)
+    assert torch.autograd.gradcheck(statistics, (z,), atol=1e-6)
 
 
 def saved_bytes(images, keep_bytes):
@@ -97,11 +96,10 @@ def test_what_is_saved_is_linear_in_the_batch():
     assert many[0] <= 2 * 4096 * (16 * 4 + 8) + 64
 
 
-@pytest.mark.parametrize("budget", [2**20, 2**23])
-def test_kept_tiles_stay_within_the_budget(budget):
-    _, kept = saved_bytes(2048, budget)
-    assert kept <= budget
-    assert kept > 0 or budget < 4 * 1024 * 1024
+@pytest.mark.parametrize(("budget", "tiles"), [(2**20, 0), (2**23, 2), (2**30, 10)])
+def test_kept_tiles_stay_within_the_budget(budget, tiles):
+    # 4096 rows in tiles of 1024 x 1024 floats, of which ten are on and above the diagonal
+    assert saved_bytes(2048, budget)[1] == tiles * 2**22
 
 
 def test_a_second_derivative_is_an_error():
