@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, final
 
@@ -209,9 +209,9 @@ class ContrastiveLoss(nn.Module):
         positive_cosine = torch.cat([block.positive_cosine for block in blocks])
         cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
         stats = RowStats(
-            positive=torch.logsumexp(maps.positive.logit(positive_cosine), dim=1),
+            positive=_over_positives(torch.logsumexp, maps.positive.logit(positive_cosine)),
             negative=torch.cat([part.negative for part in negatives]),
-            positive_cosine=positive_cosine.mean(dim=1),
+            positive_cosine=_over_positives(torch.mean, positive_cosine),
             negative_cosine=torch.cat(cosines) if cosines else None,
             num_negatives=blocks[0].num_negatives,
             mean=batch.mean,
@@ -287,14 +287,47 @@ class ContrastiveLoss(nn.Module):
 def normalize(z: Tensor) -> Tensor:
     """z / |z| for every row; a zero row stays zero and gets no gradient.
 
-    The division by the largest entry first keeps the squares of tiny and huge rows in range; it does not change
-    the direction, so it needs no gradient of its own.
+    Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    peak = torch.linalg.vector_norm(z.detach(), math.inf, dim=1, keepdim=True)
-    # Below, the gradient 1/|z| itself would leave the dtype's range.
-    present = peak > 1e8 * torch.finfo(z.dtype).tiny
-    z = z / torch.where(present, peak, math.inf)
-    return z / torch.where(present, torch.linalg.vector_norm(z, dim=1, keepdim=True), 1.0)
+    units: Tensor = _Normalize.apply(z)[0]  # type: ignore[no-untyped-call]
+    return units
+
+
+class _Normalize(torch.autograd.Function):
+    """u = z / |z| and |z|. Autograd by itself would save three copies of z, this saves u.
+
+    |z| is a result as well, for the second derivative: what a gradient is made of has to be one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        # Over the largest entry first: the squares of tiny and huge rows would leave the range.
+        peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
+        # Below, the gradient 1/|z| itself would leave the dtype's range.
+        peak.masked_fill_(peak <= 1e8 * torch.finfo(z.dtype).tiny, math.inf)
+        units = z / peak
+        length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
+        units.div_(length.masked_fill(length == 0, 1.0))
+        length = (length * peak).nan_to_num_(math.inf, math.inf)
+        ctx.save_for_backward(units, length)
+        return units, length
+
+    @staticmethod
+    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> Tensor | None:
+        units, length = ctx.saved_tensors
+        grad = None
+        if grad_units is not None:
+            grad = (grad_units - units * (units * grad_units).sum(1, keepdim=True)) / length
+        if grad_length is not None:
+            along = units * grad_length
+            grad = along if grad is None else grad + along
+        return grad
+
+
+def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """`reduce` over the positives of every anchor, at no cost where there is one."""
+    return x.squeeze(1) if x.shape[1] == 1 else reduce(x, dim=1)
 
 
 def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:

@@ -42,8 +42,10 @@ def views(units: Tensor, *, gather: bool) -> list[Block]:
     """
     number, batch, _ = units.shape
     anchors = units.flatten(0, 1)
-    positives = [(anchors * anchors.roll(-shift * batch, 0)).sum(dim=1) for shift in range(1, number)]
-    positive_cosine = torch.stack(positives, dim=1)
+    # Each pair of views once; it is a positive of both.
+    cosine = {frozenset((a, b)): (units[a] * units[b]).sum(dim=1) for a in range(number) for b in range(a)}
+    others = [[frozenset((a, (a + shift) % number)) for a in range(number)] for shift in range(1, number)]
+    positive_cosine = torch.stack([torch.cat([cosine[pair] for pair in pairs]) for pairs in others], dim=1)
     if not gather or distributed.world_size() == 1:
         return [Block(anchors, positive_cosine, None, _same_image(number, batch, batch, 0))]
     everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))  # (images, views, dim)

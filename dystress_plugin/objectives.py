@@ -25,8 +25,8 @@ from dystress_plugin.temperature.base import check_positive
 
 def ntxent(stats: RowStats) -> Tensor:
     """-log(positive / (positive + negatives)), the cross-entropy of every anchor."""
-    # Not F.softplus: above its threshold it returns d itself, which is wrong in the ninth digit.
-    return -F.logsigmoid(stats.positive - stats.negative)
+    # Above its threshold softplus returns d itself: at 20, its default, that is wrong in the ninth digit.
+    return F.softplus(stats.negative - stats.positive, threshold=80)
 
 
 def macl(stats: RowStats) -> Tensor:

@@ -7,7 +7,9 @@ instead of four. And |s| <= 1 bounds the logits, so no maximum has to be found u
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,15 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dystress_plugin.engine.rows import NegativeStats
-from dystress_plugin.temperature.base import LogitMap, Work
+from dystress_plugin.temperature.base import LogitMap, Times, Work
 
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
 UNSHIFTED = 60.0
-# Entries of a tile: on a CPU a few of them fit the caches, on a GPU one fills the chip.
-TILE_ENTRIES = {"cpu": 1024 * 1024}
+# Entries of a tile: large enough that threads seldom wait for each other; on a GPU one fills the chip.
+TILE_ENTRIES = {"cpu": 1664 * 1664}
 TILE_ENTRIES_ELSEWHERE = 4096 * 4096
 # What the forward pass may keep of its tiles for the backward pass, which has to compute the others again.
-KEEP_BYTES = 80 * 2**20
+KEEP_BYTES = 96 * 2**20
 
 
 def negative_stats(
@@ -68,6 +70,8 @@ class _Plan:
         rows, columns: size of the whole matrix.
         symmetric: whether it is the anchors' with themselves, so that only tiles on and above the diagonal are made.
         row_tile, column_tile: size of a tile.
+        excluded: as given.
+        spans: for every row block and column of `excluded`, its smallest and its largest entry.
     """
 
     rows: int
@@ -76,6 +80,7 @@ class _Plan:
     row_tile: int
     column_tile: int
     excluded: Tensor
+    spans: list[list[tuple[int, int]]]
     logit_map: LogitMap
     want_cosine: bool
     keep_bytes: int
@@ -92,16 +97,37 @@ class _Plan:
     ) -> _Plan:
         rows, columns = len(anchors), len(anchors if candidates is None else candidates)
         side = tile or math.isqrt(TILE_ENTRIES.get(anchors.device.type, TILE_ENTRIES_ELSEWHERE))
+        if tile is None and candidates is None:
+            side = -(-rows // -(-rows // side))  # blocks of the same size, as those on the diagonal compute too much
         row_tile = min(rows, side)
         # Few anchors against a long queue get wide tiles; those of a symmetric matrix have to be square.
         column_tile = side if candidates is None or tile else side * side // row_tile
-        return _Plan(rows, columns, candidates is None, side, column_tile, excluded, logit_map, want_cosine, keep_bytes)
+        spans = []
+        if columns > column_tile:
+            for block in excluded.split(side):
+                ends = torch.aminmax(block, dim=0) if block.numel() else ()
+                spans.append(list(zip(*(end.tolist() for end in ends), strict=True)))
+        return _Plan(
+            rows,
+            columns,
+            candidates is None,
+            side,
+            column_tile,
+            excluded,
+            spans,
+            logit_map,
+            want_cosine,
+            keep_bytes,
+        )
 
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Where the tiles lie."""
+    def tiles(self, anchors: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Where the tiles lie, and gain * anchors of their rows."""
+        gain = self.logit_map.gain
         for r in range(0, self.rows, self.row_tile):
+            rows = slice(r, min(r + self.row_tile, self.rows))
+            scaled = anchors[rows] if gain == 1 else anchors[rows] * gain
             for c in range(r if self.symmetric else 0, self.columns, self.column_tile):
-                yield slice(r, min(r + self.row_tile, self.rows)), slice(c, min(c + self.column_tile, self.columns))
+                yield rows, slice(c, min(c + self.column_tile, self.columns)), scaled
 
     def row_maxima(self, anchors: Tensor, others: Tensor) -> Tensor | None:
         """The largest logit of every row, or None where exp needs no shift."""
@@ -116,48 +142,72 @@ class _Plan:
         return maxima
 
     def exponentials(
-        self, cosine: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
-    ) -> tuple[Tensor, Tensor]:
-        """exp(a(s) - shift) of a tile, 0 in its excluded entries; and a'(s), which may be smaller, if it broadcasts."""
-        logit, slope = self.logit_map.rows(rows).logit_and_slope(cosine, work)
+        self, scaled: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
+    ) -> tuple[Tensor, Times]:
+        """exp(a(s) - shift) of a tile of gain * s, 0 in its excluded entries; and how to multiply with a' / gain."""
+        logit, times_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
+        out = work and work[0]
         if shift is not None:
-            logit.sub_(shift[rows, None])
-        return self.fill(logit.exp_(), rows, columns, 0.0), slope
+            logit = torch.sub(logit, shift[rows, None], out=out)
+        return self.fill(torch.exp(logit, out=out), rows, columns, 0.0), times_slope
 
     def fill(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
         """The tile with `value` in its excluded entries."""
-        if tile.shape[1] == self.columns:
+        if not self.spans:
             return tile.scatter_(1, self.excluded[rows].to(tile.device), value)
-        there = self.excluded[rows] - columns.start
-        row, which = ((there >= 0) & (there < tile.shape[1])).nonzero(as_tuple=True)
-        if len(row):
+        first, end = columns.start, columns.start + tile.shape[1]
+        if any(low < end and high >= first for low, high in self.spans[rows.start // self.row_tile]):
+            there = self.excluded[rows] - first
+            row, which = ((there >= 0) & (there < tile.shape[1])).nonzero(as_tuple=True)
             tile[row.to(tile.device), there[row, which].to(tile.device)] = value
         return tile
 
 
 class _Scratch:
-    """Four tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass
-    over it, and gives back what is freed. A GPU's allocator keeps it anyway.
+    """Tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass over
+    it, and gives back what is freed. A GPU's allocator keeps it anyway.
+
+    Args:
+        plan: for the size of a tile.
+        like: for dtype and device.
+        number: of tiles, 2 or 3; with 2 the exponentials take the place of the products.
     """
 
     _of_thread = threading.local()
 
-    def __init__(self, plan: _Plan, like: Tensor) -> None:
+    def __init__(self, plan: _Plan, like: Tensor, number: int) -> None:
         entries = min(plan.row_tile, plan.rows) * min(plan.column_tile, plan.columns)
         last: Tensor | None = getattr(self._of_thread, "last", None)
-        if last is None or last.shape[1] < entries or last.dtype != like.dtype or last.device != like.device:
-            last = like.new_empty(4, entries)
+        if last is None or last.numel() < number * entries or last.dtype != like.dtype or last.device != like.device:
+            last = like.new_empty(number * entries)
             if like.device.type == "cpu":
                 self._of_thread.last = last
-        self.flat = last
+        self.tiles = last[: number * entries].view(number, entries)
 
     def tile(self, number: int, shape: tuple[int, int]) -> Tensor:
-        return self.flat[number, : shape[0] * shape[1]].view(shape)
+        return self.tiles[number, : shape[0] * shape[1]].view(shape)
 
     def product(self, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """left right^T in the first tile, and the next two as work for a map."""
+        """left right^T in the first tile, and two as work for a map."""
         shape = (len(left), len(right))
-        return torch.mm(left, right.T, out=self.tile(0, shape)), (self.tile(1, shape), self.tile(2, shape))
+        work = self.tile(-2, shape), self.tile(-1, shape)
+        return torch.mm(left, right.T, out=self.tile(0, shape)), work
+
+
+def _room(plan: _Plan, like: Tensor) -> Tensor:
+    """Where kept tiles go: as many entries as the budget allows, or as there are."""
+    entries = plan.rows * plan.columns
+    if plan.symmetric:  # blocks on and above the diagonal, whole ones at most
+        blocks = -(-plan.rows // plan.row_tile)
+        entries = min(entries, blocks * (blocks + 1) // 2 * plan.row_tile**2)
+    nbytes = min(entries * (1 + plan.want_cosine) * like.itemsize, plan.keep_bytes)
+    if like.device.type != "cpu" or nbytes < 2**23 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(nbytes // like.itemsize)
+    # In pages of 2 MiB the system hands it out four times as fast.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -172,75 +222,78 @@ class _Blockwise(torch.autograd.Function):
         moment = torch.zeros_like(total)
 
         # A mirrored tile with maps of its own for rows and columns would have to be kept twice.
-        budget = plan.keep_bytes if (shared or not plan.symmetric) and any(ctx.needs_input_grad) else 0
-        kept: list[tuple[Tensor, Tensor | None]] = []
-        scratch = _Scratch(plan, anchors)
-        for rows, columns in plan.tiles():
-            cosine, work = scratch.product(anchors[rows], others[columns])
+        keeps = (shared or not plan.symmetric) and any(ctx.needs_input_grad)
+        room = _room(plan, anchors) if keeps else anchors.new_empty(0)
+        kept: list[Tensor] = []
+        tiles = 2 if shared and not plan.want_cosine else 3
+        scratch = _Scratch(plan, anchors, tiles)
+        for rows, columns, left in plan.tiles(anchors):
+            scaled, work = scratch.product(left, others[columns])
             mirrored = plan.symmetric and rows != columns
-            budget -= cosine.nbytes * (1 + plan.want_cosine)
-            if budget >= 0:
-                work = (torch.empty_like(cosine), work[1])
-            e, slope = plan.exponentials(cosine, rows, columns, shift, work)
+            keep = len(room) >= scaled.numel() * (1 + plan.want_cosine)
+            if keep:
+                mine, room = room[: scaled.numel()].view_as(scaled), room[scaled.numel() :]
+                work = (mine, work[1])
+            e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
             total[rows] += e.sum(1)
             if plan.want_cosine:
-                moment[rows] += (e * cosine).sum(1)
+                moment[rows] += (e * scaled).sum(1)
             if mirrored:
-                e_mirror = e.T if shared else plan.exponentials(cosine.T, columns, rows, shift, None)[0]
+                e_mirror = e.T if shared else plan.exponentials(scaled.T, columns, rows, shift, None)[0]
                 total[columns] += e_mirror.sum(1)
                 if plan.want_cosine:
-                    moment[columns] += (e_mirror * cosine.T).sum(1)
-            if budget >= 0:
-                kept.append((e * slope, e) if plan.want_cosine else (e.mul_(slope), None))
-        ctx.plan, ctx.shared, ctx.kept = plan, shared, kept
-        ctx.save_for_backward(anchors, candidates, total, shift)
+                    moment[columns] += (e_mirror * scaled.T).sum(1)
+            if keep and plan.want_cosine:
+                other, room = room[: scaled.numel()].view_as(scaled), room[scaled.numel() :]
+                kept += [times_slope(other.copy_(e)), e]
+            elif keep:
+                kept.append(times_slope(e))
+        ctx.plan, ctx.shared, ctx.tiles = plan, shared, tiles
+        ctx.save_for_backward(anchors, candidates, total, shift, *kept)
         negative = total.log() if shift is None else total.log() + shift
-        return negative.to(anchors.dtype), (moment / total).to(anchors.dtype)
+        return negative.to(anchors.dtype), (moment / (total * plan.logit_map.gain)).to(anchors.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_negative: Tensor, grad_cosine: Tensor) -> tuple[Tensor, Tensor | None, None]:
         plan: _Plan = ctx.plan
-        anchors, candidates, total, shift = ctx.saved_tensors
+        anchors, candidates, total, shift, *kept = ctx.saved_tensors
         others = anchors if candidates is None else candidates
-        # dS_ij = e_ij (a'_ij by_slope_i + plain_i): the softmax weight, e over its row's total, times what arrives.
-        by_slope = (grad_negative / total).to(anchors.dtype)
+        # dS_ij = e_ij (a'_ij / gain by_slope_i + plain_i): the softmax weight, e over its total, times what arrives.
+        by_slope = (grad_negative * plan.logit_map.gain / total).to(anchors.dtype)
         plain = (grad_cosine / total).to(anchors.dtype)
         grad_anchors = torch.zeros_like(anchors)
         grad_others = torch.zeros_like(others) if ctx.needs_input_grad[1] else None
+        scratch = _Scratch(plan, anchors, ctx.tiles)
 
-        scratch = _Scratch(plan, anchors)
+        def with_slope(scaled: Tensor, rows: slice, columns: slice, work: Work) -> list[Tensor]:
+            """What the forward pass keeps of a tile."""
+            e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
+            return [times_slope(e.clone()), e] if plan.want_cosine else [times_slope(e)]
 
-        def one_sided(cosine: Tensor, rows: slice, columns: slice, work: Work) -> Tensor:
-            e, slope = plan.exponentials(cosine, rows, columns, shift, work)
-            factor = slope * by_slope[rows, None]
-            return e.mul_(factor + plain[rows, None] if plan.want_cosine else factor)
+        def one_sided(tile: list[Tensor], rows: slice) -> Tensor:
+            block = tile[0] * by_slope[rows, None]
+            return torch.addcmul(block, tile[1], plain[rows, None]) if plan.want_cosine else block
 
-        def both_sided(e_slope: Tensor, e: Tensor | None, rows: slice, columns: slice) -> Tensor:
-            block = scratch.tile(3, e_slope.shape)  # type: ignore[arg-type]
-            torch.add(by_slope[rows, None], by_slope[None, columns], out=block).mul_(e_slope)
-            return block if e is None else block.addcmul_(e, plain[rows, None] + plain[None, columns])
+        def both_sided(tile: list[Tensor], rows: slice, columns: slice) -> Tensor:
+            block = scratch.tile(-1, tile[0].shape)  # type: ignore[arg-type]  # the map is done with it
+            torch.add(by_slope[rows, None], by_slope[None, columns], out=block).mul_(tile[0])
+            return block.addcmul_(tile[1], plain[rows, None] + plain[None, columns]) if plan.want_cosine else block
 
-        for number, (rows, columns) in enumerate(plan.tiles()):
+        for rows, columns, left in plan.tiles(anchors):
             mirrored = plan.symmetric and rows != columns
-            if number < len(ctx.kept):
-                e_slope, e = ctx.kept[number]
-                if not ctx.shared:
-                    block = e_slope * by_slope[rows, None]
-                    block = block if e is None else block.addcmul_(e, plain[rows, None])
-                else:
-                    block = both_sided(e_slope, e, rows, columns)
+            if kept:
+                tile, kept = kept[: 1 + plan.want_cosine], kept[1 + plan.want_cosine :]
             else:
-                cosine, work = scratch.product(anchors[rows], others[columns])
-                if ctx.shared:
-                    e, slope = plan.exponentials(cosine, rows, columns, shift, work)
-                    e_slope = e * slope if plan.want_cosine else e.mul_(slope)
-                    block = both_sided(e_slope, e if plan.want_cosine else None, rows, columns)
-                else:
-                    block = one_sided(cosine, rows, columns, work)
-                    if plan.symmetric:
-                        mirror = one_sided(cosine.T, columns, rows, None) if mirrored else block
-                        block = block + mirror.T
+                scaled, work = scratch.product(left, others[columns])
+                tile = with_slope(scaled, rows, columns, work)
+            if ctx.shared:
+                block = both_sided(tile, rows, columns)
+            else:
+                block = one_sided(tile, rows)
+                if plan.symmetric:
+                    mirror = one_sided(with_slope(scaled.T, columns, rows, None), columns) if mirrored else block
+                    block = block + mirror.T
             grad_anchors[rows].addmm_(block, others[columns])
             if mirrored:
                 grad_anchors[columns].addmm_(block.T, anchors[rows])

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Fresh memory costs more than the arithmetic on a tile that fits a cache, so engines hand in tiles to overwrite.
 Work: TypeAlias = "tuple[Tensor, Tensor] | None"
+# Multiplies a tile with a slope in place. A function, as some slopes are a number and others a division.
+Times: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class LogitMap(ABC):
@@ -42,14 +44,19 @@ class LogitMap(ABC):
     def temperature(self, cosine: Tensor) -> Tensor:
         """The temperature at each cosine, for logs and figures; in the unit of a cosine, positive."""
 
+    @property
+    def gain(self) -> float:
+        """A factor for the cosines that saves the map a pass over them; a product of matrices has it for nothing."""
+        return 1.0
+
     @abstractmethod
-    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
-        """a(s) and a'(s), which share most of their work, for the caller to overwrite; without autograd.
+    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
+        """a(s), and how to multiply with da/d(gain s); without autograd.
 
         Args:
-            cosine: any tile; it stays as it is.
-            work: two tensors of its shape in which the results may be put. The slope may be smaller, if it
-                broadcasts.
+            scaled: gain * s, any tile; it may itself be returned, and is not needed for the slope any more.
+            work: two tensors of its shape, the first for the logit, which may be `scaled`, the second for what the
+                slope needs.
         """
 
     @abstractmethod
@@ -102,9 +109,15 @@ class Scaled(LogitMap):
     def slope(self, cosine: Tensor) -> Tensor:
         return torch.ones_like(cosine) / self._tau(cosine)
 
-    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
-        slope = cosine.new_ones(()) / self._tau(cosine)
-        return torch.mul(cosine, slope, out=work and work[0]), slope
+    @property
+    def gain(self) -> float:
+        return 1.0 if isinstance(self.tau, Tensor) else 1 / self.tau
+
+    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
+        if not isinstance(self.tau, Tensor):
+            return scaled, lambda tile: tile
+        tau = self._tau(scaled)
+        return torch.div(scaled, tau, out=work and work[0]), lambda tile: tile.div_(tau)
 
     def temperature(self, cosine: Tensor) -> Tensor:
         return torch.zeros_like(cosine) + self._tau(cosine)

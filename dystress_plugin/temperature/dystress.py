@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dystress_plugin.temperature.base import (
     LogitMap,
     LogitMaps,
     Temperature,
+    Times,
     Work,
     check_number,
     check_positive,
@@ -25,9 +26,23 @@ from dystress_plugin.temperature.base import (
 
 
 class Curve(Protocol):
-    """A function of the cosine, put into `out` if that is given."""
+    """A function of x = gain * s, put into `out` if that is given."""
 
-    def __call__(self, cosine: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
+class Phase(NamedTuple):
+    """A temperature as a function of x = gain * s, the cosine in the unit that suits its profile.
+
+    Attributes:
+        gain: the unit.
+        t: gain * tau, so that s / tau = x / t.
+        t_slope: dt/dx.
+    """
+
+    gain: float
+    t: Curve
+    t_slope: Curve
 
 
 @dataclass(frozen=True)
@@ -36,46 +51,56 @@ class Profile:
 
     Attributes:
         defaults: the parameters this profile has, with its own values.
-        build: from (tau_min, delta) and the parameters by keyword to (tau, tau').
+        build: from (tau_min, delta) and the parameters by keyword to the temperature.
     """
 
     defaults: dict[str, float]
-    build: Callable[..., tuple[Curve, Curve]]
+    build: Callable[..., Phase]
 
 
-def _cosine(low: float, delta: float) -> tuple[Curve, Curve]:
-    return (
-        lambda s, out=None: torch.mul(s, math.pi, out=out).cos_().mul_(-delta / 2).add_(low + delta / 2),
-        lambda s, out=None: torch.mul(s, math.pi, out=out).sin_().mul_(delta * math.pi / 2),
+def _affine(x: Tensor, factor: float, summand: float, out: Tensor | None) -> Tensor:
+    """factor * x + summand, in one pass."""
+    return torch.add(x.new_tensor(summand), x, alpha=factor, out=out)
+
+
+def _cosine(low: float, delta: float) -> Phase:
+    middle, half = (low + delta / 2) * math.pi, delta * math.pi / 2
+    return Phase(
+        math.pi,
+        lambda x, out=None: _affine(torch.cos(x, out=out), -half, middle, out),
+        lambda x, out=None: torch.sin(x, out=out) * half,
     )
 
 
-def _plateau(low: float, delta: float, shift: float, scale: float) -> tuple[Curve, Curve]:
+def _plateau(low: float, delta: float, shift: float, scale: float) -> Phase:
     """low + delta above `shift`; below it a cosine that first falls to low at `shift - scale`."""
-    omega = math.pi / scale
+    gain = math.pi / scale
+    middle, half = (low + delta / 2) * gain, delta * gain / 2
 
-    def phase(s: Tensor, out: Tensor | None) -> Tensor:
+    def phase(x: Tensor, out: Tensor | None) -> Tensor:
         # On the plateau the phase is 0: the curve and its slope join it without a branch, since sin 0 = 0.
-        return torch.sub(s, shift, out=out).clamp_(max=0).mul_(omega)
+        return torch.sub(x, shift * gain, out=out).clamp_(max=0)
 
-    return (
-        lambda s, out=None: phase(s, out).cos_().mul_(delta / 2).add_(low + delta / 2),
-        lambda s, out=None: phase(s, out).sin_().mul_(-delta * omega / 2),
+    return Phase(
+        gain,
+        lambda x, out=None: _affine(phase(x, out).cos_(), half, middle, out),
+        lambda x, out=None: phase(x, out).sin_() * -half,
     )
 
 
-def _exponential(low: float, delta: float, rate: float) -> tuple[Curve, Curve]:
-    return (
-        # Autograd keeps what exp returns, so that is not to be overwritten.
-        lambda s, out=None: (torch.abs(s, out=out).mul_(-rate).exp_() * -delta).add_(low + delta),
-        lambda s, out=None: torch.abs(s, out=out).mul_(-rate).exp_() * (torch.sign(s) * (delta * rate)),
+def _exponential(low: float, delta: float, rate: float) -> Phase:
+    return Phase(
+        rate,
+        lambda x, out=None: _affine(torch.abs(x, out=out).neg_().exp_(), -delta * rate, (low + delta) * rate, out),
+        lambda x, out=None: torch.abs(x, out=out).neg_().exp_() * (torch.sign(x) * (delta * rate)),
     )
 
 
-def _linear(low: float, delta: float) -> tuple[Curve, Curve]:
-    return (
-        lambda s, out=None: torch.abs(s, out=out).mul_(delta).add_(low),
-        lambda s, out=None: torch.sign(s, out=out).mul_(delta),
+def _linear(low: float, delta: float) -> Phase:
+    return Phase(
+        1.0,
+        lambda x, out=None: _affine(torch.abs(x, out=out), delta, low, out),
+        lambda x, out=None: torch.sign(x, out=out) * delta,
     )
 
 
@@ -92,30 +117,41 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass(frozen=True)
 class ProfiledMap(LogitMap):
-    """a(s) = s / tau(s)."""
+    """a(s) = s / tau(s) = x / t(x).
 
-    tau: Curve
-    tau_slope: Curve
+    Attributes:
+        phase: tau.
+        tau_min: the lowest temperature.
+        detach: whether tau counts as a constant in the gradient.
+    """
+
+    phase: Phase
     tau_min: float
     detach: bool
 
     def temperature(self, cosine: Tensor) -> Tensor:
-        return self.tau(cosine)
+        return self.phase.t(cosine * self.gain) / self.gain
+
+    @property
+    def gain(self) -> float:
+        return self.phase.gain
 
     def logit(self, cosine: Tensor) -> Tensor:
-        return cosine / self.tau(cosine.detach() if self.detach else cosine)
+        x = cosine * self.gain
+        return x / self.phase.t(x.detach() if self.detach else x)
 
     def slope(self, cosine: Tensor) -> Tensor:
-        tau = self.tau(cosine)
-        if self.detach:
-            return 1 / tau
-        return (1 - cosine * self.tau_slope(cosine) / tau) / tau
+        x = cosine * self.gain
+        return self.gain * self._slope(x, self.phase.t(x))
 
-    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
-        if not self.detach:
-            return self.logit(cosine), self.slope(cosine)
-        slope = self.tau(cosine, out=work and work[1]).reciprocal_()
-        return torch.mul(cosine, slope, out=work and work[0]), slope
+    def _slope(self, x: Tensor, t: Tensor) -> Tensor:
+        return 1 / t if self.detach else (1 - x * self.phase.t_slope(x) / t) / t
+
+    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
+        t = self.phase.t(scaled, out=work and work[1])
+        slope = None if self.detach else self._slope(scaled, t)
+        logit = torch.div(scaled, t, out=work and work[0])
+        return logit, lambda tile: tile.div_(t) if slope is None else tile.mul_(slope)
 
     def rows(self, rows: slice) -> ProfiledMap:
         return self
@@ -135,9 +171,9 @@ def monotone_limit(profile: str, **parameters: float) -> float:
     With tau = tau_min * (1 + r f), f the profile from 0 to 1 and r = ratio - 1, the logit falls where
     1 + r (f - s f') < 0, so each s with s f' > f bounds r by 1 / (s f' - f).
     """
-    f, f_slope = PROFILES[profile].build(0.0, 1.0, **parameters)
-    s = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
-    excess = (s * f_slope(s) - f(s)).max().item()
+    gain, f, f_slope = PROFILES[profile].build(0.0, 1.0, **parameters)
+    x = torch.linspace(-gain, gain, 20_001, dtype=torch.float64)
+    excess = (x * f_slope(x) - f(x)).max().item() / gain
     return 1 + 1 / excess if excess > 1e-12 else math.inf
 
 
@@ -227,8 +263,8 @@ class DySTreSS(Temperature):
             if batch.epoch is None:
                 raise ValueError("DySTreSS with stabilise needs the epoch: call loss(z0, z1, epoch=current_epoch).")
             tau_min += (tau_max - tau_min) * min(1.0, batch.epoch / self.stabilise)
-        curves = PROFILES[self.profile].build(tau_min, tau_max - tau_min, **self.parameters_)
-        return ProfiledMap(*curves, tau_min, self.detach)
+        phase = PROFILES[self.profile].build(tau_min, tau_max - tau_min, **self.parameters_)
+        return ProfiledMap(phase, tau_min, self.detach)
 
     def extra_repr(self) -> str:
         own = {

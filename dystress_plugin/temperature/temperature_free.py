@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Temperature, Work, check_number
+from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Temperature, Times, Work, check_number
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class LogOddsMap(LogitMap):
         held = cosine.clamp(self.clamp - 1, 1 - self.clamp)
         return (1 - held) * (1 + held) / 2
 
-    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
-        return self.logit(cosine), self.slope(cosine)
+    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
+        slope = self.slope(scaled)
+        return self.logit(scaled), lambda tile: tile.mul_(slope)
 
     def rows(self, rows: slice) -> LogOddsMap:
         return self

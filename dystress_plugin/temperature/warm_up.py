@@ -8,7 +8,16 @@ from typing import final
 from torch import Tensor
 
 from dystress_plugin.engine.rows import RowStats
-from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Scaled, Temperature, Work, check_positive
+from dystress_plugin.temperature.base import (
+    Batch,
+    LogitMap,
+    LogitMaps,
+    Scaled,
+    Temperature,
+    Times,
+    Work,
+    check_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +34,9 @@ class MixedMap(LogitMap):
     def slope(self, cosine: Tensor) -> Tensor:
         return (1 - self.share) * self.first.slope(cosine) + self.share * self.second.slope(cosine)
 
-    def logit_and_slope(self, cosine: Tensor, work: Work = None) -> tuple[Tensor, Tensor]:
-        first, second = self.first.logit_and_slope(cosine), self.second.logit_and_slope(cosine)
-        logit, slope = ((1 - self.share) * a + self.share * b for a, b in zip(first, second, strict=True))
-        return logit, slope
+    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
+        slope = self.slope(scaled)
+        return self.logit(scaled), lambda tile: tile.mul_(slope)
 
     def temperature(self, cosine: Tensor) -> Tensor:
         inverse = (1 - self.share) / self.first.temperature(cosine) + self.share / self.second.temperature(cosine)

@@ -74,32 +74,28 @@ def test_gradcheck(name, keep_bytes):
 
 
 def saved_bytes(images, keep_bytes):
-    """What autograd holds between forward and backward pass, and what the engine keeps beside it."""
+    """What autograd holds between forward and backward pass."""
     units = torch.nn.functional.normalize(views(images), dim=2)
     (block,) = LAYOUTS["views"](units, gather=False)
     map_ = temperature.DySTreSS()._map(0.1, 0.2, None)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-        stats = blockwise.negative_stats(
-            block.anchors, None, block.excluded, map_, want_cosine=False, keep_bytes=keep_bytes
-        )
-    node = stats.negative.grad_fn
-    kept = sum(tile.nbytes for pair in node.kept for tile in pair if tile is not None)
-    return sum(saved), kept
+        blockwise.negative_stats(block.anchors, None, block.excluded, map_, want_cosine=False, keep_bytes=keep_bytes)
+    return sum(saved)
 
 
 def test_what_is_saved_is_linear_in_the_batch():
     few, many = saved_bytes(512, 0), saved_bytes(4096, 0)
-    assert few[1] == many[1] == 0
-    assert 0 < many[0] <= 8 * few[0]
+    assert 0 < many <= 8 * few
     # per row: the embedding of 16 floats and a sum in double
-    assert many[0] <= 2 * 4096 * (16 * 4 + 8) + 64
+    assert many <= 2 * 4096 * (16 * 4 + 8) + 64
 
 
-@pytest.mark.parametrize(("budget", "tiles"), [(2**20, 0), (2**23, 2), (2**30, 10)])
+@pytest.mark.parametrize(("budget", "tiles"), [(2**22, 0), (2**24, 2), (2**30, 6)])
 def test_kept_tiles_stay_within_the_budget(budget, tiles):
-    # 4096 rows in tiles of 1024 x 1024 floats, of which ten are on and above the diagonal
-    assert saved_bytes(2048, budget)[1] == tiles * 2**22
+    # 4096 rows in three blocks of 1366: six tiles on and above the diagonal, the last blocks with two rows fewer
+    kept = saved_bytes(2048, budget) - saved_bytes(2048, 0)
+    assert tiles * 1364**2 * 4 <= kept <= min(budget, tiles * 1366**2 * 4)
 
 
 def test_a_second_derivative_is_an_error():

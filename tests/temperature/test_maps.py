@@ -109,17 +109,21 @@ def test_only_learned_temperatures_have_state(name):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", CASES)
-def test_logit_and_slope_together_are_those_apart_and_are_fresh(name, side):
+def test_logit_and_slope_together_are_those_apart(name, side):
     map_ = getattr(prepare(build(name)), side)
-    logit, slope = map_.logit_and_slope(COSINES[None])
-    assert_close(logit, map_.logit(COSINES[None]), 1e-13)
-    assert_close(slope.expand_as(logit), map_.slope(COSINES[None]), 1e-13)
-    kept = COSINES.clone()
-    with torch.no_grad():  # an engine may write into either
-        logit.fill_(7.0)
-        slope.fill_(7.0)
-    assert torch.equal(COSINES, kept)
-    assert_close(map_.logit_and_slope(COSINES[None])[1].expand(1, len(COSINES)), map_.slope(COSINES[None]), 1e-13)
+    scaled = map_.gain * COSINES[None]
+    kept = scaled.clone()
+    for work in (None, (torch.empty_like(scaled), torch.empty_like(scaled)), (scaled, torch.empty_like(scaled))):
+        with torch.no_grad():
+            logit, times_slope = map_.logit_and_slope(scaled, work)
+            assert (work and work[0] is scaled) or torch.equal(scaled, kept)
+            assert_close(logit, map_.logit(COSINES[None]), 1e-13)
+            logit.fill_(7.0)
+            scaled.fill_(7.0)  # the slope must not need it any more
+            tile = torch.full_like(scaled, 3.0)
+            assert times_slope(tile) is tile
+            scaled.copy_(kept)
+        assert_close(map_.gain * tile, 3 * map_.slope(COSINES[None]), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
