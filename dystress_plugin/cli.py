@@ -103,6 +103,13 @@ def _evaluate(tokens: Sequence[str]) -> dict[str, Any]:
     return evaluate_run(parse(EvaluateSettings, tokens))
 
 
+def _long_tail(tokens: Sequence[str]) -> dict[str, Any]:
+    from dystress_plugin.experiment.long_tail import write_long_tail
+    from dystress_plugin.experiment.settings import LongTailSettings, parse
+
+    return write_long_tail(parse(LongTailSettings, tokens))
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """The accuracies of a run beside those of its untrained backbone, in percent."""
     lines = [
@@ -117,18 +124,19 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, describe
+    from dystress_plugin.experiment.settings import EvaluateSettings, LongTailSettings, PretrainSettings, describe
 
     parser = argparse.ArgumentParser(
         "dystress",
         description="Contrastive pretraining with adaptive temperatures. Settings are written key=value.",
     )
     parser.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate}")
+    commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate,long-tail}")
     commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
     for name, run, structure, help_ in (
         ("pretrain", _pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
         ("evaluate", _evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
+        ("long-tail", _long_tail, LongTailSettings, "write a long-tailed part of a data set as image folders"),
     ):
         command = commands.add_parser(
             name,

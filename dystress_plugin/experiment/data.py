@@ -14,6 +14,8 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
 
+from dystress_plugin.experiment import long_tail as tails
+
 Picture: TypeAlias = Any  # PIL.Image.Image
 Load: TypeAlias = Callable[[int], Picture]
 
@@ -49,6 +51,7 @@ class Data:
         image_size: pixels of a view, unless set otherwise.
         normalize: `mean` and `std` of a colour channel, each three numbers.
         augmentation: values that differ from those of natural images.
+        classes: a name for every class, in the order of the labels, which is their alphabetical one.
     """
 
     train: Images
@@ -57,6 +60,7 @@ class Data:
     image_size: int
     normalize: dict[str, list[float]]
     augmentation: dict[str, float]
+    classes: tuple[str, ...]
 
 
 class Views(Dataset[tuple[Any, int, int]]):
@@ -100,35 +104,30 @@ def seed_cpu(*words: int) -> None:
     np.random.seed(for_numpy)
 
 
-def load(name: str, *, root: str, download: bool, long_tail: float | None, seed: int) -> Data:
-    """A data set by name, or from a folder of images.
+def load(
+    name: str,
+    *,
+    root: str,
+    download: bool,
+    long_tail: float | None,
+    seed: int,
+    long_tail_profile: str = "exponential",
+    indices: str | None = None,
+) -> Data:
+    """A data set by name, or from a folder of images; its training images those that `long_tail.select` chooses.
 
     Raises:
         ValueError: for a folder that is not there, has no images or a single class, or cannot be read, for CIFAR
-            that is neither there nor to be downloaded, or a `long_tail` outside of (0, 1].
+            that is neither there nor to be downloaded, a `long_tail` outside of (0, 1], or an index file that
+            does not fit.
     """
     builtin = {"digits": _digits, "cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100")}
     data = builtin[name](root, download) if name in builtin else _folder(Path(name), sorted(builtin))
-    if long_tail is not None:
-        data = replace(data, train=exponential_tail(data.train, long_tail, seed))
+    labels = data.train.labels
+    chosen = tails.select(labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
+    if chosen is not None:
+        data = replace(data, train=data.train.subset(chosen))
     return data
-
-
-def exponential_tail(images: Images, ratio: float, seed: int) -> Images:
-    """Class c of C keeps int(n * ratio^(c / (C - 1))) images, n the size of the largest class, at least one.
-
-    Which images stay is drawn with the seed; the order of classes is that of their labels. With ratio 0.01 this
-    gives CIFAR-10's 12,406 images of DySTreSS and iSogCLR.
-    """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"long_tail={ratio} must lie in (0, 1]: the last class's share of the first's size.")
-    counts = np.bincount(images.labels)
-    order = np.random.default_rng(seed).permutation(len(images.labels))
-    kept = []
-    for c in range(len(counts)):
-        target = int(counts.max() * ratio ** (c / max(1, len(counts) - 1)))
-        kept.append(order[images.labels[order] == c][: max(1, target)])
-    return images.subset(np.sort(np.concatenate(kept)))
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +156,7 @@ def _digits(_root: str, _download: bool) -> Data:
         normalize={"mean": [0.3] * 3, "std": [0.37] * 3},
         # A mirrored or strongly cropped digit is another digit, and there is no colour.
         augmentation={"min_scale": 0.5, "grayscale": 0.0, "flip": 0.0, "rotate": 15.0},
+        classes=tuple("0123456789"),
     )
 
 
@@ -179,6 +179,7 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
             image_size=32,
             normalize={"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]},
             augmentation={},
+            classes=tuple(parts[0].classes),
         )
 
     return build
@@ -204,7 +205,7 @@ def _folder(path: Path, builtin: list[str]) -> Data:
         images, classes = _image_folder(path)
         train_positions, test_positions = split(images.labels)
         train, test = images.subset(train_positions), images.subset(test_positions)
-    return Data(train, test, len(classes), 224, IMAGENET_NORMALIZE, {})
+    return Data(train, test, len(classes), 224, IMAGENET_NORMALIZE, {}, tuple(classes))
 
 
 def _image_folder(path: Path) -> tuple[Images, list[str]]:

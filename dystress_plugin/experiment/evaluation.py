@@ -28,10 +28,10 @@ def extract(backbone: nn.Module, loader: DataLoader[Any], device: str) -> tuple[
     return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
-def knn_accuracy(
-    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, *, num_classes: int, k: int, t: float
-) -> float:
-    """Share of queries whose class has the largest sum of exp(cosine / t) among the k nearest memories, in percent.
+def knn_classes(
+    memory: Tensor, memory_labels: Tensor, queries: Tensor, *, num_classes: int, k: int, t: float
+) -> Tensor:
+    """The class of each query, (queries,): the largest sum of exp(cosine / t) among the k nearest memories.
 
     InstDisc, 2018, https://arxiv.org/abs/1805.01978 (k=200, t=0.1); computed by lightly's knn_predict.
 
@@ -39,21 +39,26 @@ def knn_accuracy(
         memory: (images, features), any scale.
         memory_labels: (images,).
         queries: (queries, features), any scale.
-        labels: (queries,).
         num_classes: number of classes.
         k: neighbours; all of the memory where it is smaller.
         t: temperature of the weights.
     """
     bank = F.normalize(memory, dim=1).T.contiguous()
-    right = 0
-    for part, part_labels in zip(F.normalize(queries, dim=1).split(QUERIES), labels.split(QUERIES), strict=True):
-        ranked = knn_predict(part, bank, memory_labels, num_classes, knn_k=min(k, len(memory)), knn_t=t)
-        right += int((ranked[:, 0] == part_labels).sum())
-    return 100 * right / len(queries)
+    parts = F.normalize(queries, dim=1).split(QUERIES)
+    k = min(k, len(memory))
+    return torch.cat([knn_predict(part, bank, memory_labels, num_classes, knn_k=k, knn_t=t)[:, 0] for part in parts])
 
 
-def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, labels: Tensor) -> float:
-    """Percent that multinomial logistic regression on the frozen features gets right.
+def knn_accuracy(
+    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, *, num_classes: int, k: int, t: float
+) -> float:
+    """Share of queries that `knn_classes` gets right, in percent; arguments as there, and the queries' labels."""
+    found = knn_classes(memory, memory_labels, queries, num_classes=num_classes, k=k, t=t)
+    return 100 * int((found == labels).sum()) / len(queries)
+
+
+def linear_classes(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
+    """The class that multinomial logistic regression on the frozen features gives each test image, (images,).
 
     scikit-learn's LogisticRegression with its own L2 strength, C=1, on features scaled to mean 0 and deviation 1 of
     the training images: no augmentation, no learning rate to tune, and the same number every time.
@@ -64,7 +69,12 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, labels: T
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(train.numpy(), train_labels.numpy())
-    return 100 * float(probe.score(test.numpy(), labels.numpy()))
+    return torch.from_numpy(probe.predict(test.numpy()))
+
+
+def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, labels: Tensor) -> float:
+    """Percent of the test images that `linear_classes` gets right."""
+    return 100 * float((linear_classes(train, train_labels, test) == labels).double().mean())
 
 
 def evaluate(
@@ -88,35 +98,45 @@ def evaluate(
     return {"knn_top1": knn, "linear_top1": linear_accuracy(train, train_labels, test, labels)}
 
 
+def trained_backbone(run: Path) -> tuple[Any, nn.Module]:
+    """The settings, as `config.yaml` has them, and the backbone that `dystress pretrain` left in a folder.
+
+    Raises:
+        ValueError: for a folder without a finished run.
+    """
+    config, weights = run / "config.yaml", run / "backbone.pt"
+    if not config.exists() or not weights.exists():
+        missing = config if not config.exists() else weights
+        raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
+    trained = OmegaConf.load(config).settings
+    backbone, _ = build_backbone(trained.backbone, trained.image_size)
+    backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return trained, backbone
+
+
 def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     """`knn_top1` and `linear_top1` of the backbone that `dystress pretrain` left in a folder.
 
     Raises:
         ValueError: for a folder without a finished run, or data whose images do not fit.
     """
-    run = Path(settings.checkpoint)
-    config, weights = run / "config.yaml", run / "backbone.pt"
-    if not config.exists() or not weights.exists():
-        missing = config if not config.exists() else weights
-        raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
-    trained = OmegaConf.load(config).settings
+    trained, backbone = trained_backbone(Path(settings.checkpoint))
+    # Another data set is not the one whose tail was cut.
+    cut = trained if settings.data in (None, trained.data) else {}
     data = load(
         settings.data or trained.data,
         root=settings.data_root or trained.data_root,
         download=settings.download,
-        # Another data set is not the one whose tail was cut.
-        long_tail=trained.long_tail if settings.data in (None, trained.data) else None,
+        long_tail=cut.get("long_tail"),
+        long_tail_profile=cut.get("long_tail_profile", "exponential"),
+        indices=cut.get("indices"),
         seed=trained.seed,
     )
-    # At the size it was trained at, whatever the data: the stem depends on it.
-    image_size = trained.image_size
-    backbone, _ = build_backbone(trained.backbone, image_size)
-    backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(
         backbone,
         data,
-        image_size=image_size,
+        image_size=trained.image_size,  # whatever the data: the stem depends on it
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         knn_k=settings.knn_k,

@@ -64,6 +64,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         root=settings.data_root,
         download=settings.download,
         long_tail=settings.long_tail,
+        long_tail_profile=settings.long_tail_profile,
+        indices=settings.indices,
         seed=settings.seed,
     )
     if settings.epochs < 1:

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
 def _key(default: Any, help_: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help_})
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata={"help": help_})
     return field(default=default, metadata={"help": help_})
 
 
@@ -35,6 +35,8 @@ class PretrainSettings:
     data_root: str = _key("datasets", "where cifar10 and cifar100 are")
     download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
     long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
+    long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
+    indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
     image_size: int | None = _key(None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders")
     batch_size: int = _key(256, "images per step and device; the rest of an epoch is dropped")
     num_workers: int = _key(0, "processes that load images; 0 loads in the training process")
@@ -91,6 +93,56 @@ class EvaluateSettings:
     accelerator: str = _key("auto", "auto | cpu | gpu | mps")
 
 
+@dataclass
+class LongTailSettings:
+    """Keys of `dystress long-tail`."""
+
+    data: str = _key("???", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
+    out: str = _key("???", "new folder for train/CLASS/*.png, val/CLASS/*.png, indices.npy and long_tail.json")
+    long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
+    long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
+    shuffle_classes: bool = _key(False, "draw which classes are frequent; else the first ones are")
+    indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
+    seed: int = _key(0, "of the draw")
+    images: bool = _key(True, "write the images; false writes the index file alone")
+    data_root: str = _key("datasets", "where cifar10 and cifar100 are")
+    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+
+
+@dataclass
+class CompareSettings:
+    """Keys of `dystress compare` beside those of `dystress pretrain`."""
+
+    methods: list[str] = _key("???", "such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own")
+    seeds: list[int] = _key([0, 1, 2], "each method is trained once with each")
+    out: str = _key("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
+    method_kwargs: dict[str, Any] = _key({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
+    constants: list[float] | None = _key(
+        None, "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none"
+    )
+    protocols: list[str] = _key(
+        ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"],
+        "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers",
+    )
+    jobs: int = _key(1, "runs at once, each a process of its own; several GPUs are dealt out")
+    diagnostics_every_n_steps: int | None = _key(
+        None, "steps between two looks at similarities and temperatures; null: forty looks in a run; 0: none"
+    )
+    progress: bool = _key(True, "show a progress bar over all runs")
+
+
+@dataclass
+class ReportSettings:
+    """Keys of `dystress report` beside the folders."""
+
+    runs: list[str] = _key([], "folders of finished runs, or that hold them; the same as naming them without a key")
+    out: str | None = _key(None, "where results.csv and report.html go; null: beside the runs, or where compare put it")
+    protocols: list[str] = _key(
+        ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"],
+        "how backbones are scored; what a run's protocols.csv has already is not computed again",
+    )
+
+
 def parse(structure: type[T], tokens: Sequence[str]) -> T:
     """`key=value` tokens merged into a typed structure.
 
@@ -122,7 +174,7 @@ def describe(structure: type) -> str:
     """A line per key: name, default, help."""
     lines = []
     for f in fields(structure):
-        default = f.default if f.default is not MISSING else {}
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
         shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
             default if isinstance(default, (str, bool, type(None))) else "", default
         )

@@ -3,7 +3,7 @@ import pytest
 from conftest import write_images  # beside this file
 
 from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment.data import Images, Views, exponential_tail, load
+from dystress_plugin.experiment.data import Views, load
 
 
 def load_folder(path, long_tail=None):
@@ -30,32 +30,6 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
     write_images(tmp_path / "val", per_class=2)
     data = load_folder(tmp_path)
     assert (len(data.train.labels), len(data.test.labels)) == (15, 6)
-
-
-@pytest.mark.parametrize(("per_class", "classes", "expected"), [(5000, 10, 12_406), (500, 100, 10_847)])
-def test_the_exponential_tail_has_the_sizes_of_the_papers(per_class, classes, expected):
-    labels = np.repeat(np.arange(classes), per_class)
-    tail = exponential_tail(Images(lambda i: i, labels), 0.01, seed=0)
-    counts = np.bincount(tail.labels)
-    assert counts[0] == per_class
-    assert counts[-1] == per_class // 100
-    assert len(tail.labels) == expected
-    assert (np.diff(counts) <= 0).all()
-
-
-def test_the_tail_is_drawn_with_the_seed():
-    images = Images(lambda i: i, np.repeat(np.arange(4), 50))
-    drawn = [
-        [tail.load(i) for i in range(len(tail.labels))]
-        for tail in (exponential_tail(images, 0.1, s) for s in (0, 0, 1))
-    ]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
-
-
-def test_every_class_keeps_at_least_one_image():
-    tail = exponential_tail(Images(lambda i: i, np.repeat(np.arange(3), 4)), 0.001, seed=0)
-    assert np.bincount(tail.labels).tolist() == [4, 1, 1]
 
 
 def test_items_carry_their_number(images):

@@ -1,0 +1,196 @@
+"""Long tails: which images of a data set stay, drawn from a seed or listed in a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dystress_plugin.errors import unknown_name
+
+if TYPE_CHECKING:
+    from dystress_plugin.experiment.data import Data, Images
+    from dystress_plugin.experiment.settings import LongTailSettings
+
+# From the rank of a class among C and the ratio to its share of the largest class.
+PROFILES: dict[str, Callable[[int, int, float], float]] = {
+    "exponential": lambda rank, classes, ratio: ratio ** (rank / max(1, classes - 1)),
+    "step": lambda rank, classes, ratio: 1.0 if rank < (classes + 1) // 2 else ratio,
+}
+
+
+def class_sizes(largest: int, classes: int, ratio: float, profile: str = "exponential") -> list[int]:
+    """Images of every class, from the most to the least frequent, at least one each.
+
+    exponential   int(largest * ratio^(rank / (classes - 1)))
+    step          largest for the first half of the classes (rounded up), int(largest * ratio) for the others
+
+    With ratio 0.01 the first gives the long-tailed CIFARs of the papers: 12,406 and 10,847 images from classes of
+    5,000 and 500 (DySTreSS, iSogCLR), 11,165 and 9,754 from classes of 4,500 and 450 (Temperature Schedules).
+
+    Args:
+        largest: images of the most frequent class.
+        classes: number of classes.
+        ratio: size of the last class over that of the first, in (0, 1].
+        profile: "exponential" or "step".
+
+    Raises:
+        ValueError: for a ratio outside of (0, 1] or an unknown profile.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"long_tail={ratio} must lie in (0, 1]: the last class's share of the first's size.")
+    if profile not in PROFILES:
+        raise ValueError(unknown_name("long_tail_profile", profile, PROFILES))
+    return [max(1, int(largest * PROFILES[profile](rank, classes, ratio))) for rank in range(classes)]
+
+
+def draw(
+    labels: np.ndarray, ratio: float, *, profile: str = "exponential", seed: int = 0, shuffle_classes: bool = False
+) -> np.ndarray:
+    """Positions of the images that stay, ascending; which of a class they are is drawn with the seed.
+
+    A class that has fewer images than its place in the tail allows keeps them all.
+
+    Args:
+        labels: (images,) classes from 0.
+        ratio: size of the last class over that of the first, in (0, 1]; the first is the largest there is.
+        profile: "exponential" or "step".
+        seed: of the draw.
+        shuffle_classes: whether the seed also draws which class has which rank; else class 0 is the most frequent.
+    """
+    counts = np.bincount(labels)
+    sizes = class_sizes(int(counts.max()), len(counts), ratio, profile)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    ranked = generator.permutation(len(counts)) if shuffle_classes else np.arange(len(counts))
+    kept = [order[labels[order] == c][:size] for c, size in zip(ranked, sizes, strict=True)]
+    return np.sort(np.concatenate(kept))
+
+
+def read_indices(path: str | Path, images: int) -> np.ndarray:
+    """Positions among `images` training images from an index file, in the file's order.
+
+    Args:
+        path: .npy with a vector of integers, as the splits of SDCLR and Temperature Schedules are; .json with a list;
+            any other name: text with numbers between white space.
+        images: how many images there are to choose from.
+
+    Raises:
+        ValueError: for a file that is not there or holds anything but different integers in [0, images).
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npy":
+            found = np.load(path, allow_pickle=False)
+        else:
+            text = path.read_text()
+            found = np.asarray(json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"indices={path} cannot be read: {error}") from None
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or not len(found):
+        raise ValueError(
+            f"indices={path} holds {found.dtype} of shape {found.shape}; needs a list of integers, positions among "
+            f"the {images} training images from 0."
+        )
+    positions: np.ndarray = found.astype(np.int64)
+    if positions.min() < 0 or positions.max() >= images:
+        wrong = int(positions.min()) if positions.min() < 0 else int(positions.max())
+        raise ValueError(f"indices={path} has {wrong}, but positions run from 0 to {images - 1}: is it for other data?")
+    values, counts = np.unique(positions, return_counts=True)
+    if len(values) < len(positions):
+        raise ValueError(f"indices={path} lists {values[counts > 1][0]} more than once.")
+    return positions
+
+
+def select(
+    labels: np.ndarray, *, indices: str | Path | None, long_tail: float | None, seed: int, **tail: Any
+) -> np.ndarray | None:
+    """The images of the index file, and a tail of these where both are given; None for all images.
+
+    With the 45,000 images that SDCLR trains on as `indices`, `long_tail=0.01` gives splits of its sizes.
+
+    Args:
+        labels: (images,) classes of the training images from 0.
+        indices: index file, or None.
+        long_tail: as `ratio` of `draw`, or None.
+        seed: as for `draw`.
+        **tail: `profile` and `shuffle_classes`, as for `draw`.
+    """
+    chosen = None if indices is None else read_indices(indices, len(labels))
+    if long_tail is None:
+        return chosen
+    if chosen is None:
+        chosen = np.arange(len(labels))
+    part: np.ndarray = chosen[draw(labels[chosen], long_tail, seed=seed, **tail)]
+    return part
+
+
+def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
+    """`dystress long-tail`: the chosen images as folders and as an index file; returns what `long_tail.json` holds.
+
+    `out` gets train/CLASS/POSITION.png and val/CLASS/POSITION.png, as torchvision's ImageFolder, solo-learn's
+    dataset "custom" and lightly read them, and indices.npy, positions among the training images: CIFAR's official
+    order, or for a folder that of torchvision's ImageFolder, sorted by class and name.
+
+    Raises:
+        ValueError: for an `out` that is not empty, settings that do not fit the data, or none that choose a part.
+    """
+    from dystress_plugin.experiment import data as data_module
+
+    out = Path(settings.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
+    if settings.long_tail is None and settings.indices is None:
+        raise ValueError("Give long_tail=RATIO, such as 0.01, or indices=FILE: else all images would stay.")
+    data = data_module.load(
+        settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
+    )
+    positions = select(
+        data.train.labels,
+        indices=settings.indices,
+        long_tail=settings.long_tail,
+        seed=settings.seed,
+        profile=settings.long_tail_profile,
+        shuffle_classes=settings.shuffle_classes,
+    )
+    assert positions is not None  # one of the two is given; narrows the type
+    sizes = np.bincount(data.train.labels[positions], minlength=data.num_classes).tolist()
+    record = {
+        "settings": asdict(settings),
+        "images": len(positions),
+        "class_sizes": dict(zip(data.classes, sizes, strict=True)),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: a killed command leaves a folder of another name.
+    part = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
+    try:
+        part.chmod(0o755)
+        _write_files(part, data, positions, record, images=settings.images)
+        part.replace(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return record
+
+
+def _write_files(folder: Path, data: Data, positions: np.ndarray, record: dict[str, Any], *, images: bool) -> None:
+    np.save(folder / "indices.npy", positions)
+    (folder / "long_tail.json").write_text(json.dumps(record, indent=2) + "\n")
+    if images:
+        _write_images(folder / "train", data.train, positions, data.classes)
+        _write_images(folder / "val", data.test, np.arange(len(data.test.labels)), data.classes)
+
+
+def _write_images(folder: Path, images: Images, positions: np.ndarray, classes: Sequence[str]) -> None:
+    from tqdm import tqdm
+
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+    for i in tqdm(positions.tolist(), desc=folder.name, unit="image", disable=None):
+        images.load(i).save(folder / classes[images.labels[i]] / f"{i:05d}.png")
