@@ -110,6 +110,19 @@ def _long_tail(tokens: Sequence[str]) -> dict[str, Any]:
     return write_long_tail(parse(LongTailSettings, tokens))
 
 
+def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
+    from dystress_plugin.experiment.inspection import inspect_temperatures, output_folder, table
+    from dystress_plugin.experiment.settings import InspectSettings, parse
+
+    settings = parse(InspectSettings, tokens)
+    report = inspect_temperatures(settings)
+    print("\n".join([report["network"], "", *_columns(table(report)), ""]))
+    print("\n".join(found["advice"] for found in report["temperatures"].values()))
+    for path in sorted(output_folder(settings).glob("*.png")):
+        print(f"figure: {path}")
+    return {}
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """The accuracies of a run beside those of its untrained backbone, in percent."""
     lines = [
@@ -124,19 +137,20 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dystress_plugin.experiment.settings import EvaluateSettings, LongTailSettings, PretrainSettings, describe
+    from dystress_plugin.experiment.settings import EvaluateSettings, InspectSettings, LongTailSettings, PretrainSettings, describe
 
     parser = argparse.ArgumentParser(
         "dystress",
         description="Contrastive pretraining with adaptive temperatures. Settings are written key=value.",
     )
     parser.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate,long-tail}")
+    commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate,long-tail,inspect}")
     commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
     for name, run, structure, help_ in (
         ("pretrain", _pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
         ("evaluate", _evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
         ("long-tail", _long_tail, LongTailSettings, "write a long-tailed part of a data set as image folders"),
+        ("inspect", _inspect, InspectSettings, "what each temperature would do to a network's similarities"),
     ):
         command = commands.add_parser(
             name,

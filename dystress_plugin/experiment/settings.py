@@ -18,6 +18,8 @@ T = TypeVar("T")
 def _key(default: Any, help_: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata={"help": help_})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_})
     return field(default=default, metadata={"help": help_})
 
 
@@ -141,6 +143,27 @@ class ReportSettings:
         ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"],
         "how backbones are scored; what a run's protocols.csv has already is not computed again",
     )
+
+
+@dataclass
+class InspectSettings:
+    """Keys of `dystress inspect`."""
+
+    checkpoint: str | None = _key(None, "folder that `dystress pretrain` wrote; null: an untrained network")
+    data: str | None = _key(None, "as for `dystress pretrain`; null: the run's, or digits")
+    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "methods of `dystress methods`")
+    method_kwargs: dict[str, Any] = _key({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
+    constants: list[float] = _key([0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with")
+    out: str | None = _key(None, "folder of the results; null: CHECKPOINT/inspect, or runs/inspect-DATA")
+    untrained: bool = _key(False, "the run's network as it was before training")
+    epoch: float | None = _key(None, "for scheduled temperatures, 0 first; null: the run's last, or 0")
+    images: int | None = _key(None, "in the batch that is looked at; null: the run's batch_size, at most 512")
+    seed: int = _key(0, "of the choice of images, of their views and of an untrained network")
+    backbone: str | None = _key(None, "of an untrained network, as for `dystress pretrain`")
+    image_size: int | None = _key(None, "of an untrained network, as for `dystress pretrain`")
+    data_root: str | None = _key(None, "where cifar10 and cifar100 are; null: as in training")
+    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    num_workers: int = _key(0, "processes that load images")
 
 
 def parse(structure: type[T], tokens: Sequence[str]) -> T:
