@@ -7,16 +7,18 @@ import inspect
 import json
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from dystress_plugin import __version__
+from dystress_plugin.errors import RunStopped
 from dystress_plugin.recipes import METHODS, Recipe
 
 EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' ({error})."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `dystress ...`; returns the exit status, 2 for settings that do not work."""
+    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["methods"]:  # needs torch alone
         print(methods_table())
@@ -31,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"dystress: {error}", file=sys.stderr)
         return 2
+    except RunStopped as error:
+        print(f"dystress: {error}", file=sys.stderr)
+        return 1
     if result:
         print(json.dumps(result, indent=2))
     return 0
@@ -123,6 +128,22 @@ def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
+def _compare(tokens: Sequence[str]) -> dict[str, Any]:
+    from dystress_plugin.experiment.compare import command_line, compare, parse_compare
+
+    return dict(compare(*parse_compare(tokens), command_line(tokens)))
+
+
+def _report(tokens: Sequence[str]) -> dict[str, Any]:
+    from dystress_plugin.experiment.report import report
+    from dystress_plugin.experiment.settings import ReportSettings, parse
+
+    folders = [token for token in tokens if Path(token).exists() or not ("=" in token or token.startswith("-"))]
+    settings = parse(ReportSettings, [token for token in tokens if token not in folders])
+    settings.runs += folders
+    return dict(report(settings))
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """The accuracies of a run beside those of its untrained backbone, in percent."""
     lines = [
@@ -137,17 +158,27 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dystress_plugin.experiment.settings import EvaluateSettings, InspectSettings, LongTailSettings, PretrainSettings, describe
+    from dystress_plugin.experiment.settings import (
+        EvaluateSettings,
+        InspectSettings,
+        LongTailSettings,
+        PretrainSettings,
+        describe,
+    )
 
     parser = argparse.ArgumentParser(
         "dystress",
         description="Contrastive pretraining with adaptive temperatures. Settings are written key=value.",
     )
     parser.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{methods,pretrain,evaluate,long-tail,inspect}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{methods,pretrain,evaluate,compare,report,long-tail,inspect}"
+    )
     commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
     for name, run, structure, help_ in (
         ("pretrain", _pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
+        ("compare", _compare, CompareSettings, "train methods and fixed temperatures with several seeds, report"),
+        ("report", _report, ReportSettings, "table and page of finished runs: dystress report runs/*"),
         ("evaluate", _evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
         ("long-tail", _long_tail, LongTailSettings, "write a long-tailed part of a data set as image folders"),
         ("inspect", _inspect, InspectSettings, "what each temperature would do to a network's similarities"),
@@ -162,3 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("settings", nargs="*", metavar="key=value")
         command.set_defaults(run=run)
     return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -13,3 +13,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], *, choices: str 
     nearest = difflib.get_close_matches(str(name).lower(), spelled, n=1, cutoff=0.4)
     hint = f" Did you mean '{spelled[nearest[0]]}'?" if nearest else ""
     return f"Unknown {kind} '{name}'.{hint} Choose from: {choices or ', '.join(known)}."
+
+
+class RunStopped(RuntimeError):
+    """A training that cannot go on, through no setting of its own; what it has written is whole."""

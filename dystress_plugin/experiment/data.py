@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
 
 from dystress_plugin.experiment import long_tail as tails
+from dystress_plugin.experiment.images import parts
 
 Picture: TypeAlias = Any  # PIL.Image.Image
 Load: TypeAlias = Callable[[int], Picture]
@@ -29,15 +30,18 @@ class Images:
     Attributes:
         load: from a position in `range(len(labels))` to an RGB picture.
         labels: (images,) int64, classes from 0.
+        files: (images,) paths, where the images are files.
     """
 
     load: Load
     labels: np.ndarray
+    files: np.ndarray | None = None
 
     def subset(self, positions: np.ndarray) -> Images:
         """Only some of the images, in the order given."""
         load = self.load
-        return Images(lambda i: load(int(positions[i])), self.labels[positions])
+        files = None if self.files is None else self.files[positions]
+        return Images(lambda i: load(int(positions[i])), self.labels[positions], files)
 
 
 @dataclass(frozen=True)
@@ -113,20 +117,25 @@ def load(
     seed: int,
     long_tail_profile: str = "exponential",
     indices: str | None = None,
+    without: Collection[str] = (),
 ) -> Data:
     """A data set by name, or from a folder of images; its training images those that `long_tail.select` chooses.
+
+    The files in `without` are left out last, so that they change neither which images are held out nor what an index
+    file means.
 
     Raises:
         ValueError: for a folder that is not there, has no images or a single class, or cannot be read, for CIFAR
             that is neither there nor to be downloaded, a `long_tail` outside of (0, 1], or an index file that
             does not fit.
     """
-    builtin = {"digits": _digits, "cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100")}
-    data = builtin[name](root, download) if name in builtin else _folder(Path(name), sorted(builtin))
+    data = _folder(Path(name)) if name not in BUILTIN else BUILTIN[name](root, download)
     labels = data.train.labels
     chosen = tails.select(labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
     if chosen is not None:
         data = replace(data, train=data.train.subset(chosen))
+    if data.train.files is not None:
+        data = replace(data, train=_usable(data.train, without, data), test=_usable(data.test, without, data))
     return data
 
 
@@ -166,20 +175,20 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
 
         dataset = getattr(torchvision.datasets, class_name)
         try:
-            parts = [dataset(root, train=train, download=download) for train in (True, False)]
+            halves = [dataset(root, train=train, download=download) for train in (True, False)]
         except RuntimeError as error:
             raise ValueError(
                 f"data={class_name.lower()} is not in data_root={root}: {error} Set data_root, or download=true."
             ) from None
-        train, test = (_array(part.data, part.targets) for part in parts)
+        train, test = (_array(part.data, part.targets) for part in halves)
         return Data(
             train=train,
             test=test,
-            num_classes=len(parts[0].classes),
+            num_classes=len(halves[0].classes),
             image_size=32,
             normalize={"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]},
             augmentation={},
-            classes=tuple(parts[0].classes),
+            classes=tuple(halves[0].classes),
         )
 
     return build
@@ -189,20 +198,28 @@ def _array(pixels: np.ndarray, labels: Sequence[int]) -> Images:
     return Images(lambda i: Image.fromarray(pixels[i]), np.asarray(labels, dtype=np.int64))
 
 
-def _folder(path: Path, builtin: list[str]) -> Data:
+BUILTIN = {"cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100"), "digits": _digits}
+
+
+def is_folder(name: str) -> bool:
+    """Whether a data set is a folder of images, and not one with a name of its own."""
+    return name not in BUILTIN and Path(name).is_dir()
+
+
+def _folder(path: Path) -> Data:
     if not path.is_dir():
-        raise ValueError(f"data={path} is neither a folder nor one of {', '.join(builtin)}.")
-    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    if (path / "train").is_dir() and held_out is not None:
-        train, classes = _image_folder(path / "train")
-        test, test_classes = _image_folder(held_out)
+        raise ValueError(f"data={path} is neither a folder nor one of {', '.join(BUILTIN)}.")
+    first, *held_out = parts(path)
+    images, classes = _image_folder(first)
+    if held_out:
+        train = images
+        test, test_classes = _image_folder(held_out[0])
         if classes != test_classes:
             raise ValueError(
-                f"{path / 'train'} and {held_out} have different class folders: "
+                f"{first} and {held_out[0]} have different class folders: "
                 f"{', '.join(sorted(set(classes) ^ set(test_classes)))} only in one of them."
             )
     else:
-        images, classes = _image_folder(path)
         train_positions, test_positions = split(images.labels)
         train, test = images.subset(train_positions), images.subset(test_positions)
     return Data(train, test, len(classes), 224, IMAGENET_NORMALIZE, {}, tuple(classes))
@@ -217,11 +234,30 @@ def _image_folder(path: Path) -> tuple[Images, list[str]]:
         raise ValueError(f"{path} is no readable folder of class folders with images: {error}") from None
     if len(folder.classes) < 2:
         raise ValueError(f"{path} has the single class '{folder.classes[0]}'; accuracies need at least two.")
-    labels = np.asarray(folder.targets, dtype=np.int64)
-    for c in range(len(folder.classes)):
-        file = folder.samples[int(np.argmax(labels == c))][0]
-        try:
-            folder.loader(file)
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from None
-    return Images(lambda i: folder.loader(folder.samples[i][0]), labels), folder.classes
+    files = np.asarray([file for file, _ in folder.samples])
+    return Images(lambda i: _picture(files[i]), np.asarray(folder.targets, dtype=np.int64), files), folder.classes
+
+
+def _usable(images: Images, without: Collection[str], data: Data) -> Images:
+    """Images but those left out; a ValueError for a class of which nothing, or nothing readable, is left."""
+    assert images.files is not None  # narrows the type
+    kept = images.subset(np.flatnonzero(~np.isin(images.files, list(without)))) if without else images
+    assert kept.files is not None  # as above
+    for label in np.unique(images.labels):
+        positions = np.flatnonzero(kept.labels == label)
+        if not len(positions):
+            folder = Path(images.files[np.argmax(images.labels == label)]).parent
+            raise ValueError(
+                f"Class '{data.classes[label]}' has no image left: none of those in {folder} can be used. "
+                "Mend them, or remove the folder."
+            )
+        _picture(kept.files[positions[0]])
+    return kept
+
+
+def _picture(file: str) -> Picture:
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None

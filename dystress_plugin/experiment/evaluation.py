@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from lightly.utils.benchmarking import knn_predict
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from dystress_plugin.experiment import files, images
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data import Data, Views, load
-from dystress_plugin.experiment.settings import EvaluateSettings
+from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, read_config
 from dystress_plugin.experiment.transforms import plain_transform
 
 QUERIES = 1024  # at a time, against the whole memory
@@ -98,19 +98,21 @@ def evaluate(
     return {"knn_top1": knn, "linear_top1": linear_accuracy(train, train_labels, test, labels)}
 
 
-def trained_backbone(run: Path) -> tuple[Any, nn.Module]:
+def trained_backbone(run: Path) -> tuple[PretrainSettings, nn.Module]:
     """The settings, as `config.yaml` has them, and the backbone that `dystress pretrain` left in a folder.
 
     Raises:
-        ValueError: for a folder without a finished run.
+        ValueError: for a folder without a finished run, or with damaged files.
     """
     config, weights = run / "config.yaml", run / "backbone.pt"
     if not config.exists() or not weights.exists():
         missing = config if not config.exists() else weights
         raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
-    trained = OmegaConf.load(config).settings
+    trained = read_config(config)
+    assert trained.backbone is not None  # as resolved; narrows the types
+    assert trained.image_size is not None
     backbone, _ = build_backbone(trained.backbone, trained.image_size)
-    backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    files.load_state(backbone, weights, f"Delete it and run `dystress pretrain` again with out={run}.")
     return trained, backbone
 
 
@@ -122,16 +124,18 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     """
     trained, backbone = trained_backbone(Path(settings.checkpoint))
     # Another data set is not the one whose tail was cut.
-    cut = trained if settings.data in (None, trained.data) else {}
+    cut = trained if settings.data in (None, trained.data) else PretrainSettings()
     data = load(
         settings.data or trained.data,
         root=settings.data_root or trained.data_root,
         download=settings.download,
-        long_tail=cut.get("long_tail"),
-        long_tail_profile=cut.get("long_tail_profile", "exponential"),
-        indices=cut.get("indices"),
+        long_tail=cut.long_tail,
+        long_tail_profile=cut.long_tail_profile,
+        indices=cut.indices,
         seed=trained.seed,
+        without=images.left_out(Path(settings.checkpoint), settings.data or trained.data),
     )
+    assert trained.image_size is not None  # as above
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(
         backbone,

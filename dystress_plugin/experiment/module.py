@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from lightly.models.modules import SimCLRProjectionHead
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluation import knn_accuracy
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.settings import PretrainSettings, comparable
 from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.temperature.base import check_fraction
 
@@ -29,6 +29,22 @@ OPTIMIZERS = {
     "lars": (lambda batch: 0.075 * math.sqrt(batch), 1e-6),
     "sgd": (lambda batch: 0.06 * batch / 256, 5e-4),
 }
+
+
+class Step(NamedTuple):
+    """What the latest training step compared, without its graph.
+
+    Attributes:
+        z: (batch, projection_dim) for each view.
+        images: (batch,) their numbers.
+        epoch: the temperature's clock.
+        loss: 0-dim; None if there is none, since computing it failed.
+    """
+
+    z: tuple[Tensor, ...]
+    images: Tensor
+    epoch: float
+    loss: Tensor | None = None
 
 
 class PretrainModule(LightningModule, ABC):
@@ -53,6 +69,7 @@ class PretrainModule(LightningModule, ABC):
         self.loss = loss
         self.settings = settings
         self.num_classes = num_classes
+        self.last_step: Step | None = None
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
 
@@ -64,9 +81,11 @@ class PretrainModule(LightningModule, ABC):
         views, _, index = batch
         z = self.embed(views)
         epoch = self.loss.temperature.clock(self.current_epoch, batch_idx, int(self.trainer.num_training_batches))
+        self.last_step = Step(tuple(view.detach() for view in z), index, epoch)
         # First, since the loss moves queue and tables on.
         summary = temperature_summary(self.loss, *z, index=index, epoch=epoch)
         loss: Tensor = self.loss(*z, index=index, epoch=epoch)
+        self.last_step = self.last_step._replace(loss=loss.detach())
         log: dict[str, Any] = {"batch_size": len(index), "on_step": False, "on_epoch": True}
         self.log("loss", loss, prog_bar=True, sync_dist=True, **log)
         for name, value in summary.items():
@@ -103,6 +122,9 @@ class PretrainModule(LightningModule, ABC):
             t=self.settings.knn_t,
         )
         self.log("knn_top1", accuracy, prog_bar=True, sync_dist=True, batch_size=len(queries))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["settings"] = comparable(self.settings)
 
     def configure_optimizers(self) -> Any:
         s = self.settings

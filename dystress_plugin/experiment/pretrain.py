@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import platform
 import time
 import warnings
@@ -18,18 +17,21 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import figures
+from dystress_plugin.experiment import figures, files, images
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
 from dystress_plugin.experiment.evaluation import evaluate
+from dystress_plugin.experiment.guard import NanGuard
+from dystress_plugin.experiment.interruption import resumable
 from dystress_plugin.experiment.module import MODULES, MOMENTUM, OPTIMIZERS, PretrainModule
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.settings import PretrainSettings, comparable, read_config
 from dystress_plugin.experiment.transforms import augmentation, plain_transform, view_transform
 from dystress_plugin.temperature import CosineSchedule
 
@@ -55,10 +57,19 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Trains, evaluates and writes everything to `settings.out`; returns what `summary.json` holds.
 
     Raises:
-        ValueError: before any training, for settings, data or an output folder that do not fit.
+        ValueError: before any training, for settings, data, an output folder or files in it that do not fit.
+        RunStopped: for a disk that is full, or a loss that is not finite.
+        SystemExit: after SIGTERM, with status 143.
     """
+    with resumable(output_folder(settings)):
+        return _run(settings)
+
+
+def _run(settings: PretrainSettings) -> dict[str, Any]:
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
+    files.check_place(out)
+    scan = _scan(settings, out)
     data = data_module.load(
         settings.data,
         root=settings.data_root,
@@ -67,13 +78,14 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         long_tail_profile=settings.long_tail_profile,
         indices=settings.indices,
         seed=settings.seed,
+        without=scan.left_out if scan is not None else (),
     )
     if settings.epochs < 1:
         raise ValueError(f"epochs={settings.epochs} must be at least 1.")
     trainer = _trainer(settings, out)
-    images = len(data.train.labels) // trainer.world_size
-    if not 2 <= settings.batch_size <= images:
-        each = f", {images} for each of {trainer.world_size} devices" if trainer.world_size > 1 else ""
+    share = len(data.train.labels) // trainer.world_size
+    if not 2 <= settings.batch_size <= share:
+        each = f", {share} for each of {trainer.world_size} devices" if trainer.world_size > 1 else ""
         raise ValueError(
             f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images"
             f"{each}."
@@ -83,10 +95,13 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     module = _module(settings, recipe, data, image_size)
     _warn_short_schedule(module.loss, settings.epochs)
 
-    if trainer.global_rank == 0 and (finished := _open(out, settings)) is not None:
-        return finished
-    started = time.monotonic()
     last = out / "checkpoints" / "last.ckpt"
+    if trainer.global_rank == 0:
+        if (finished := _open(out, settings, module, last)) is not None:
+            return finished
+        if scan is not None:
+            scan.write(out)
+    started = time.monotonic()
     untrained = None
     options: dict[str, Any] = {
         "image_size": image_size,
@@ -96,13 +111,17 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         "knn_t": settings.knn_t,
     }
     if trainer.global_rank == 0:
-        untrained = evaluate(module.backbone, data, device="cpu", **options)
-        module.backbone.train()
+        untrained = _untrained(out / "untrained.json", module, data, options)
     loaders = _loaders(settings, data, image_size, trainer)
     with warnings.catch_warnings():
         for message in HOST_NOISE:
             warnings.filterwarnings("ignore", message)
-        trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        try:
+            trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None)
+        except ValueError:
+            if settings.nan_guard:
+                NanGuard(out).explain(trainer, module)
+            raise
     if trainer.global_rank != 0 or untrained is None:
         return {}
     if settings.wandb != "off":
@@ -112,8 +131,10 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
 
     device = str(module.device)
     trained = evaluate(module.backbone, data, device=device, **options)
-    torch.save({k: v.cpu() for k, v in module.backbone.state_dict().items()}, out / "backbone.pt")
+    files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
+    (out / "figures").mkdir(exist_ok=True)
     figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title)
+    loaders[0].sampler.set_epoch(settings.epochs - 1)  # type: ignore[attr-defined]  # also where nothing was left to train
     views, _, index = next(iter(loaders[0]))
     figures.profile(module, views, index, settings.epochs - 1, out / "figures" / "temperature.png", recipe.title)
     summary = {
@@ -125,7 +146,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
-    _write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -212,6 +233,7 @@ def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
         *_diagnostics(settings, out),
+        *([NanGuard(out)] if settings.nan_guard else []),
         ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, enable_version_counter=False),
     ]
     if settings.progress:
@@ -225,6 +247,7 @@ def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
         precision=settings.precision,  # type: ignore[arg-type]
         sync_batchnorm=settings.accelerator != "cpu" and torch.cuda.is_available(),
         callbacks=callbacks,
+        plugins=_plugins(),
         logger=_loggers(settings, out),
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
@@ -232,6 +255,14 @@ def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
         log_every_n_steps=1,
         default_root_dir=out,
     )
+
+
+def _plugins() -> list[Any]:
+    plugins: list[Any] = [files.WholeCheckpoints()]
+    if SLURMEnvironment.detect():
+        # Its checkpoints are from the middle of an epoch; `sbatch --requeue` and the same command do it exactly.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def _diagnostics(settings: PretrainSettings, out: Path) -> list[Callback]:
@@ -284,7 +315,7 @@ class EpochTable(Callback):
         self.rows.append({"epoch": trainer.current_epoch} | {name: values[name] for name in COLUMNS[1:]})
         if trainer.global_rank == 0:
             lines = [",".join(COLUMNS), *(",".join(f"{row[name]:.8g}" for name in COLUMNS) for row in self.rows)]
-            _write(self.path, "\n".join(lines) + "\n")
+            files.write_text(self.path, "\n".join(lines) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -293,38 +324,66 @@ class EpochTable(Callback):
         self.rows = state_dict["rows"]
 
 
-def _open(out: Path, settings: PretrainSettings) -> dict[str, Any] | None:
+def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: Path) -> dict[str, Any] | None:
     """Makes `out` ready for these settings; the summary if they have been run to the end already."""
     config = out / "config.yaml"
-    wanted = OmegaConf.create(asdict(settings))
     if config.exists():
-        found = OmegaConf.load(config).settings
-        different = [
-            f"{key}={wanted.get(key)} (there: {found.get(key)})"
-            for key in wanted
-            if key != "out" and wanted.get(key) != found.get(key)
-        ]
-        if different:
-            raise ValueError(f"out={out} holds a run with other settings: {', '.join(different)}. Choose another out.")
+        _check_same(comparable(settings), comparable(read_config(config)), f"out={out} holds a run")
         if (out / "summary.json").exists():
-            summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-            return summary
-        return None
-    if out.exists() and any(out.iterdir()):
+            return files.read_json(out / "summary.json")
+        if last.exists():
+            _check_checkpoint(last, module)
+    # What an interruption leaves before config.yaml is there, and a scan that found bad images.
+    elif out.exists() and {path.name for path in out.iterdir()} - {"config.yaml.part", images.RECORD}:
         raise ValueError(f"out={out} is not empty and holds no run of this command. Choose another out.")
-    versions = {name: metadata.version(name) for name in VERSIONS}
-    versions |= {"python": platform.python_version(), "dystress_plugin": __version__}
-    record = OmegaConf.create({"settings": wanted, "versions": versions})
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    _write(config, OmegaConf.to_yaml(record))
+    files.check_room(out, module, have=int(last.exists()))
+    if not config.exists():
+        versions = {name: metadata.version(name) for name in VERSIONS}
+        versions |= {"python": platform.python_version(), "dystress_plugin": __version__}
+        record = OmegaConf.create({"settings": asdict(settings), "versions": versions})
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            files.write_text(config, OmegaConf.to_yaml(record))
+        except OSError as error:
+            raise ValueError(f"out={out} cannot be written: {error}. Choose another out.") from None
     return None
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, also when the process is killed meanwhile."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
+    different = [f"{key}={value} (there: {found.get(key)})" for key, value in wanted.items() if value != found.get(key)]
+    if different:
+        raise ValueError(f"{what} with other settings: {', '.join(different)}. Choose another out.")
+
+
+def _check_checkpoint(last: Path, module: PretrainModule) -> None:
+    """Raises a ValueError for a checkpoint that is damaged, or of another run."""
+    checkpoint = files.load(last, "a checkpoint", files.NO_CHECKPOINT)
+    if missing := [key for key in ("state_dict", "epoch", "settings") if key not in checkpoint]:
+        raise ValueError(f"{last} is no checkpoint of this command: it has no {missing[0]}. {files.NO_CHECKPOINT}")
+    files.check_state(module, checkpoint["state_dict"], last, files.NO_CHECKPOINT)
+    _check_same(comparable(module.settings), checkpoint["settings"], f"{last} belongs to a run")
+
+
+def _scan(settings: PretrainSettings, out: Path) -> images.Scan | None:
+    if not data_module.is_folder(settings.data):
+        return None
+    return images.scan_folder(
+        settings.data,
+        out,
+        on_bad_image=settings.on_bad_image,
+        num_workers=settings.num_workers,
+        progress=settings.progress,
+    )
+
+
+def _untrained(path: Path, module: PretrainModule, data: Data, options: dict[str, Any]) -> dict[str, Any]:
+    """The accuracies before training, which a resumed run has no need to measure again."""
+    if path.exists():
+        return files.read_json(path)
+    accuracies = evaluate(module.backbone, data, device="cpu", **options)
+    module.backbone.train()
+    files.write_text(path, json.dumps(accuracies) + "\n")
+    return accuracies
 
 
 def _warn_short_schedule(loss: ContrastiveLoss, epochs: int) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dystress_plugin.errors import unknown_name
 
 T = TypeVar("T")
+PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"]
 
 
 # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
@@ -61,6 +64,9 @@ class PretrainSettings:
     blur: float | None = _key(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px")
     flip: float | None = _key(None, "probability of a horizontal flip; null: 0 for digits, else 0.5")
     rotate: float | None = _key(None, "degrees of random rotation; null: 15 for digits, else 0")
+
+    on_bad_image: str = _key("stop", "stop | skip, before training, for files in a folder that cannot be used")
+    nan_guard: bool = _key(True, "stop at the first loss or gradient that is not finite, and say what was there")
 
     knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
     knn_t: float = _key(0.1, "temperature of the weighted kNN")
@@ -115,7 +121,9 @@ class LongTailSettings:
 class CompareSettings:
     """Keys of `dystress compare` beside those of `dystress pretrain`."""
 
-    methods: list[str] = _key("???", "such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own")
+    methods: list[str] = _key(
+        "???", "such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own"
+    )
     seeds: list[int] = _key([0, 1, 2], "each method is trained once with each")
     out: str = _key("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
     method_kwargs: dict[str, Any] = _key({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
@@ -123,8 +131,7 @@ class CompareSettings:
         None, "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none"
     )
     protocols: list[str] = _key(
-        ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"],
-        "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers",
+        PROTOCOLS, "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers"
     )
     jobs: int = _key(1, "runs at once, each a process of its own; several GPUs are dealt out")
     diagnostics_every_n_steps: int | None = _key(
@@ -140,8 +147,7 @@ class ReportSettings:
     runs: list[str] = _key([], "folders of finished runs, or that hold them; the same as naming them without a key")
     out: str | None = _key(None, "where results.csv and report.html go; null: beside the runs, or where compare put it")
     protocols: list[str] = _key(
-        ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"],
-        "how backbones are scored; what a run's protocols.csv has already is not computed again",
+        PROTOCOLS, "how backbones are scored; what a run's protocols.csv has already is not computed again"
     )
 
 
@@ -191,6 +197,30 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "setting"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
+
+
+def comparable(settings: PretrainSettings) -> dict[str, Any]:
+    """What makes two runs the same: every setting as a plain value, but where the results go."""
+    return {name: value for name, value in asdict(settings).items() if name != "out"}
+
+
+def read_config(path: Path) -> PretrainSettings:
+    """The `settings` of a run's `config.yaml`, with its default for a key that is newer than the file.
+
+    Raises:
+        ValueError: for a file that is damaged or another program's.
+    """
+    remedy = "Put the right one there, or choose another folder."
+    try:
+        config = OmegaConf.load(path)
+        settings = config.get("settings") if isinstance(config, DictConfig) else None
+        if not isinstance(settings, DictConfig):
+            raise ValueError(f"{path} is no config.yaml of `dystress pretrain`: it has no settings. {remedy}")
+        found: PretrainSettings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainSettings), settings))
+        return found
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None
 
 
 def describe(structure: type) -> str:

@@ -1,0 +1,196 @@
+"""Which files of an image folder can be used: every one is decoded once before training, and the result kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment import files
+
+ON_BAD_IMAGE = ("stop", "skip")
+RECORD = "images.json"
+SHOWN = 5  # bad files on the terminal; the record has all
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a scan found, as `images.json` holds it.
+
+    Attributes:
+        folder: the image folder.
+        good: number of files that can be used.
+        bad: path below the folder → why it cannot be used.
+        names: digest of the paths of the good files.
+        state: digest of path, size and time of every file; the same, and nothing has to be decoded again.
+    """
+
+    folder: str
+    good: int
+    bad: dict[str, str] = field(default_factory=dict)
+    names: str = ""
+    state: str = ""
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Paths of the bad files, with the folder's."""
+        return frozenset(str(Path(self.folder, name)) for name in self.bad)
+
+    def write(self, out: Path) -> None:
+        """Keeps it in the folder of a run."""
+        files.write_text(out / RECORD, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read(out: Path) -> Scan | None:
+    """The scan that is kept in a run's folder, None if there is none.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    if not (out / RECORD).exists():
+        return None
+    content = files.read_json(out / RECORD)
+    try:
+        return Scan(**content)
+    except TypeError as error:
+        raise ValueError(f"{out / RECORD} holds no list of images: {error}. Delete it, and it is made anew.") from None
+
+
+def left_out(out: Path, folder: str) -> frozenset[str]:
+    """Files that a run left out of a folder: none if it was trained on something else."""
+    scan = read(out)
+    return scan.left_out if scan is not None and scan.folder == folder else frozenset()
+
+
+def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, progress: bool) -> Scan:
+    """Decodes every file that training would, unless the run's folder says that it has been done.
+
+    Args:
+        folder: class folders, or `train` and `val` or `test` with class folders.
+        out: folder of the run, which need not exist.
+        on_bad_image: "stop" or "skip".
+        num_workers: processes that decode; 0 decodes in this one.
+        progress: show a bar.
+
+    Raises:
+        ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
+            are not those the run began with.
+    """
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(unknown_name("value of on_bad_image", on_bad_image, ON_BAD_IMAGE))
+    found = list(_files(folder))
+    state = _digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
+    before = read(out)
+    if before is not None and (before.folder, before.state) == (folder, state):
+        scan = before
+    else:
+        bad = _bad(folder, [name for name, _ in found], num_workers, progress)
+        good = [name for name, _ in found if name not in bad and name.lower().endswith(IMG_EXTENSIONS)]
+        scan = Scan(folder, len(good), bad, _digest(good), state)
+        if before is not None and (out / "config.yaml").exists() and before.names != scan.names:
+            raise ValueError(
+                f"data={folder} has other images than this run began with: {scan.good} that can be used now, "
+                f"{before.good} then. Put them back as they were, or choose another out."
+            )
+    if scan.bad:
+        _report(scan, out, on_bad_image)
+    return scan
+
+
+def parts(folder: Path) -> list[Path]:
+    """`train`, and `val` or `test`, where the folder has both; else the folder itself."""
+    held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    return [folder / "train", held_out] if held_out is not None and (folder / "train").is_dir() else [folder]
+
+
+def fault(file: str) -> str | None:
+    """Why a file cannot be used, None if it can."""
+    named = file.lower().endswith(IMG_EXTENSIONS)
+    if os.path.getsize(file) == 0:
+        return "empty file" if named else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as picture:
+                if not named:
+                    return f"a {picture.format} image whose name does not end like one"
+                picture.verify()
+            with Image.open(file) as picture:  # verify leaves nothing to load
+                picture.convert("RGB")
+        except UnidentifiedImageError:
+            return "no image" if named else None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb, as far as Pillow can tell"
+        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
+            return f"damaged: {error}" if named else None
+    return None
+
+
+class _Faults(Dataset[tuple[str, str]]):
+    """(name, fault or nothing) of every file, so that a loader's workers share the decoding."""
+
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self.folder = folder
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[str, str]:
+        return self.names[i], fault(os.path.join(self.folder, self.names[i])) or ""
+
+
+def _bad(folder: str, names: Sequence[str], num_workers: int, progress: bool) -> dict[str, str]:
+    loader: DataLoader[tuple[str, str]] = DataLoader(
+        _Faults(folder, names), batch_size=64, num_workers=num_workers, collate_fn=list
+    )
+    bar = tqdm(loader, "checking the images", unit="batch", disable=not progress, leave=False)
+    return {name: reason for batch in bar for name, reason in batch if reason}
+
+
+def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Path below the folder and state of every file in its class folders, in a fixed order; hidden ones only if named
+    like images, as torchvision takes those.
+    """
+    for part in parts(Path(folder)):
+        classes = sorted(entry.path for entry in os.scandir(part) if entry.is_dir())
+        for place in classes:
+            for root, _, names in sorted(os.walk(place, followlinks=True)):
+                for name in sorted(names):
+                    if name.startswith(".") and not name.lower().endswith(IMG_EXTENSIONS):
+                        continue
+                    file = os.path.join(root, name)
+                    yield os.path.relpath(file, folder), os.stat(file)
+
+
+def _digest(lines: Sequence[str] | Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(os.fsencode(line) + b"\n")
+    return digest.hexdigest()
+
+
+def _report(scan: Scan, out: Path, on_bad_image: str) -> None:
+    some = "".join(f"\n  {name}: {reason}" for name, reason in list(scan.bad.items())[:SHOWN])
+    more = f"\n  and {len(scan.bad) - SHOWN} more" if len(scan.bad) > SHOWN else ""
+    which = f"{len(scan.bad)} of {scan.good + len(scan.bad)} files in {scan.folder} cannot be used"
+    if on_bad_image == "stop":
+        out.mkdir(parents=True, exist_ok=True)
+        scan.write(out)
+        raise ValueError(
+            f"{which}, all of them listed in {out / RECORD}:{some}{more}\n"
+            "Mend or remove them, or leave them out with on_bad_image=skip."
+        )
+    print(f"dystress: {which} and are left out, all of them listed in {out / RECORD}:{some}{more}", file=sys.stderr)
