@@ -21,8 +21,6 @@ PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_
 def _key(default: Any, help_: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata={"help": help_})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help_})
     return field(default=default, metadata={"help": help_})
 
 
@@ -227,7 +225,7 @@ def describe(structure: type) -> str:
     """A line per key: name, default, help."""
     lines = []
     for f in fields(structure):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
         shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
             default if isinstance(default, (str, bool, type(None))) else "", default
         )
