@@ -123,7 +123,8 @@ class ContrastiveLoss(nn.Module):
         Args:
             *views: two or more (batch, dim) tensors of any float dtype, row i of each showing image i. They need
                 not be normalised; a zero row has similarity 0 to everything and no gradient. Half precision is
-                computed in float32. With a queue: anchors, then keys. With another layout than "views": two sides.
+                computed in float32. With a queue: anchors, then keys. With another layout than "views": two sides, then
+                any hard negatives, row i of each for anchor i, which all anchors of side 0 are compared with.
             index: (batch,) int64, sample numbers, where the temperature keeps a table.
             epoch: the current epoch, 0 first, where the temperature is scheduled; a fraction lies within it.
 
@@ -195,7 +196,7 @@ class ContrastiveLoss(nn.Module):
         blocks = self._blocks(units, gather=self.gather_distributed)
         batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
         maps = self.temperature.prepare(batch)
-        want_cosine = OBJECTIVES[self.objective].needs_negative_cosine or self.temperature.needs_negative_cosine
+        want_cosine = self._counts_negatives
         negatives = [
             ENGINES[self.engine](
                 block.anchors,
@@ -263,9 +264,13 @@ class ContrastiveLoss(nn.Module):
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
             raise ValueError(f"The loss compares views: pass at least two embeddings, loss(z0, z1), not {len(views)}.")
-        if len(views) > 2 and (self.queue is not None or self.layout != "views"):
-            what = "a queue" if self.queue is not None else f"layout='{self.layout}'"
-            raise ValueError(f"With {what} the loss takes two views, not {len(views)}.")
+        if len(views) > 2 and self.queue is not None:
+            raise ValueError(f"With a queue the loss takes two views, not {len(views)}.")
+        if len(views) > 2 and self.layout == "both_ways" and self._counts_negatives:
+            raise ValueError(
+                "layout='both_ways' with hard negatives gives the two ways different numbers of negatives, which "
+                f"objective='{self.objective}' with {type(self.temperature).__name__} divides by; use 'one_way'."
+            )
         for number, view in enumerate(views):
             _check_view(number, view, views[0])
         if self.queue is not None:
@@ -274,7 +279,13 @@ class ContrastiveLoss(nn.Module):
                     f"Embeddings have {views[0].shape[1]} dims, the queue {self.queue.keys.shape[1]}; set queue_size."
                 )
         elif len(views[0]) == 1 and not (self.gather_distributed and distributed.world_size() > 1):
+            if self.layout == "one_way" and len(views) > 2:
+                return
             raise ValueError("A batch of one image has no negatives; use at least two images, or a queue.")
+
+    @property
+    def _counts_negatives(self) -> bool:
+        return OBJECTIVES[self.objective].needs_negative_cosine or self.temperature.needs_negative_cosine
 
     def extra_repr(self) -> str:
         own = "".join(f", {name}={value}" for name, value in self.objective_settings.items())

@@ -62,16 +62,21 @@ def queue(units: Tensor, keys: Tensor) -> list[Block]:
 
 
 def one_way(units: Tensor, *, gather: bool) -> list[Block]:
-    """Anchors from side 0, candidates from side 1, row i of each belonging together: SimCSE's layout."""
-    anchors, others = units
+    """Anchors from side 0, candidates from side 1, row i of each belonging together: SimCSE's layout.
+
+    Further sides are hard negatives, which every anchor is compared with: the candidates' rows after those of side 1.
+    """
+    anchors, positives = units[0], units[1]
+    others = units[1:].transpose(0, 1)  # (batch, sides, dim)
     everything, start = distributed.all_rows_with_gradient(others) if gather else (others, 0)
     own = start + torch.arange(len(anchors))
-    return [Block(anchors, (anchors * others).sum(dim=1, keepdim=True), everything, own[:, None])]
+    candidates = everything.transpose(0, 1).flatten(0, 1)
+    return [Block(anchors, (anchors * positives).sum(dim=1, keepdim=True), candidates, own[:, None])]
 
 
 def both_ways(units: Tensor, *, gather: bool) -> list[Block]:
-    """`one_way` from side 0 to side 1 and from side 1 to side 0: CLIP's layout."""
-    return one_way(units, gather=gather) + one_way(units.flip(0), gather=gather)
+    """`one_way` from side 0 to side 1 and from side 1 to side 0: CLIP's layout. The way back has no hard negatives."""
+    return one_way(units, gather=gather) + one_way(units[:2].flip(0), gather=gather)
 
 
 @lru_cache(maxsize=8)

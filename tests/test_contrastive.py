@@ -421,12 +421,9 @@ def test_bad_views_for_a_queue_raise(views, message):
 
 
 @pytest.mark.parametrize("layout", ["one_way", "both_ways"])
-@pytest.mark.parametrize(
-    ("views", "message"), [([Z, Z, Z], "layout='.*' the loss takes two views, not 3"), ([Z[:1]] * 2, "no negatives")]
-)
-def test_bad_views_for_two_sides_raise(layout, views, message):
-    with raises(ValueError, message):
-        ContrastiveLoss(layout=layout)(*views)
+def test_a_batch_of_one_raises_for_two_sides(layout):
+    with raises(ValueError, "no negatives"):
+        ContrastiveLoss(layout=layout)(Z[:1], Z[:1])
 
 
 def test_a_batch_of_one_is_legal_with_a_queue():
