@@ -137,6 +137,8 @@ class ContrastiveLoss(nn.Module):
                 embeddings that are not finite (on CUDA they propagate: looking would wait for the device).
         """
         units, index, epoch = self._checked(views, index, epoch)
+        if self.queue is not None and self.training:
+            self.queue.share()
         with torch.autocast(views[0].device.type, enabled=False):
             stats, batch = self._row_stats(units, index, epoch)
             stats = replace(stats, log_s=self.temperature.observe(stats, batch))
@@ -223,7 +225,7 @@ class ContrastiveLoss(nn.Module):
         """Rows of this rank over the mean of all ranks', so that ranks of different batches weigh by their rows."""
         if not self.gather_distributed or distributed.world_size() == 1:
             return 1.0
-        mean = distributed.mean_over_ranks(torch.tensor([float(rows)], device=device))
+        mean = distributed.mean_over_ranks(torch.tensor([float(rows)], dtype=torch.float64, device=device))
         return rows / float(mean)
 
     def _checked(
@@ -259,7 +261,9 @@ class ContrastiveLoss(nn.Module):
                 and not torch.isfinite(together).all()
             ):
                 raise ValueError(_not_finite(views))
-            return normalize(together).view(len(views), *views[0].shape), index, epoch
+            # A half precision's subnormal rows have few digits left, and gradients beyond its range.
+            least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
+            return normalize(together, least).view(len(views), *views[0].shape), index, epoch
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -295,12 +299,12 @@ class ContrastiveLoss(nn.Module):
         )
 
 
-def normalize(z: Tensor) -> Tensor:
-    """z / |z| for every row; a zero row stays zero and gets no gradient.
+def normalize(z: Tensor, least: float = 0.0) -> Tensor:
+    """z / |z| for every row; a zero row stays zero and gets no gradient, and so does one without an entry of `least`.
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    units: Tensor = _Normalize.apply(z)[0]  # type: ignore[no-untyped-call]
+    units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
     return units
 
 
@@ -311,12 +315,12 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # Over the largest entry first: the squares of tiny and huge rows would leave the range.
         peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
         # Below, the gradient 1/|z| itself would leave the dtype's range.
-        peak.masked_fill_(peak <= 1e8 * torch.finfo(z.dtype).tiny, math.inf)
+        peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
         units = z / peak
         length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
         units.div_(length.masked_fill(length == 0, 1.0))
@@ -325,7 +329,7 @@ class _Normalize(torch.autograd.Function):
         return units, length
 
     @staticmethod
-    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor | None, None]:
         units, length = ctx.saved_tensors
         grad = None
         if grad_units is not None:
@@ -333,7 +337,7 @@ class _Normalize(torch.autograd.Function):
         if grad_length is not None:
             along = units * grad_length
             grad = along if grad is None else grad + along
-        return grad
+        return grad, None
 
 
 def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The three collectives of the losses, each an identity in a single process. Batches may differ between ranks."""
+"""The collectives of the losses, each an identity in a single process. Batches may differ between ranks."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     total = torch.stack([tensor.sum().double(), tensor.new_tensor(tensor.numel(), dtype=torch.float64)])
     dist.all_reduce(total)
     return (total[0] / total[1]).to(tensor.dtype)
+
+
+def from_rank_0(*tensors: Tensor) -> None:
+    """Overwrites every tensor with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 class _Gather(torch.autograd.Function):

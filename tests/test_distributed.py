@@ -1,52 +1,82 @@
 import itertools
+from functools import partial
+from typing import NamedTuple
 
 import gloo
 import pytest
 import torch
 from grid import CASES, EPOCH, KINDS, OBJECTIVES, SAMPLES, assert_close, build, embeddings, tolerance
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dystress_plugin import ContrastiveLoss, distributed
+from dystress_plugin.engine import ENGINES, blockwise
 from dystress_plugin.temperature import Individual, ModelAware
 
 STEPS = 2
-SIZES = {"equal": (3, 3), "unequal": (2, 4), "one-each": (1, 1), "one-and-many": (4, 1)}
-LAYOUTS = {"two": ("views", 2), "three": ("views", 3), "one_way": ("one_way", 2), "both_ways": ("both_ways", 2)}
+SIZES = {
+    "equal": (3, 3),
+    "unequal": (2, 4),
+    "one-each": (1, 1),
+    "one-and-many": (4, 1),
+    "three-equal": (2, 2, 2),
+    "three-unequal": (1, 4, 2),
+}
+LAYOUTS = {
+    "two": {},
+    "three": {},
+    "queue": {"queue_size": (7, 5)},
+    "one_way": {"layout": "one_way"},
+    "both_ways": {"layout": "both_ways"},
+}
+
+
+class Cell(NamedTuple):
+    """One point of the grid; a test's name."""
+
+    name: str
+    objective: str
+    layout: str
+    sizes: str
+    engine: str = "auto"
+
+
 SOME = ["dystress-cosine", "isogclr", "macl", "learnable"]
-TOUCHY = ["sogclr", "dclw"]  # read tables, and weights of the whole batch
-GRID = dict.fromkeys(  # without those that are named twice
-    [
-        *itertools.product(CASES, ["ntxent"], ["unequal"], ["two"], [None]),
-        *itertools.product(KINDS, OBJECTIVES, ["unequal"], ["two"], [None]),
-        *itertools.product(SOME, OBJECTIVES, ["equal", "one-each", "one-and-many"], ["two"], [None]),
-        *itertools.product(SOME, OBJECTIVES, ["unequal"], ["three", "one_way", "both_ways"], [None]),
-        *itertools.product(SOME, TOUCHY, ["equal", "one-and-many"], ["one_way", "both_ways"], [None]),
-        *itertools.product(SOME, OBJECTIVES, ["unequal"], ["two"], [(7, 5)]),
-        *itertools.product(SOME, TOUCHY, ["equal"], ["two"], [(7, 5)]),
-        *itertools.product(["constant"], OBJECTIVES, ["one-each", "one-and-many"], ["two"], [(7, 5)]),
-    ]
-)
+GRID = [
+    Cell(*cell)
+    for cell in dict.fromkeys(  # without those that are named twice
+        [
+            *itertools.product(KINDS, OBJECTIVES, LAYOUTS, ["unequal", "equal", "three-unequal"]),
+            *itertools.product(CASES, OBJECTIVES, ["two"], ["unequal"]),
+            *itertools.product(SOME, ["sogclr", "dclw"], LAYOUTS, ["one-each", "one-and-many", "three-equal"]),
+            *itertools.product(SOME, OBJECTIVES, ["two", "both_ways"], ["unequal"], ["blockwise"]),
+        ]
+    )
+]
 
 
-def train(case, own):
+def train(cell, own):
     """Values and gradients of every step, of a small network and of the loss, and the state at the end.
 
     `own` are this process's rows.
     """
-    name, objective, sizes, arrangement, queue_size = case
-    layout, views = LAYOUTS[arrangement]
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 5, dtype=torch.float64)
     loss = ContrastiveLoss(
-        build(name).double(), objective=objective, queue_size=queue_size, layout=layout, gather_distributed=True
+        build(cell.name).double(),
+        objective=cell.objective,
+        engine=cell.engine,
+        gather_distributed=True,
+        **LAYOUTS[cell.layout],
     )
     parameters = [*model.parameters(), *loss.parameters()]
-    gradients = []
+    images, gradients = sum(SIZES[cell.sizes]), []
     for step in range(STEPS):
-        images = embeddings(sum(SIZES[sizes]), 6, views=views, seed=step)
-        index = torch.randint(SAMPLES, (sum(SIZES[sizes]),), generator=torch.Generator().manual_seed(step))
+        batch = embeddings(images, 6, views=3 if cell.layout == "three" else 2, seed=step)
+        index = torch.randint(SAMPLES, (images,), generator=torch.Generator().manual_seed(step))
         index[-1] = index[0]  # on different ranks
-        value = loss(*[model(view[own]) for view in images], index=index[own], epoch=EPOCH)
+        value = loss(*[model(view[own]) for view in batch], index=index[own], epoch=EPOCH)
         found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         gradients.append((value.detach(), *found))
     return [torch.stack(column) for column in zip(*gradients, strict=True)], loss.state_dict()
@@ -59,37 +89,59 @@ def rows_of(rank, sizes):
 
 def averaged(result):
     tensors, state = result
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensors, state
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    parts = (together / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)], state
 
 
-def on_a_rank(rank):
+def grid_on_a_rank(rank):
+    world = dist.get_world_size()
+    cells = [cell for cell in GRID if len(SIZES[cell.sizes]) == world]
+    return {cell: averaged(train(cell, rows_of(rank, cell.sizes))) for cell in cells}
+
+
+def on_a_rank_of_two(rank):
     return {
-        "grid": {case: averaged(train(case, rows_of(rank, case[2]))) for case in GRID},
+        "grid": grid_on_a_rank(rank),
         "tables": individual_tables(rank),
+        "queue": queue_of_ranks_seeded_differently(rank),
+        "wrapped": {name: wrapped_and_by_hand(name, queue_size) for name, queue_size in WRAPPED.items()},
         "collectives": collectives(rank),
         "one_image": one_image(rank),
     }
 
 
+def on_a_rank_of_three(rank):
+    return {
+        "grid": grid_on_a_rank(rank),
+        "entries": {(name, images): entries_of_a_step(name, images) for name, images in STEPS_TO_COUNT},
+    }
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return gloo.run(on_a_rank, 2, tmp_path_factory.mktemp("gloo"))
+def two_ranks(tmp_path_factory):
+    return gloo.run(on_a_rank_of_two, 2, tmp_path_factory.mktemp("gloo"))
 
 
-@pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(map(str, case)))
-def test_two_processes_equal_one(ranks, case):
-    tensors, state = train(case, slice(None))
-    for rank in ranks:
-        found, found_state = rank["grid"][case]
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory):
+    return gloo.run(on_a_rank_of_three, 3, tmp_path_factory.mktemp("gloo"))
+
+
+@pytest.mark.filterwarnings("ignore:rho=0.4 is at least")  # one negative
+@pytest.mark.parametrize("cell", GRID, ids="-".join)
+def test_processes_equal_one(cell, two_ranks, three_ranks):
+    tensors, state = train(cell, slice(None))
+    ranks = [rank["grid"][cell] for rank in (two_ranks if len(SIZES[cell.sizes]) == 2 else three_ranks)]
+    for found, found_state in ranks:
         for actual, expected in zip(found, tensors, strict=True):
-            assert_close(actual, expected, tolerance(case[0]), terms=0.0 if case[1] in ("ntxent", "macl") else 1.0)
+            terms = 0.0 if cell.objective in ("ntxent", "macl") else 1.0
+            assert_close(actual, expected, tolerance(cell.name), terms=terms)
         assert found_state.keys() == state.keys()
         for name in state:
-            assert_close(found_state[name], state[name], 1e-7 if name == "queue.keys" else tolerance(case[0]))
-            assert torch.equal(found_state[name], ranks[0]["grid"][case][1][name])
+            assert_close(found_state[name], state[name], 1e-7 if name == "queue.keys" else tolerance(cell.name))
+            assert torch.equal(found_state[name], ranks[0][1][name])
 
 
 # Without gathering, negatives are local, but tables are still those of all ranks
@@ -104,16 +156,133 @@ def individual_tables(rank):
     return loss.state_dict()
 
 
-def test_tables_take_in_every_rank_without_gathering(ranks):
+def test_tables_take_in_every_rank_without_gathering(two_ranks):
     alone = ContrastiveLoss(Individual(12))
     for step in range(3):
         images, index = embeddings(7, 4, seed=step), torch.arange(12).roll(step)[:7]
         for own in (slice(3), slice(3, 7)):  # no image is on both, so that one after the other is the same
             alone(*[view[own] for view in images], index=index[own])
-    for rank in ranks:
+    for rank in two_ranks:
         for name, expected in alone.state_dict().items():
             assert_close(rank["tables"][name], expected, 1e-12)
-            assert torch.equal(rank["tables"][name], ranks[0]["tables"][name])
+            assert torch.equal(rank["tables"][name], two_ranks[0]["tables"][name])
+
+
+# A queue starts at random, and a training script may seed its ranks differently
+
+
+def queue_of_ranks_seeded_differently(rank, rows=None):
+    torch.manual_seed(rank)
+    loss = ContrastiveLoss("simclr", queue_size=(9, 4))
+    values = []
+    for step in range(2):
+        batch = embeddings(6, 4, seed=step)
+        values.append(loss(*[view[rows or slice(3 * rank, 3 * rank + 3)] for view in batch]))
+    return torch.stack(values), loss.queue.keys
+
+
+def test_a_queue_is_rank_0s_on_every_rank_from_the_first_step(two_ranks):
+    values, keys = queue_of_ranks_seeded_differently(0, slice(0, 6))
+    assert_close(sum(rank["queue"][0] for rank in two_ranks) / 2, values, 1e-6)
+    for rank in two_ranks:
+        assert_close(rank["queue"][1], keys, 1e-6)
+        assert torch.equal(rank["queue"][1], two_ranks[0]["queue"][1])
+
+
+# DistributedDataParallel averages gradients by itself, and overwrites buffers with rank 0's before every forward pass
+
+WRAPPED = {"dystress-cosine": None, "isogclr": None, "learnable": None, "constant": (7, 5)}
+
+
+class Training(torch.nn.Module):
+    def __init__(self, name, queue_size):
+        super().__init__()
+        self.model = torch.nn.Linear(6, 5, dtype=torch.float64)
+        self.loss = ContrastiveLoss(
+            build(name).double(), objective="ntxent", queue_size=queue_size, gather_distributed=True
+        )
+
+    def forward(self, views, index):
+        return self.loss(*[self.model(view) for view in views], index=index, epoch=EPOCH)
+
+
+def steps(training, rows):
+    """State after three steps of gradient descent."""
+    optimizer = torch.optim.SGD(training.parameters(), lr=0.5)
+    for step in range(3):
+        batch = embeddings(6, 6, seed=step)
+        optimizer.zero_grad()
+        training([view[rows] for view in batch], index=torch.arange(6)[rows]).backward()
+        optimizer.step()
+    return training.state_dict()
+
+
+def wrapped_and_by_hand(name, queue_size):
+    torch.manual_seed(0)
+    training = torch.nn.parallel.DistributedDataParallel(Training(name, queue_size))
+    state = steps(training, slice(2) if distributed.rank() == 0 else slice(2, 6))
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_training_through_distributed_data_parallel_ends_where_one_process_does(two_ranks, name):
+    torch.manual_seed(0)
+    alone = steps(Training(name, WRAPPED[name]), slice(None))
+    for rank in two_ranks:
+        assert rank["wrapped"][name].keys() == alone.keys()
+        for key, expected in alone.items():
+            assert_close(rank["wrapped"][name][key], expected, 1e-6 if key == "loss.queue.keys" else 1e-11)
+
+
+# Memory
+
+STEPS_TO_COUNT = [*itertools.product(["in-tiles"], [64, 128]), ("blockwise", 128), ("dense", 128)]
+DIM = 8
+
+
+class CountEntries(TorchDispatchMode):
+    """The size of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def entries_of_a_step(engine, images):
+    """Entries of the largest tensor of a step, and of all that is saved for the backward pass.
+
+    In small tiles of which none is kept, since the default would hold all of this batch in one tile.
+    """
+    ENGINES["in-tiles"] = partial(blockwise.negative_stats, tile=32, keep_bytes=0)
+    loss = ContrastiveLoss("dystress", engine=engine, gather_distributed=True)
+    z = [view.float().requires_grad_() for view in embeddings(images, DIM, seed=distributed.rank())]
+    saved = {}
+    with (
+        CountEntries() as count,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t.numel()}) or t, lambda t: t),
+    ):
+        loss(*z).backward()
+    return count.largest, sum(saved.values())
+
+
+def test_no_rank_holds_the_matrix_of_the_whole_batch(three_ranks):
+    rows, everything = 2 * 128, 3 * 2 * 128
+    for rank in three_ranks:
+        assert rank["entries"]["in-tiles", 128][0] == everything * DIM  # the gathered embeddings
+        assert everything * DIM < rank["entries"]["blockwise", 128][0] <= rows * everything
+        assert rank["entries"]["dense", 128][0] == rows * everything  # that the counter sees what there is
+
+
+def test_memory_of_a_rank_is_linear_in_the_batch(three_ranks):
+    for rank in three_ranks:
+        for few, many in zip(rank["entries"]["in-tiles", 64], rank["entries"]["in-tiles", 128], strict=True):
+            assert many <= 2 * few
 
 
 # The collectives themselves
@@ -124,18 +293,21 @@ def collectives(rank):
     leaf = own.clone().requires_grad_()
     everything, start = distributed.all_rows_with_gradient(leaf)
     (everything * torch.tensor([[1.0], [10.0], [100.0]]) * (rank + 1)).sum().backward()
+    first = torch.tensor([1.0 + rank])
+    distributed.from_rank_0(first)
     return {
         "world": (distributed.world_size(), distributed.rank()),
         "all_rows": distributed.all_rows(own, own[:, 0].long()),
         "with_gradient": (everything.detach(), start),
         "gradient": leaf.grad,
         "mean": distributed.mean_over_ranks(own),
+        "first": first,
     }
 
 
-def test_collectives_join_batches_of_different_size(ranks):
+def test_collectives_join_batches_of_different_size(two_ranks):
     rows = torch.tensor([[0.0, 1], [10, 11], [12, 13]])
-    for number, rank in enumerate(ranks):
+    for number, rank in enumerate(two_ranks):
         found = rank["collectives"]
         assert found["world"] == (2, number)
         assert torch.equal(found["all_rows"][0], rows)
@@ -143,9 +315,10 @@ def test_collectives_join_batches_of_different_size(ranks):
         assert torch.equal(found["with_gradient"][0], rows)
         assert found["with_gradient"][1] == number
         assert found["mean"] == rows.mean()
+        assert found["first"] == 1
     # A row's gradient is the sum over ranks, whose losses here weigh 1 and 2.
-    assert torch.equal(ranks[0]["collectives"]["gradient"], torch.full((1, 2), 3.0))
-    assert torch.equal(ranks[1]["collectives"]["gradient"], torch.tensor([[30.0, 30], [300, 300]]))
+    assert torch.equal(two_ranks[0]["collectives"]["gradient"], torch.full((1, 2), 3.0))
+    assert torch.equal(two_ranks[1]["collectives"]["gradient"], torch.tensor([[30.0, 30], [300, 300]]))
 
 
 def test_collectives_of_one_process_are_identities():
@@ -154,6 +327,8 @@ def test_collectives_of_one_process_are_identities():
     assert distributed.all_rows(z)[0] is z
     assert distributed.all_rows_with_gradient(z) == (z, 0)
     assert distributed.mean_over_ranks(z) == z.mean()
+    distributed.from_rank_0(z)
+    assert torch.equal(z, torch.arange(6.0).reshape(3, 2))
 
 
 # Errors in a group
@@ -166,8 +341,8 @@ def one_image(rank):
     return ContrastiveLoss(ModelAware(), gather_distributed=True)(z, z).item()
 
 
-def test_one_image_a_rank_is_legal_only_with_gathering(ranks):
-    assert [rank["one_image"] for rank in ranks] == [
+def test_one_image_a_rank_is_legal_only_with_gathering(two_ranks):
+    assert [rank["one_image"] for rank in two_ranks] == [
         pytest.approx(ContrastiveLoss("macl")(*[torch.ones(2, 3)] * 2).item())
     ] * 2
 
