@@ -28,39 +28,39 @@ def resumable(out: Path) -> Iterator[None]:
         RunStopped: instead of an OSError, such as for a disk that is full.
     """
     hint = f"The same command again goes on from the last finished epoch in out={out}."
-    try:
-        with _sigterm_exits():
+    with _sigterm_exits() as received:
+        try:
             yield
-    except SystemExit as stop:
-        if not _was_sigterm(stop):
+        except BaseException as error:
+            # Whatever it is: what the handler raises may surface as another error, such as that of a class that was
+            # being made, or be lost in a destructor and raised again by Lightning after the batch.
+            if received:
+                print(f"dystress: stopped by SIGTERM. {hint}", file=sys.stderr)
+                raise SystemExit(SIGTERM_STATUS) from None
+            if isinstance(error, OSError):
+                raise RunStopped(
+                    f"{error}. What was written before is whole. When that is mended: {hint[0].lower()}{hint[1:]}"
+                ) from error
             raise
-        print(f"dystress: stopped by SIGTERM. {hint}", file=sys.stderr)
-        raise SystemExit(SIGTERM_STATUS) from None
-    except OSError as error:
-        raise RunStopped(
-            f"{error}. What was written before is whole. When that is mended: {hint[0].lower()}{hint[1:]}"
-        ) from error
 
 
 @contextmanager
-def _sigterm_exits() -> Iterator[None]:
+def _sigterm_exits() -> Iterator[list[int]]:
+    """Raises SystemExit on SIGTERM; the list is empty until then."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # no other may set handlers
-        yield
+        yield received
         return
     process = os.getpid()
 
-    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
         if os.getpid() != process:  # a worker that loads images inherits the handler: it just ends
             os._exit(SIGTERM_STATUS)
+        received.append(number)
         raise SystemExit(SIGTERM_STATUS)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _was_sigterm(stop: SystemExit) -> bool:
-    # Lightning's own, where ours was lost in a destructor: Python ignores exceptions there.
-    return stop.code == SIGTERM_STATUS or type(stop).__name__ == "SIGTERMException"
