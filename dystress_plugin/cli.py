@@ -159,10 +159,12 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from dystress_plugin.experiment.settings import (
+        CompareSettings,
         EvaluateSettings,
         InspectSettings,
         LongTailSettings,
         PretrainSettings,
+        ReportSettings,
         describe,
     )
 
