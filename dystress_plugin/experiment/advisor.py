@@ -127,7 +127,9 @@ def measure(maps: LogitMaps, weight: Tensor, push: Tensor, seen: Similarities) -
     falling_percent                  percent of the negative pairs there
     """
     strength = push.abs()
-    share = strength / strength.sum(dim=1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
+    total = strength.sum(dim=1, keepdim=True)
+    # At a tiny temperature the push of an anchor far ahead of its negatives underflows; its shares tend to the weights.
+    share = torch.where(total > 0, strength / total, weight)
     ranked = share.gather(1, seen.negative.argsort(dim=1, descending=True))
     found: dict[str, Any] = {}
     for pairs, tau in (

@@ -49,7 +49,7 @@ def _similarities(figure: Figure, _effects: Mapping[str, Effect], seen: Similari
     axes = figure.subplots()
     for cosine, color, label in ((seen.negative, ORANGE, "negative pairs"), (seen.positive, GREEN, "positive pairs")):
         axes.hist(
-            cosine.flatten().tolist(),
+            cosine.flatten().numpy(),
             bins=BINS,
             range=(-1, 1),
             density=True,
@@ -81,7 +81,7 @@ def _temperatures(figure: Figure, effects: Mapping[str, Effect], seen: Similarit
 def _weights(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
     axes = figure.subplots()
     density = axes.twinx()
-    density.hist(seen.negative.flatten().tolist(), bins=BINS, density=True, color="grey", alpha=0.2)
+    density.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.2)
     density.set(ylabel="density of negative pairs (grey)")
     density.grid(visible=False)
     for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
@@ -94,7 +94,7 @@ def _weights(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) 
 
 def _gradients(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
     left, right = figure.subplots(1, 2)
-    left.hist(seen.negative.flatten().tolist(), bins=BINS, density=True, color="grey", alpha=0.25, label="pairs")
+    left.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.25, label="pairs")
     for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
         share, middle = _binned(seen.negative, found.push.abs(), BINS, density=True)
         left.plot(middle, share, label=name, **style)
