@@ -208,7 +208,7 @@ def _pictures(settings: InspectSettings, shown: PretrainSettings, data: Data) ->
 
 def _check_methods(settings: InspectSettings) -> None:
     for name in settings.methods:
-        recipes.recipe(name)
+        recipes.recipe(_method(name))
     for name, parameters in settings.method_kwargs.items():
         if name not in settings.methods:
             raise ValueError(unknown_name("method in method_kwargs", name, settings.methods))
@@ -224,11 +224,17 @@ def _losses(settings: InspectSettings, seen: Seen) -> dict[str, ContrastiveLoss]
         own = settings.method_kwargs.get(name, {})
         if seen.run is not None and name == seen.run[0] and not own:
             continue
-        recipe = recipes.recipe(_without_queue(name))
+        recipe = recipes.recipe(_without_queue(_method(name)))
         if "num_samples" in recipe.parameters:
             own = {"num_samples": seen.samples} | own
-        losses[recipe.title] = ContrastiveLoss(recipe.name, **own)
+        word = name.partition("-")[2]
+        losses[f"{recipe.title} ({word})" if word else recipe.title] = ContrastiveLoss(recipe.name, **own)
     return losses
+
+
+def _method(name: str) -> str:
+    """Of `NAME` or `NAME-WORD`, a method with settings of its own."""
+    return name.partition("-")[0]
 
 
 def _without_queue(method: str) -> str:

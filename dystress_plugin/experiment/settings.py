@@ -155,7 +155,7 @@ class InspectSettings:
 
     checkpoint: str | None = _key(None, "folder that `dystress pretrain` wrote; null: an untrained network")
     data: str | None = _key(None, "as for `dystress pretrain`; null: the run's, or digits")
-    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "methods of `dystress methods`")
+    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`")
     method_kwargs: dict[str, Any] = _key({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
     constants: list[float] = _key([0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with")
     out: str | None = _key(None, "folder of the results; null: CHECKPOINT/inspect, or runs/inspect-DATA")

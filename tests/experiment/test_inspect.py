@@ -184,14 +184,16 @@ def test_a_run_is_inspected_with_its_own_temperatures(tiny, tmp_path):
     assert main(["pretrain", *(f"{key}={value}" for key, value in settings.items())]) == 0
     out = tmp_path / "look"
     options = {"checkpoint": tiny["out"], "constants": "[]", "images": 8, "seed": 1}
-    assert inspect(**options, methods="[isogclr,dystress]", **{"method_kwargs.dystress.tau_max": 0.15}, out=out) == 0
+    own = {"methods": "[isogclr,dystress,dystress-low]", "method_kwargs.dystress-low.tau_max": 0.15}
+    assert inspect(**options, **own, out=out) == 0
     report = json.loads((out / "inspect.json").read_text())
-    assert list(report["temperatures"]) == ["iSogCLR, this run's", "DySTreSS"]
+    assert list(report["temperatures"]) == ["iSogCLR, this run's", "DySTreSS", "DySTreSS (low)"]
     own = report["temperatures"][report["reference"]]
     tau = torch.load(f"{tiny['out']}/checkpoints/last.ckpt", weights_only=True)["state_dict"]["loss.temperature.tau"]
     assert any(own["tau_negative_min"] == pytest.approx(float(t)) for t in tau)
     assert own["tau_negative_min"] < own["tau_negative_max"]
-    assert report["temperatures"]["DySTreSS"]["tau_negative_max"] <= 0.15 + 1e-12
+    assert report["temperatures"]["DySTreSS (low)"]["tau_negative_max"] <= 0.15 + 1e-12
+    assert report["temperatures"]["DySTreSS"]["tau_negative_max"] > 0.15
     assert report["epoch"] == 2
 
     assert inspect(**options, methods="[]", untrained="true") == 0
