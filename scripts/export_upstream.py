@@ -13,9 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dystress_plugin
 from upstream import lightly, solo_learn
 from upstream.clone import Clone
+
+import dystress_plugin
 
 HOSTS = {"lightly": lightly, "solo-learn": solo_learn}
 
@@ -47,7 +48,9 @@ def export(host, method, folder):
 
 def _own_commit():
     here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from upstream.edits import Source
 
@@ -26,7 +27,7 @@ class Plan:
     files: dict[str, str]
     message: str
     text: str
-    finish: Callable = lambda tree, paths: []
+    finish: Callable = lambda *_: []
 
 
 class Clone:
@@ -51,9 +52,16 @@ class Clone:
             raise ValueError(f"{path} is not in {self.folder.name} at {self.head[:8]}: the host has moved it.")
         return Source(path, file.read_text(encoding="utf-8"))
 
-    def has(self, path):
-        """Whether there is such a file."""
-        return (self.folder / path).exists()
+    def new(self, path, name, /, *, replaces=False, **values):
+        """A file made from the template `name`, where the clone has none unless it is to be replaced."""
+        text = Template(template(name)).substitute({key: str(value) for key, value in values.items()})
+        return Source(path, text) if replaces else self.derived(Source(path, text), path)
+
+    def derived(self, source, path):
+        """What was made from one file, as a new one of another path."""
+        if (self.folder / path).exists():
+            raise ValueError(f"{path} is in the host already: it has taken this method in, or another of its name.")
+        return Source(path, source.text)
 
     def refuse_branch(self, branch):
         """A ValueError if the branch is there already."""
@@ -86,6 +94,11 @@ class Clone:
     def git(self, *arguments):
         """What git prints."""
         return run(["git", *arguments], self.folder)
+
+
+def template(name):
+    """The text of a template."""
+    return (Path(__file__).parent / "templates" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def run(command, folder):

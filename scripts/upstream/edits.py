@@ -20,6 +20,12 @@ class Source:
         self.text = self.text.replace(anchor, new)
         return self
 
+    def first(self, anchor, new):
+        """The first `anchor`, literally."""
+        self._need(anchor in self.text, anchor)
+        self.text = self.text.replace(anchor, new, 1)
+        return self
+
     def word(self, word, new):
         """Every `word` that stands alone."""
         self.text, found = re.subn(rf"\b{re.escape(word)}\b", lambda _: new, self.text)
@@ -45,19 +51,22 @@ class Source:
         self._need(found, pattern)
         return self
 
-    def among(self, pattern, new, *, key=str.lower):
+    def among(self, pattern, new, *, key=str.lower, until=None):
         """`new` among its like, which are in order: before the first match whose group sorts behind its own.
 
         Args:
             pattern: of one entry, with the group that orders the entries; entries follow each other.
             new: the entry.
             key: from the group to what is compared.
+            until: what ends the list; None is the end of the file.
         """
         regex = re.compile(pattern, re.MULTILINE)
         own = regex.fullmatch(new)
         if own is None:
             raise ValueError(f"{new!r} does not look like its neighbours, {pattern!r}.")
-        entries = list(regex.finditer(self.text))
+        end = None if until is None else self.text.find(until)
+        self._need(end != -1, until)
+        entries = list(regex.finditer(self.text[:end]))
         self._need(entries, pattern)
         place = next((e.start() for e in entries if key(e[1]) > key(own[1])), entries[-1].end())
         self.text = self.text[:place] + new + self.text[place:]

@@ -117,13 +117,13 @@ def as_mathematics(expression):
     return re.sub(r"\b(torch|math|self)\.", "", expression)
 
 
-def objective(function, *, indent, width):
-    """The body of a function of `dystress_plugin.objectives`, comments and all, ending in `loss = ...`.
+def objective(function, *, result, indent, width):
+    """The body of a function of `dystress_plugin.objectives`, comments and all, ending in `{result} = ...`.
 
     It reads `positive` and `negative`, each (rows,).
     """
     body = _body(function).replace("stats.", "")
-    body, replaced = re.subn(r"^return ", "loss: Tensor = ", body, flags=re.MULTILINE)
+    body, replaced = re.subn(r"^return ", f"{result} = ", body, flags=re.MULTILINE)
     if replaced != 1:
         raise ValueError(f"{function.__name__} must end in its only return statement to be exported.")
     lines = []

@@ -6,16 +6,14 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from string import Template
 
 from dystress_plugin import objectives, recipes
 from dystress_plugin.engine import rows
 from dystress_plugin.temperature import CosineSchedule, DySTreSS, ModelAware, model_aware
 from upstream import formulas
-from upstream.clone import Plan, run
+from upstream.clone import Plan, run, template
 
-TEMPLATES = Path(__file__).parent / "templates" / "lightly"
 VARIANTS = ("pytorch", "pytorch_lightning", "pytorch_lightning_distributed")
 BENCHMARK = "benchmarks/imagenet/resnet50"
 WIDTH = 88
@@ -171,10 +169,9 @@ def plan(clone, name, command, version):
 
 def _loss_of_dystress(clone, method):
     tau = formulas.dystress_temperature("sim", "self.tau_min", "self.tau_max")
-    loss = _new(
-        clone,
+    loss = clone.new(
         "lightly/loss/dystress_loss.py",
-        "dystress_loss.py",
+        "lightly/dystress_loss.py",
         **_shared(objectives.ntxent),
         mathematics=f"tau = {formulas.as_mathematics(tau)}",
         tau=tau,
@@ -184,10 +181,9 @@ def _loss_of_dystress(clone, method):
         year=method.paper.paper.rpartition(" ")[2],
     )
     clone.source("tests/ddp_helpers.py")  # which the tests import
-    tests = _new(
-        clone,
+    tests = clone.new(
         "tests/loss/test_dystress_loss.py",
-        "test_dystress_loss.py",
+        "lightly/test_dystress_loss.py",
         row_stats=formulas.plain_python(rows.naive_row_stats),
         tau=formulas.oracle_temperature(),
     )
@@ -201,11 +197,10 @@ def _loss_of_macl(clone, method):
     names = {"self.tau": "self.temperature", "self.threshold": "self.A_0", "FLOOR": str(model_aware.FLOOR)}
     path = "lightly/loss/macl_loss.py"
     clone.source(path).replace("def __init__(self, temperature: float = 0.1, alpha: float = 0.5, A_0: float = 0.0)", "")
-    loss = _new(
-        clone,
+    loss = clone.new(
         path,
-        "macl_loss.py",
-        exists=True,
+        "lightly/macl_loss.py",
+        replaces=True,
         **_shared(objectives.macl),
         factor=formulas.assigned(ModelAware.prepare, "factor", names),
         least=formulas.assigned(ModelAware.prepare, "least", names),
@@ -224,11 +219,9 @@ def _loss_of_macl(clone, method):
             "from torch import Tensor\n",
             "from pytest_mock import MockerFixture\nfrom torch import Tensor\nfrom torch import distributed as dist\n",
         )
-        .after(
-            "from lightly.loss import MACLLoss\n", "from tests.ddp_helpers import NUM_PROCESSES, USE_PYTEST_POOL\n"
-        )
-        .replace("class TestMACLLoss:\n", _template("macl_gather_worker") + "class TestMACLLoss:\n")
-        .append(_template("extra_macl_tests"))
+        .after("from lightly.loss import MACLLoss\n", "from tests.ddp_helpers import NUM_PROCESSES, USE_PYTEST_POOL\n")
+        .replace("class TestMACLLoss:\n", template("lightly/macl_gather_worker") + "class TestMACLLoss:\n")
+        .append(template("lightly/extra_macl_tests"))
     )
     return [loss, tests, _autoclass(clone, method)]
 
@@ -239,7 +232,9 @@ def _schedule(clone, method):
     tests = (
         clone.source("tests/loss/test_ntx_ent_loss.py")
         .after("from lightly.loss import NTXentLoss\n", "from lightly.utils.scheduler import cosine_schedule\n")
-        .replace("\n\ndef _calc_ntxent_loss_manual(", _template("schedule_test") + "\n\ndef _calc_ntxent_loss_manual(")
+        .replace(
+            "\n\ndef _calc_ntxent_loss_manual(", template("lightly/schedule_test") + "\n\ndef _calc_ntxent_loss_manual("
+        )
     )
     return [tests]
 
@@ -249,8 +244,8 @@ LOSSES = {"dystress": _loss_of_dystress, "macl": _loss_of_macl, "ts": _schedule}
 
 def _shared(objective):
     return {
-        "objective": formulas.objective(objective, indent=8, width=WIDTH),
-        **{name: _template(name).rstrip("\n") for name in ("bank_attributes", "bank_init", "similarities")},
+        "objective": formulas.objective(objective, result="loss: Tensor", indent=8, width=WIDTH),
+        **{name: template(f"lightly/{name}").rstrip("\n") for name in ("bank_attributes", "bank_init", "similarities")},
     }
 
 
@@ -267,7 +262,7 @@ def _examples(clone, method):
     for variant in VARIANTS:
         source = clone.source(f"examples/{variant}/simclr.py").word("SimCLR", method.model)
         source = _scheduled_example(source) if method.recipe == "ts" else source.word("NTXentLoss", method.loss)
-        examples.append(_moved(clone, source, f"examples/{variant}/{method.name}.py"))
+        examples.append(clone.derived(source, f"examples/{variant}/{method.name}.py"))
     return examples
 
 
@@ -304,7 +299,7 @@ def _schedule_call(criterion, step, steps, period, indent):
 def _docs(clone, method):
     page = clone.source("docs/source/examples/simclr.rst")
     tabs = page.part(".. tabs::").replace("simclr", method.name)
-    head = _template("docs_schedule.rst" if method.recipe == "ts" else "docs_loss.rst")
+    head = template(f"lightly/docs_{'schedule' if method.recipe == 'ts' else 'loss'}.rst")
     page.text = (
         Template(head).substitute(
             name=method.name,
@@ -319,10 +314,8 @@ def _docs(clone, method):
         )
         + tabs
     )
-    toctree = clone.source("docs/source/examples/models.rst").among(
-        r"^    (\S+)\.rst\n", f"    {method.name}.rst\n"
-    )
-    return [_moved(clone, page, f"docs/source/examples/{method.name}.rst"), toctree, _readme_row(clone, method)]
+    toctree = clone.source("docs/source/examples/models.rst").among(r"^    (\S+)\.rst\n", f"    {method.name}.rst\n")
+    return [clone.derived(page, f"docs/source/examples/{method.name}.rst"), toctree, _readme_row(clone, method)]
 
 
 def _number(value):
@@ -360,7 +353,9 @@ def _benchmark(clone, method):
         .word("NTXentLoss", method.loss)
         .replace('"simclr', f'"{method.name}')
     )
-    module.text = re.sub(rf"\b{method.model}( paper )", r"SimCLR\1", module.text)  # which is cited for the learning rate
+    module.text = re.sub(
+        rf"\b{method.model}( paper )", r"SimCLR\1", module.text
+    )  # which is cited for the learning rate
     if method.recipe == "ts":
         module.replace("import CosineWarmupScheduler\n", "import CosineWarmupScheduler, cosine_schedule\n")
         call = _schedule_call(
@@ -368,7 +363,8 @@ def _benchmark(clone, method):
         )
         why = "        # The paper trains for 2000 epochs with a period of 400 epochs.\n"
         module.replace(
-            "    def training_step(\n", f"    def on_train_epoch_start(self) -> None:\n{why}{call}\n    def training_step(\n"
+            "    def training_step(\n",
+            f"    def on_train_epoch_start(self) -> None:\n{why}{call}\n    def training_step(\n",
         )
     main = (
         clone.source(f"{BENCHMARK}/main.py")
@@ -383,31 +379,7 @@ def _benchmark(clone, method):
         r"(\| \[`resnet50/`\].*\| )([^|]*?)( \|)",
         lambda m: [m[1] + ", ".join(sorted([*m[2].split(", "), method.title], key=str.lower)) + m[3]],
     )
-    return [_moved(clone, module, f"{BENCHMARK}/{method.name}.py"), main, listing]
-
-
-def _template(name):
-    return (TEMPLATES / f"{name}.txt").read_text(encoding="utf-8")
-
-
-def _new(clone, path, template, *, exists=False, **values):
-    """A file from a template, where the clone has none, or one to replace."""
-    from upstream.edits import Source
-
-    if not exists:
-        _refuse(clone, path)
-    return Source(path, Template(_template(template)).substitute({k: str(v) for k, v in values.items()}))
-
-
-def _moved(clone, source, path):
-    _refuse(clone, path)
-    source.path = path
-    return source
-
-
-def _refuse(clone, path):
-    if clone.has(path):
-        raise ValueError(f"{path} is in the host already: it has taken this method in, or another of its name.")
+    return [clone.derived(module, f"{BENCHMARK}/{method.name}.py"), main, listing]
 
 
 @dataclass(frozen=True)
@@ -435,7 +407,7 @@ class _Finish:
 
 
 def _pull_request(clone, method, command, version):
-    return Template(_template("pull_request.md")).substitute(
+    return Template(template("lightly/pull_request.md")).substitute(
         heading=method.change,
         closes=method.closes,
         breaking=" (no)",
