@@ -1,0 +1,97 @@
+"""`method_args`: a pydantic model for every recipe of the table, checked as LightlyTrain checks its own."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, ClassVar, Literal
+
+from lightly_train._methods.method_args import MethodArgs
+from lightly_train._methods.simclr.simclr import SimCLRArgs
+from pydantic import Field, create_model, model_validator
+
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.recipes import Recipe
+
+LARGEST_QUEUE = 65536  # MoCo's own, for ImageNet
+_FROM_DATA = "num_samples"  # the length of the data set is known before training
+
+# The projector's settings as LightlyTrain's SimCLR has them; its temperature is none of a recipe's parameters.
+_HEAD: dict[str, Any] = {
+    name: (field.annotation, field.default)
+    for name, field in SimCLRArgs.model_fields.items()
+    if name not in MethodArgs.model_fields and name != "temperature"
+}
+
+
+class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type: ignore[misc]
+    """Settings of a method that compares the views of a batch; a subclass of each recipe adds its parameters.
+
+    Attributes:
+        hidden_dim, output_dim, num_layers, batch_norm: the projector, with the defaults of LightlyTrain's SimCLR.
+        diagnostics_every_n_steps: how often to write `diagnostics.csv`, see `dystress_plugin.diagnostics`; None never.
+    """
+
+    recipe: ClassVar[Recipe]
+    diagnostics_every_n_steps: int | None = Field(default=None, ge=1)
+
+    def criterion(self, **more: Any) -> ContrastiveLoss:
+        """The loss with these settings, over all ranks; with an empty table where the method keeps one.
+
+        Raises:
+            ValueError: for a parameter out of its range.
+        """
+        settings = {name: getattr(self, name) for name in self.recipe.parameters if name != _FROM_DATA}
+        table = {_FROM_DATA: 1} if _FROM_DATA in self.recipe.parameters else {}
+        return ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings, **table, **more)
+
+    @property
+    def temperature(self) -> float:
+        """What the constructor of LightlyTrain's SimCLR reads for a criterion that ours replaces."""
+        return 1.0
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> ViewsArgs:
+        ViewsArgs.criterion(self, queue_size=(1, 1) if self.recipe.layout == "queue" else None)
+        return self
+
+
+class QueueArgs(ViewsArgs):
+    """Settings of a method with a momentum encoder and a queue of its keys; the projector is MoCo v2's.
+
+    Attributes:
+        queue_size: number of keys; "auto" is half of the data set, at most 65,536.
+        momentum_start: share of the key encoder that a step keeps, in [0, 1], at the beginning.
+        momentum_end: the same at the end, reached on half a cosine.
+    """
+
+    batch_norm: bool = False
+    queue_size: int | Literal["auto"] = "auto"
+    momentum_start: float = Field(default=0.999, ge=0, le=1)
+    momentum_end: float = Field(default=0.999, ge=0, le=1)
+
+    def resolve_auto(self, scaling_info: Any, **others: Any) -> None:
+        """Sets `queue_size` where it is "auto"; the arguments are LightlyTrain's."""
+        super().resolve_auto(scaling_info=scaling_info, **others)
+        if self.queue_size == "auto":
+            self.queue_size = min(LARGEST_QUEUE, max(1, scaling_info.dataset_size // 2))
+
+    def criterion(self, **more: Any) -> ContrastiveLoss:
+        return super().criterion(queue_size=(self.queue_size, self.output_dim), **more)
+
+
+LAYOUTS: dict[str, type[ViewsArgs]] = {"views": ViewsArgs, "queue": QueueArgs}
+
+
+def args_class(recipe: Recipe) -> type[ViewsArgs]:
+    """The model for a recipe: what its layout has, and each parameter with its type and default."""
+    name = "".join(letter for letter in recipe.title if letter.isalnum()) + "Args"
+    types = typing.get_type_hints(recipe.temperature.__init__)
+    fields = {
+        # Lists, as a command line has them, may stand for tuples.
+        key: (types.get(key, float), Field(default=default, strict="tuple" not in str(types.get(key))))
+        for key, default in recipe.parameters.items()
+        if key != _FROM_DATA
+    }
+    model: type[ViewsArgs] = create_model(name, __base__=LAYOUTS[recipe.layout], __module__=__name__, **fields)  # type: ignore[call-overload]
+    model.recipe = recipe
+    return model
