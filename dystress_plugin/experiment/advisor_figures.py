@@ -101,8 +101,8 @@ def _gradients(figure: Figure, effects: Mapping[str, Effect], seen: Similarities
         total, middle = _binned(seen.positive, found.pull.abs() / found.pull.abs().mean(), FEW_BINS)
         number, _ = _binned(seen.positive, torch.ones_like(found.pull), FEW_BINS)
         right.plot(middle[number > 0], (total / number)[number > 0], marker="o", markersize=3, **style)
-    left.set(title="All negatives of a cosine", xlabel=COSINE, ylabel="share of the gradient (per unit of cosine)")
-    right.set(title="One positive pair", xlabel=COSINE, ylabel="gradient / mean pair's", ylim=(0, None))
+    left.set(title="Negatives: where the push is", xlabel=COSINE, ylabel="share of the gradient (per unit of cosine)")
+    right.set(title="Positives: the pull on a pair", xlabel=COSINE, ylabel="gradient / mean pair's", ylim=(0, None))
     _legend(figure, left)
     figure.suptitle("Size of the gradient |dL/ds| over similarity")
 
