@@ -41,7 +41,7 @@ class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type
             ValueError: for a parameter out of its range.
         """
         settings = {name: getattr(self, name) for name in self.recipe.parameters if name != _FROM_DATA}
-        table = {_FROM_DATA: 1} if _FROM_DATA in self.recipe.parameters else {}
+        table: dict[str, Any] = {_FROM_DATA: 1} if _FROM_DATA in self.recipe.parameters else {}
         return ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings, **table, **more)
 
     @property
