@@ -134,7 +134,8 @@ def _curves(
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
             epochs, mean = np.arange(1, length + 1), values.mean(0)
-            axes.plot(epochs, mean, label=titles[name], linewidth=1.6, **style[name])
+            marks = {"marker": "o", "markersize": 4} if length < 3 else {}
+            axes.plot(epochs, mean, label=titles[name], linewidth=1.6, **marks, **style[name])
             if len(values) > 1:
                 spread = values.std(0, ddof=1)
                 color = style[name]["color"]

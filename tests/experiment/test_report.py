@@ -1,0 +1,116 @@
+import math
+import statistics
+
+import pytest
+
+from dystress_plugin.experiment import report
+from dystress_plugin.experiment.report import Difference, Row, differences, interval, sentence, spread
+
+
+def row(name, seed, value, protocol="linear", group="all", method=None):
+    return Row(name, method or name.partition("-")[0], None, None, None, seed, protocol, group, value, 10, 90)
+
+
+def table(values, protocol="linear"):
+    """Rows from the accuracies over seeds of each arm; constants are of method simclr."""
+    return [
+        row(name, seed, value, protocol, method="simclr" if name.startswith("constant") else None)
+        for name, of_seed in values.items()
+        for seed, value in enumerate(of_seed)
+    ]
+
+
+def test_interval_is_students():
+    values = [1.0, 2.0, 4.5]
+    mean, low, high = interval(values)
+    # 4.303: the 97.5 % point of Student's t with 2 degrees of freedom, from any table
+    half = 4.30265 * statistics.stdev(values) / math.sqrt(3)
+    assert mean == 2.5
+    assert (low, high) == pytest.approx((2.5 - half, 2.5 + half), rel=1e-5)
+    assert interval([3.0]) == (3.0, None, None)
+    assert interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_differences_are_paired_by_seed_with_the_best_constant():
+    rows = table({"dystress": [90.0, 80.0, 70.0], "constant-0.1": [50, 50, 50], "constant-0.2": [89, 79, 69]})
+    first, second = differences(rows, {"constant-0.1": "", "constant-0.2": ""}, ["linear"])
+    # Far less than the spread between seeds, but the same every time.
+    assert (first.name, first.constant, first.seeds) == ("dystress", "constant-0.2", 3)
+    assert (first.mean, first.low, first.high, first.verdict) == (1.0, 1.0, 1.0, "better")
+    assert (second.name, second.verdict) == ("constant-0.1", "worse")
+
+
+def test_only_common_seeds_are_paired():
+    rows = table({"dystress": [90.0, 80.0], "constant-0.1": [88.0]})
+    (found,) = differences(rows, {"constant-0.1": ""}, ["linear"])
+    assert (found.seeds, found.mean, found.low) == (1, 2.0, None)
+
+
+def test_a_queue_is_compared_with_the_constants_of_a_queue():
+    rows = [
+        *table({"dystress": [90.0]}),
+        *(row(name, 0, value, method=method) for name, value, method in (
+            ("dystress_moco", 70.0, "dystress_moco"),
+            ("constant-0.1", 80.0, "simclr"),
+            ("constant_moco-0.1", 60.0, "simclr_moco"),
+        )),
+    ]  # fmt: skip
+    found = differences(rows, {"constant-0.1": "", "constant_moco-0.1": "moco"}, ["linear"])
+    assert {d.name: d.mean for d in found} == {"dystress": 10.0, "dystress_moco": 10.0}
+
+
+def difference(low, high, protocol="linear"):
+    return Difference("dystress", protocol, "constant-0.1", 3, (low + high) / 2, low, high)
+
+
+def test_words_follow_the_interval():
+    assert [difference(*ends).verdict for ends in ((-1, 2), (0.1, 2), (-3, -0.1))] == [
+        "inside the noise",
+        "better",
+        "worse",
+    ]
+    assert sentence("X", [difference(-1, 2), difference(-1, 1, "knn_1")]) == "X: inside the noise by every protocol."
+    mixed = sentence("X", [difference(-1, 2), difference(0.5, 1.5, "knn_1"), difference(-3, -1, "weighted_knn")])
+    assert mixed == (
+        "X: better than the best constant by 1 of 3 protocols: kNN@1, mean of classes +1.00 (+0.50 to +1.50), and "
+        "worse than the best constant by 1 of 3 protocols: weighted kNN, k=200, t=0.1 -2.00 (-3.00 to -1.00), and "
+        "inside the noise by 1 of 3 protocols."
+    )
+    one = Difference("dystress", "linear", "constant-0.1", 1, 5.0, None, None)
+    assert "nothing can be said" in sentence("X", [one])
+
+
+def test_spread_is_of_the_sample():
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert spread([1.0]) == "1.00"
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"dystress report runs/\*"):
+        report.report(report.ReportSettings())
+    with pytest.raises(ValueError, match="There is no folder"):
+        report.run_folders([tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="None of these folders holds a run"):
+        report.run_folders([tmp_path])
+    (tmp_path / "x" / "a").mkdir(parents=True)
+    (tmp_path / "x" / "a" / "config.yaml").touch()
+    with pytest.raises(ValueError, match="None of the 1 runs has been run to the end"):
+        report.write([tmp_path / "x" / "a"], tmp_path, ["linear"])
+
+
+def test_runs_are_found_in_folders_and_in_those_of_compare(tmp_path):
+    runs = [tmp_path / name for name in ("runs/a", "runs/b", "single")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "config.yaml").touch()
+    (tmp_path / "runs" / "report.html").touch()
+    (tmp_path / "runs" / "empty").mkdir()
+    assert report.run_folders([tmp_path / "runs"]) == runs[:2]
+    assert report.run_folders((tmp_path / "runs").iterdir()) == report.run_folders((tmp_path / "runs").iterdir())
+    assert sorted(report.run_folders((tmp_path / "runs").iterdir())) == runs[:2]
+    assert sorted(report.run_folders([tmp_path])) == runs
+    assert report._beside(runs[:2]) == tmp_path / "runs"
+    (tmp_path / "compare.yaml").touch()
+    assert report._beside(runs[:2]) == tmp_path
+    with pytest.raises(ValueError, match="say where the report goes, out=FOLDER"):
+        report._beside(runs)
