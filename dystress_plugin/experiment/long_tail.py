@@ -73,16 +73,17 @@ def draw(
     return np.sort(np.concatenate(kept))
 
 
-def read_indices(path: str | Path, images: int) -> np.ndarray:
+def read_indices(path: str | Path, images: int, numbers: np.ndarray | None = None) -> np.ndarray:
     """Positions among `images` training images from an index file, in the file's order.
 
     Args:
         path: .npy with a vector of integers, as the splits of SDCLR and Temperature Schedules are; .json with a list;
             any other name: text with numbers between white space.
         images: how many images there are to choose from.
+        numbers: (images,) what the file means by its integers, where that is not the positions.
 
     Raises:
-        ValueError: for a file that is not there or holds anything but different integers in [0, images).
+        ValueError: for a file that is not there or holds anything but different integers in [0, images), or numbers.
     """
     path = Path(path)
     try:
@@ -99,6 +100,8 @@ def read_indices(path: str | Path, images: int) -> np.ndarray:
             f"the {images} training images from 0."
         )
     positions: np.ndarray = found.astype(np.int64)
+    if numbers is not None:
+        positions = _positions_of(positions, numbers, path)
     if positions.min() < 0 or positions.max() >= images:
         wrong = int(positions.min()) if positions.min() < 0 else int(positions.max())
         raise ValueError(f"indices={path} has {wrong}, but positions run from 0 to {images - 1}: is it for other data?")
@@ -108,8 +111,35 @@ def read_indices(path: str | Path, images: int) -> np.ndarray:
     return positions
 
 
+def _positions_of(wanted: np.ndarray, numbers: np.ndarray, path: Path) -> np.ndarray:
+    order = np.argsort(numbers)
+    place = np.searchsorted(numbers, wanted, sorter=order).clip(max=len(numbers) - 1)
+    positions: np.ndarray = order[place]
+    if (missing := wanted[numbers[positions] != wanted]).size:
+        raise ValueError(f"indices={path} has {missing[0]}, but no image has this number in its file's name.")
+    return positions
+
+
+def file_numbers(images: Images) -> np.ndarray:
+    """The numbers in the names of the images' files, such as 17 of 00017.png, in the order of the images.
+
+    Raises:
+        ValueError: for images that are no files, or whose names are not different numbers.
+    """
+    names = [Path(file).stem for file in (images.files if images.files is not None else ())]
+    if not names or not all(name.isdecimal() for name in names) or len(set(map(int, names))) < len(names):
+        raise ValueError("indices_by=number needs a folder whose files are all named by different numbers, 00017.png.")
+    return np.asarray([int(name) for name in names])
+
+
 def select(
-    labels: np.ndarray, *, indices: str | Path | None, long_tail: float | None, seed: int, **tail: Any
+    labels: np.ndarray,
+    *,
+    indices: str | Path | None,
+    long_tail: float | None,
+    seed: int,
+    numbers: np.ndarray | None = None,
+    **tail: Any,
 ) -> np.ndarray | None:
     """The images of the index file, and a tail of these where both are given; None for all images.
 
@@ -120,9 +150,10 @@ def select(
         indices: index file, or None.
         long_tail: as `ratio` of `draw`, or None.
         seed: as for `draw`.
+        numbers: as for `read_indices`.
         **tail: `profile` and `shuffle_classes`, as for `draw`.
     """
-    chosen = None if indices is None else read_indices(indices, len(labels))
+    chosen = None if indices is None else read_indices(indices, len(labels), numbers)
     if long_tail is None:
         return chosen
     if chosen is None:
@@ -146,6 +177,8 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
     out = Path(settings.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
+    if settings.indices_by not in ("position", "number"):
+        raise ValueError(unknown_name("indices_by", settings.indices_by, ["position", "number"]))
     if settings.long_tail is None and settings.indices is None:
         raise ValueError("Give long_tail=RATIO, such as 0.01, or indices=FILE: else all images would stay.")
     data = data_module.load(
@@ -156,6 +189,7 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
         indices=settings.indices,
         long_tail=settings.long_tail,
         seed=settings.seed,
+        numbers=file_numbers(data.train) if settings.indices_by == "number" else None,
         profile=settings.long_tail_profile,
         shuffle_classes=settings.shuffle_classes,
     )

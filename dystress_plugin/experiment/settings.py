@@ -109,6 +109,7 @@ class LongTailSettings:
     long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
     shuffle_classes: bool = _key(False, "draw which classes are frequent; else the first ones are")
     indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
+    indices_by: str = _key("position", "position | number: what indices mean, the number being that in the file's name")
     seed: int = _key(0, "of the draw")
     images: bool = _key(True, "write the images; false writes the index file alone")
     data_root: str = _key("datasets", "where cifar10 and cifar100 are")

@@ -169,11 +169,36 @@ def test_digits_are_written_with_their_names(tmp_path):
         assert Image.open(path).convert("RGB").tobytes() == data.train.load(i).tobytes()
 
 
+def test_indices_may_mean_the_numbers_in_the_names(source, tmp_path):
+    # As CIFAR's official indices, which go across the classes, while a folder is sorted by class.
+    for c in range(3):
+        for i in range(8):
+            (source / "train" / f"class{c}" / f"{i}.png").rename(
+                source / "train" / f"class{c}" / f"{3 * i + c:02d}.png"
+            )
+    np.save(tmp_path / "i.npy", np.asarray([22, 0, 5]))
+    options = {"data": source, "indices": tmp_path / "i.npy", "indices_by": "number"}
+    assert long_tail(**options, out=tmp_path / "tail") == 0
+    assert np.load(tmp_path / "tail" / "indices.npy").tolist() == [8 + 7, 0, 16 + 1]
+    written = ImageFolder(str(tmp_path / "tail" / "train"))
+    assert sorted(written.targets) == [0, 1, 2]
+    np.save(tmp_path / "i.npy", np.asarray([22, 24]))
+    assert long_tail(**options, out=tmp_path / "no") == 2
+
+
+def test_names_that_are_no_different_numbers_have_none(source, tmp_path, capsys):
+    np.save(tmp_path / "i.npy", np.asarray([1, 0]))
+    for data in (source, "digits"):  # 0.png is in every class; no files at all
+        assert long_tail(data=data, indices=tmp_path / "i.npy", indices_by="number", out=tmp_path / "tail") == 2
+        assert "needs a folder whose files are all named by different numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"long_tail": 0.25}, "is not empty; nothing is ever overwritten"),
         ({"out": "fresh"}, "Give long_tail=RATIO"),
+        ({"out": "fresh", "long_tail": 0.1, "indices_by": "names"}, "Unknown indices_by 'names'."),
         ({"out": "fresh", "long_tail": 2}, "long_tail=2.0 must lie in (0, 1]"),
         ({"out": "fresh", "long_tail": 0}, "long_tail=0.0 must lie in (0, 1]"),
         (
