@@ -65,8 +65,8 @@ class Method:
 
 
 _EQUAL = (
-    "`tests/test_export_upstream.py` there compares loss and gradient of the generated file with its own `{}` on random "
-    "batches, with and without a memory bank, to 1e-6."
+    "`tests/test_export_upstream.py` there compares loss and gradient of the generated file with its own `{}` on "
+    "random batches, with and without a memory bank, to 1e-6."
 )
 METHODS = {
     "dystress": Method(
@@ -107,12 +107,12 @@ METHODS = {
         "architecture and only introduces a new loss function. Its temperature follows the alignment of the positive "
         "pairs, and its gradient is reweighted so that it does not vanish for easy batches.",
         change="feat: add gather, memory bank, docs, examples and benchmark for MACLLoss",
-        what="Gives `MACLLoss` a memory bank and `gather_distributed`, as `NTXentLoss` has them, and adds what it came "
-        "without: an entry in the documentation of the losses, a documentation page, examples in all three variants with "
-        "notebooks, and a ResNet-50 benchmark.",
+        what="Gives `MACLLoss` a memory bank and `gather_distributed`, as `NTXentLoss` has them, and adds what it "
+        "came without: an entry in the documentation of the losses, a documentation page, examples in all three "
+        "variants with notebooks, and a ResNet-50 benchmark.",
         why="Without gather the alignment and the negatives of a distributed run are those of one GPU. Two things are "
-        "mended on the way: where P rounds to 1 the loss was P-dependent noise over `eps` and is now its limit, and the "
-        "temperature, which `alpha = A_0 = 1` and opposite positives made negative, is held above a tenth of its base.",
+        "mended on the way: where P rounds to 1 the loss was P-dependent noise over `eps` and is now its limit, and "
+        "the temperature, which `alpha = A_0 = 1` and opposite positives made negative, is held above a tenth of its base.",
         equivalence=_EQUAL.format("MACLLoss"),
         comments="Existing arguments keep their names, order, ranges and defaults. Values differ from before by the "
         "1e-8 that was added to the divisor. With gather the alignment is the mean over all ranks.",
@@ -127,13 +127,13 @@ METHODS = {
         arguments=f"temperature={formulas.default(CosineSchedule, 'tau_max')}",
         published=(2023, 3),
         about="Example implementation of :ref:`simclr` with a temperature that oscillates during training. A high "
-        "temperature favours group-wise discrimination, a low one instance-wise discrimination; a cosine schedule moves "
-        "between the two, which helps on data with a long-tailed distribution of classes.",
+        "temperature favours group-wise discrimination, a low one instance-wise discrimination; a cosine schedule "
+        "moves between the two, which helps on data with a long-tailed distribution of classes.",
         change="feat: add SimCLR with temperature schedule",
-        what="Adds what is open in the issue: a ResNet-50 benchmark of SimCLR with a cosine schedule of the temperature, "
-        "and beside it examples in all three variants with notebooks, a documentation page, and tests. No new class: "
-        "`cosine_schedule(..., period=...)` is there since the issue was opened, and `NTXentLoss` reads `temperature` at "
-        "every step.",
+        what="Adds what is open in the issue: a ResNet-50 benchmark of SimCLR with a cosine schedule of the "
+        "temperature, and beside it examples in all three variants with notebooks, a documentation page, and tests. No new class: "
+        "`cosine_schedule(..., period=...)` is there since the issue was opened, and `NTXentLoss` reads `temperature` "
+        "at every step.",
         why="The paper reports gains on long-tailed data; the issue asks whether ImageNet gains too.",
         equivalence="The test that this adds pins the schedule's values; the generating repository compares "
         "`NTXentLoss` under this schedule with its own `TemperatureScheduleLoss` on random batches, to 1e-6.",
@@ -167,9 +167,14 @@ def plan(clone, name, command, version):
     )
 
 
-def _loss_of_dystress(clone, method):
+def loss_module(clone, method):
+    """The file of the loss: the package's formulas in lightly's form."""
+    return {"dystress": _dystress, "macl": _macl}[method.recipe](clone, method)
+
+
+def _dystress(clone, method):
     tau = formulas.dystress_temperature("sim", "self.tau_min", "self.tau_max")
-    loss = clone.new(
+    return clone.new(
         "lightly/loss/dystress_loss.py",
         "lightly/dystress_loss.py",
         **_shared(objectives.ntxent),
@@ -180,25 +185,12 @@ def _loss_of_dystress(clone, method):
         url=method.paper.url,
         year=method.paper.paper.rpartition(" ")[2],
     )
-    clone.source("tests/ddp_helpers.py")  # which the tests import
-    tests = clone.new(
-        "tests/loss/test_dystress_loss.py",
-        "lightly/test_dystress_loss.py",
-        row_stats=formulas.plain_python(rows.naive_row_stats),
-        tau=formulas.oracle_temperature(),
-    )
-    exports = clone.source("lightly/loss/__init__.py").among(
-        r"^from lightly\.loss\.(\S+) import .*\n", "from lightly.loss.dystress_loss import DySTreSSLoss\n"
-    )
-    return [loss, tests, exports, _autoclass(clone, method)]
 
 
-def _loss_of_macl(clone, method):
+def _macl(clone, method):
     names = {"self.tau": "self.temperature", "self.threshold": "self.A_0", "FLOOR": str(model_aware.FLOOR)}
-    path = "lightly/loss/macl_loss.py"
-    clone.source(path).replace("def __init__(self, temperature: float = 0.1, alpha: float = 0.5, A_0: float = 0.0)", "")
-    loss = clone.new(
-        path,
+    return clone.new(
+        "lightly/loss/macl_loss.py",
         "lightly/macl_loss.py",
         replaces=True,
         **_shared(objectives.macl),
@@ -210,31 +202,49 @@ def _loss_of_macl(clone, method):
         threshold=formulas.default(ModelAware, "threshold"),
         url=method.paper.url,
     )
+
+
+def _loss_of_dystress(clone, method):
+    clone.source("tests/ddp_helpers.py")  # which the tests import
+    tests = clone.new(
+        "tests/loss/test_dystress_loss.py",
+        "lightly/test_dystress_loss.py",
+        row_stats=formulas.plain_python(rows.naive_row_stats),
+        tau=formulas.oracle_temperature(),
+    )
+    exports = clone.source("lightly/loss/__init__.py").among(
+        r"^from lightly\.loss\.(\S+) import .*\n", "from lightly.loss.dystress_loss import DySTreSSLoss\n"
+    )
+    return [loss_module(clone, method), tests, exports, _autoclass(clone, method)]
+
+
+def _loss_of_macl(clone, method):
+    # The file is replaced as a whole: only one with this signature, which has neither bank nor gather.
+    signature = "def __init__(self, temperature: float = 0.1, alpha: float = 0.5, A_0: float = 0.0):\n"
+    clone.source("lightly/loss/macl_loss.py").part(signature)
     clone.source("tests/ddp_helpers.py")
     tests = (
         clone.source("tests/loss/test_macl_loss.py")
-        .after("import numpy as np\n", "")
-        .replace("import numpy as np\n", "from typing import Tuple\n\nimport numpy as np\n")
-        .replace(
+        .first("import numpy as np\n", "from typing import Tuple\n\nimport numpy as np\n")
+        .first(
             "from torch import Tensor\n",
             "from pytest_mock import MockerFixture\nfrom torch import Tensor\nfrom torch import distributed as dist\n",
         )
         .after("from lightly.loss import MACLLoss\n", "from tests.ddp_helpers import NUM_PROCESSES, USE_PYTEST_POOL\n")
-        .replace("class TestMACLLoss:\n", template("lightly/macl_gather_worker") + "class TestMACLLoss:\n")
+        .first("class TestMACLLoss:\n", template("lightly/macl_gather_worker") + "class TestMACLLoss:\n")
         .append(template("lightly/extra_macl_tests"))
     )
-    return [loss, tests, _autoclass(clone, method)]
+    return [loss_module(clone, method), tests, _autoclass(clone, method)]
 
 
-def _schedule(clone, method):
-    clone.source("lightly/utils/scheduler.py").replace("period: Optional[int] = None", "")
-    clone.source("lightly/loss/ntx_ent_loss.py").replace("/ self.temperature", "")
+def _schedule(clone, _):
+    clone.source("lightly/utils/scheduler.py").part("period: Optional[int] = None")
+    clone.source("lightly/loss/ntx_ent_loss.py").part("/ self.temperature")  # read at every step
+    manual = "\n\ndef _calc_ntxent_loss_manual("
     tests = (
         clone.source("tests/loss/test_ntx_ent_loss.py")
         .after("from lightly.loss import NTXentLoss\n", "from lightly.utils.scheduler import cosine_schedule\n")
-        .replace(
-            "\n\ndef _calc_ntxent_loss_manual(", template("lightly/schedule_test") + "\n\ndef _calc_ntxent_loss_manual("
-        )
+        .replace(manual, template("lightly/schedule_test") + manual)
     )
     return [tests]
 

@@ -78,7 +78,7 @@ METHODS = {
         title="DySTreSS",
         parameters=(
             _of(DySTreSS, "tau_min", "lowest temperature, of pairs without similarity."),
-            _of(DySTreSS, "tau_max", "highest temperature, of pairs that are very similar or opposite."),
+            _of(DySTreSS, "tau_max", "highest temperature, of very similar or opposite pairs."),
         ),
         **_METHOD,
     ),
@@ -317,10 +317,7 @@ def _fix_knn(clone):
     return [
         clone.source("solo/utils/knn.py")
         .replace(", compute_on_step=False)", ")")
-        .first(
-            "\n    @torch.no_grad()\n    def compute(",
-            template("solo/knn_forward") + "\n    @torch.no_grad()\n    def compute(",
-        ),
+        .first(compute, template("solo/knn_forward") + compute),
         clone.source("tests/utils/test_knn.py").append(template("solo/knn_test")),
         clone.source("requirements.txt").replace("torchmetrics>=0.6.0, <0.12.0", "torchmetrics>=0.6.0"),
     ]

@@ -1,0 +1,368 @@
+"""The exporter: what it generates stands alone and equals our losses; against real clones it makes whole branches."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import dystress_plugin as dp
+from dystress_plugin.frameworks.lightly import DySTreSSLoss, MACLLoss, TemperatureScheduleLoss
+from dystress_plugin.temperature import dystress
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+IDENTITY = {f"GIT_{who}_{what}": "x@x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts():
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A small clone with files by path, as a function of them."""
+    for name, value in IDENTITY.items():
+        monkeypatch.setenv(name, value)
+
+    def make(files):
+        root = tmp_path / "host"
+        for path, text in files.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text)
+        git(root, "init", "-q")
+        git(root, "add", ".")
+        git(root, "commit", "-qm", "first")
+        return root
+
+    return make
+
+
+def git(folder, *arguments):
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def module_of(text, name, *known):
+    """What a generated file defines, with stand-ins for the host's modules that it imports."""
+    module = ModuleType(name)
+    replaced = {k.__name__: sys.modules.get(k.__name__) for k in known}
+    sys.modules.update({k.__name__: k for k in known})
+    try:
+        exec(compile(text, name, "exec"), module.__dict__)
+    finally:
+        for key, before in replaced.items():
+            if before is None:
+                del sys.modules[key]
+            else:
+                sys.modules[key] = before
+    return module
+
+
+def solo_misc():
+    """solo.utils.misc on a single process."""
+    misc = ModuleType("solo.utils.misc")
+    misc.gather, misc.get_rank = lambda x: x, lambda: 0
+    return misc
+
+
+def agree(ours, theirs, *views, tolerance=1e-6):
+    """Both values and gradients on the same views."""
+    results = []
+    for loss in (ours, theirs):
+        leaves = [view.clone().requires_grad_() for view in views]
+        value = loss(*leaves)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=tolerance, atol=tolerance)
+
+
+def views(number=2, batch=7, dim=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randn(batch, dim, generator=generator, dtype=dtype) for _ in range(number)]
+
+
+class Fake:
+    """Stands for a clone in which every file exists that is not to be written."""
+
+    def __init__(self, licence="# licence\n\nimport torch\n"):
+        self.licence = licence
+
+    def source(self, path):
+        from upstream.edits import Source
+
+        return Source(path, self.licence)
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """(host, method) to the text of the loss."""
+
+    def render(which, name):
+        from upstream import lightly, solo_learn
+        from upstream.clone import Clone
+
+        clone = Clone.__new__(Clone)
+        clone.folder = tmp_path
+        clone.source = Fake().source
+        if which == "solo-learn":
+            return solo_learn._loss(clone, solo_learn.METHODS[name])[0].text
+        return lightly.loss_module(clone, lightly.METHODS[name]).text
+
+    return render
+
+
+def test_the_traced_temperature_is_ours():
+    formulas = importlib.import_module("upstream.formulas")
+    line = formulas.dystress_temperature("cosine", "low", "high")
+    cosine = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    known = {"math": importlib.import_module("math"), "torch": torch, "cosine": cosine, "low": 0.07, "high": 0.3}
+    ours = dystress.ProfiledMap(dystress.PROFILES["cosine"].build(0.07, 0.23), 0.07, True).temperature(cosine)
+    torch.testing.assert_close(eval(line, known), ours, rtol=1e-14, atol=0)
+
+
+def test_a_curve_that_cannot_be_traced_is_named(monkeypatch):
+    formulas = importlib.import_module("upstream.formulas")
+    curve = dystress.Phase(1.0, lambda x, out=None: torch.erfinv(x, out=out), lambda x: x)
+    monkeypatch.setitem(dystress.PROFILES, "cosine", dystress.Profile({}, lambda low, delta: curve))
+    with pytest.raises(ValueError, match="erfinv"):
+        formulas.dystress_temperature("cosine", "low", "high")
+
+
+def test_a_source_that_has_changed_is_named():
+    formulas = importlib.import_module("upstream.formulas")
+
+    def two_returns(stats):
+        """A docstring."""
+        if stats is None:
+            return 0
+        return 1
+
+    with pytest.raises(ValueError, match="two_returns must end in its only return"):
+        formulas.objective(two_returns, result="loss", indent=4, width=88)
+    with pytest.raises(ValueError, match="must assign missing once"):
+        formulas.assigned(two_returns, "missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("dystress", {}),
+        ("dystress", {"tau_min": 0.07, "tau_max": 0.25}),
+        ("macl", {}),
+        ("macl", {"temperature": 0.2, "alpha": 2.0, "threshold": 0.8}),
+    ],
+)
+@pytest.mark.parametrize("number", [2, 3])
+def test_solo_learn_s_loss_is_ours(rendered, name, settings, number):
+    module = module_of(rendered("solo-learn", name), f"{name}_module", solo_misc())
+    function = getattr(module, f"{name}_loss_func")
+    ours = dp.ContrastiveLoss(name, **{{"temperature": "tau"}.get(k, k): v for k, v in settings.items()})
+
+    def theirs(*z):
+        return function(torch.cat(z), torch.arange(len(z[0])).repeat(len(z)), **settings)
+
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)  # ours says that its temperature is held
+        agree(ours, theirs, *views(number))
+
+
+@pytest.mark.parametrize("host_name", ["lightly", "solo-learn"])
+@pytest.mark.parametrize("name", ["dystress", "macl"])
+def test_generated_losses_stand_alone_and_are_formatted(rendered, tmp_path, host_name, name):
+    text = rendered(host_name, name)
+    assert "dystress_plugin" not in text
+    assert "$" not in text
+    file = tmp_path / "generated.py"
+    file.write_text(text)
+    width, rules = (88, ["--select", "I,D202,D209,D212,D214,D410,D411,D412"]) if host_name == "lightly" else (100, [])
+    settings = ["--isolated", "--line-length", str(width)]
+    ruff = [sys.executable, "-m", "ruff"]
+    if host_name == "lightly":
+        # The exporter formats lightly's files itself, as the formula's length is not known beforehand.
+        subprocess.run([*ruff, "format", "-q", *settings, str(file)], check=True)
+    subprocess.run([*ruff, "format", "--check", *settings, str(file)], check=True)
+    subprocess.run([*ruff, "check", *settings, *rules, str(file)], check=True)
+
+
+@pytest.mark.parametrize("queue", [0, (9, 5)])
+def test_lightly_s_losses_are_ours(rendered, queue):
+    pytest.importorskip("lightly")
+    for name, ours in (("dystress", DySTreSSLoss), ("macl", MACLLoss)):
+        module = module_of(rendered("lightly", name), f"{name}_module")
+        theirs = getattr(module, ours.__name__)(memory_bank_size=queue)
+        own = ours(memory_bank_size=queue)
+        if queue:
+            theirs.memory_bank.bank = own.loss.queue.keys.clone()
+        agree(own, theirs, *views(dtype=torch.float32), tolerance=1e-5)
+        if queue:
+            torch.testing.assert_close(theirs.memory_bank.bank, own.loss.queue.keys)
+
+
+def test_an_edit_that_does_not_fit_names_file_and_anchor():
+    source = importlib.import_module("upstream.edits").Source("some/file.py", "a\nc\n")
+    assert source.among(r"^(\w)\n", "b\n").text == "a\nb\nc\n"
+    assert source.among(r"^(\w)\n", "d\n").text == "a\nb\nc\nd\n"
+    assert source.word("a", "e").each_line(r"([bc])", lambda m: [m[1], m[1]]).text == "e\nb\nb\nc\nc\nd\n"
+    for edit in (
+        lambda: source.replace("gone", ""),
+        lambda: source.first("gone", ""),
+        lambda: source.word("gon", ""),
+        lambda: source.after("gone", ""),
+        lambda: source.each_line("gone", list),
+        lambda: source.among("^(gone)\n", "gone\n"),
+        lambda: source.part("gone"),
+    ):
+        with pytest.raises(ValueError, match=r"some/file\.py no longer has 'g?\^?\(?gon"):
+            edit()
+
+
+def test_a_branch_appears_as_a_whole_or_not_at_all(host):
+    from upstream.clone import Clone, Plan
+
+    root = host({"file.txt": "old\n"})
+    before = git(root, "rev-parse", "HEAD")
+
+    def plan(finish):
+        return Plan("new", {"file.txt": "changed\n", "folder/other.txt": "other\n"}, "message", "text", finish)
+
+    def fails(tree, paths):
+        assert (tree / "folder/other.txt").read_text() == "other\n"
+        assert paths == ["file.txt", "folder/other.txt"]
+        raise ValueError("a tool failed")
+
+    with pytest.raises(ValueError, match="a tool failed"):
+        Clone(root).commit(plan(fails))
+    assert git(root, "branch", "--format=%(refname:short)").count("\n") == 0
+    assert (git(root, "status", "--porcelain"), git(root, "rev-parse", "HEAD")) == ("", before)
+    assert git(root, "worktree", "list").count("\n") == 0
+
+    commit = Clone(root).commit(plan(lambda *_: []))
+    assert (root / "folder/other.txt").read_text() == "other\n"
+    assert (git(root, "branch", "--show-current"), git(root, "rev-parse", "HEAD~1")) == ("new", before)
+    assert commit == git(root, "rev-parse", "HEAD")
+    with pytest.raises(ValueError, match="already has a branch new"):
+        Clone(root).commit(plan(lambda *_: []))
+    (root / "untracked").touch()
+    with pytest.raises(ValueError, match="uncommitted changes"):
+        Clone(root)
+    with pytest.raises(ValueError, match="not a git clone"):
+        Clone(root / "folder")
+
+
+def test_the_command_says_what_is_missing(host, capsys):
+    main = importlib.import_module("export_upstream").main
+    root = host({"setup.py": "from setuptools import setup\n"})
+    assert main(["solo-learn", "--repo", str(root), "--method", "fix-setup"]) == 1
+    assert "setup.py no longer has 'from pkg_resources" in capsys.readouterr().err
+    assert main(["solo-learn", "--repo", str(root), "--method", "ts"]) == 1
+    assert "solo-learn has an export of dystress" in capsys.readouterr().err
+    assert main(["solo-learn", "--repo", str(root), "--method", "dystress"]) == 1
+    assert "solo/losses/simclr.py is not in host" in capsys.readouterr().err
+    assert git(root, "branch", "--format=%(refname:short)").count("\n") == 0
+    assert not list(root.parent.glob("*.PR.md"))
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A temporary clone of a real host, named by its environment variable."""
+    for name, value in IDENTITY.items():
+        monkeypatch.setenv(name, value)
+
+    def make(variable):
+        if not os.environ.get(variable):
+            pytest.skip(f"set {variable} to a clone of the host")
+        git(tmp_path, "clone", "-q", "--no-hardlinks", os.environ[variable], "clone")
+        return tmp_path / "clone"
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["dystress", "macl", "fix-knn", "fix-auto-resume", "fix-setup", "fix-custom-size"])
+def test_solo_learn_takes_the_branch(clone, method):
+    export = importlib.import_module("export_upstream").export
+    root = clone("SOLO_LEARN_HOME")
+    branch, commit, text = export("solo-learn", method, root)
+    changed = git(root, "diff", "--name-only", "HEAD~1").splitlines()
+    assert git(root, "rev-parse", branch) == commit
+    assert git(root, "status", "--porcelain") == ""
+    assert text.parent == root.parent
+    assert "$" not in text.read_text()
+    for path in changed:
+        content = (root / path).read_text()
+        assert "dystress_plugin" not in content
+        if path.endswith(".py"):
+            compile(content, path, "exec")
+    if not method.startswith("fix"):
+        assert {f"solo/losses/{method}.py", f"solo/methods/{method}.py", "README.md"} <= set(changed)
+        assert (root / f"scripts/pretrain/cifar/{method}.yaml").read_text().count(f'method: "{method}"') == 1
+        # A second export starts from a host that has the method, and says so.
+        git(root, "branch", "-m", "merged")
+        with pytest.raises(ValueError, match=f"solo/losses/{method}.py is in the host already"):
+            export("solo-learn", method, root)
+
+
+@pytest.mark.parametrize("method", ["dystress", "macl", "ts"])
+def test_lightly_takes_the_branch(clone, method):
+    pytest.importorskip("jupytext")
+    pytest.importorskip("nbformat")
+    export = importlib.import_module("export_upstream").export
+    root = clone("LIGHTLY_HOME")
+    export("lightly", method, root)
+    changed = git(root, "diff", "--name-only", "HEAD~1").splitlines()
+    python = [path for path in changed if path.endswith(".py")]
+    assert sum(path.startswith("examples/notebooks/") for path in changed) == 3
+    assert not any("dystress_plugin" in (root / path).read_text() for path in changed)
+    ruff = [sys.executable, "-m", "ruff"]
+    subprocess.run([*ruff, "check", "--select", "I", *python], cwd=root, check=True)
+    subprocess.run([*ruff, "format", "--check", *python], cwd=root, check=True)
+
+
+def test_lightly_s_schedule_is_ours():
+    loss = pytest.importorskip("lightly.loss").NTXentLoss()
+    schedule = importlib.import_module("lightly.utils.scheduler").cosine_schedule
+    ours = TemperatureScheduleLoss()
+    for epoch in (0, 57, 200, 399):
+        loss.temperature = schedule(step=epoch, max_steps=2000, start_value=1.0, end_value=0.1, period=400)
+        agree(lambda *z, epoch=epoch: ours(*z, epoch=epoch), loss, *views(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["dystress"])
+def test_training_without_our_package(clone, method, tmp_path):
+    """Two steps of lightly's new benchmark model, in a process that cannot import us."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    pytest.importorskip("jupytext")
+    root = clone("LIGHTLY_HOME")
+    importlib.import_module("export_upstream").export("lightly", method, root)
+    program = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "dystress_plugin":
+            raise ImportError("refused")
+sys.meta_path.insert(0, Refuse())
+import torch
+from lightly.loss import DySTreSSLoss
+net = torch.nn.Linear(6, 4)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+x0, x1 = torch.randn(8, 6), torch.randn(8, 6)
+losses = []
+for _ in range(2):
+    loss = DySTreSSLoss()(net(x0), net(x1))
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    losses.append(loss.item())
+print(losses[1] < losses[0], "dystress_plugin" in sys.modules, sys.modules["lightly"].__file__)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True", "False", str(root / "lightly/__init__.py")], done.stderr
