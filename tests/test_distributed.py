@@ -1,5 +1,9 @@
 import itertools
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import gloo
@@ -14,6 +18,7 @@ from dystress_plugin import ContrastiveLoss, distributed
 from dystress_plugin.engine import ENGINES, blockwise
 from dystress_plugin.temperature import Individual, ModelAware
 
+EXAMPLE = Path(__file__).parents[1] / "scripts" / "examples" / "torchrun.py"
 STEPS = 2
 SIZES = {
     "equal": (3, 3),
@@ -356,3 +361,84 @@ def test_gathering_in_a_single_process_changes_nothing(name, objective):
         for gather in (False, True)
     ]
     assert torch.equal(*values)
+
+
+# As a user starts them
+
+
+def launched(command, folder):
+    """Runs a program of ours as a user does, and returns what it prints."""
+    run = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
+    return run.stdout
+
+
+def test_torchrun_with_two_processes_trains_the_model_of_one(tmp_path):
+    pytest.importorskip("sklearn")
+    states = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        printed = launched([*torchrun, EXAMPLE, "--method", "isogclr", "--epochs", 1, "--out", out], tmp_path)
+        assert "epoch: 00, loss: " in printed
+        states.append(torch.load(out, weights_only=True))
+    for key, expected in states[0].items():
+        assert_close(states[1][key], expected, 1e-9)
+
+
+LIGHTNING = """
+import sys
+import pytorch_lightning as pl
+import torch
+from dystress_plugin import ContrastiveLoss
+
+
+class Training(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(6, 5)
+        self.loss = ContrastiveLoss("isogclr", num_samples=22, gather_distributed=True)
+
+    def training_step(self, batch, number):
+        index, *views = batch
+        return self.loss(*[self.model(view) for view in views], index=index, epoch=self.current_epoch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+devices, out = int(sys.argv[1]), sys.argv[2]
+views = torch.randn(2, 22, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+dataset = torch.utils.data.TensorDataset(torch.arange(22), *views)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", precision="64-true", max_epochs=3,
+    logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+training = Training()
+# The whole data set is one batch, as Lightning shuffles for several processes and not for one.
+trainer.fit(training, torch.utils.data.DataLoader(dataset, batch_size=22 // devices))
+if trainer.global_rank == 0:
+    torch.save(training.state_dict(), out)
+"""
+
+
+def test_lightning_with_two_processes_trains_the_model_of_one(tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    (tmp_path / "train.py").write_text(LIGHTNING)
+    states = []
+    for devices in (1, 2):
+        launched(["train.py", devices, tmp_path / f"{devices}.pt"], tmp_path)
+        states.append(torch.load(tmp_path / f"{devices}.pt", weights_only=True))
+    assert states[0].keys() == states[1].keys()
+    assert states[0]["loss.temperature.visited"].all()
+    for key, expected in states[0].items():
+        assert_close(states[1][key], expected, 1e-11)
