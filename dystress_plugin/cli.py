@@ -179,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
     for name, run, structure, help_ in (
         ("pretrain", _pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
-        ("compare", _compare, CompareSettings, "train methods and fixed temperatures with several seeds, report"),
+        (
+            "compare",
+            _compare,
+            CompareSettings,
+            "methods and fixed temperatures over seeds; takes pretrain's keys too",
+        ),
         ("report", _report, ReportSettings, "table and page of finished runs: dystress report runs/*"),
         ("evaluate", _evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
         ("long-tail", _long_tail, LongTailSettings, "write a long-tailed part of a data set as image folders"),

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from dystress_plugin.cli import main
+from dystress_plugin.experiment.settings import CompareSettings, ReportSettings
 from dystress_plugin.recipes import METHODS
 
 
@@ -40,3 +41,26 @@ def test_without_the_extras_the_command_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "pip install 'dystress-plugin[cli]'" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "structure"), [("compare", CompareSettings), ("report", ReportSettings)])
+def test_help_of_many_runs_shows_their_keys(command, structure, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.split("keys and their defaults:\n")[1].splitlines()
+    assert [line.split("=")[0].strip() for line in lines] == list(structure.__dataclass_fields__)
+    assert "  protocols=['weighted_knn', 'knn_1', 'knn_10'" in "\n".join(lines)
+
+
+def test_report_takes_folders_and_keys(capsys, tmp_path):
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert f"There is no folder {tmp_path / 'nothing'}" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "protocol=[knn_1]"]) == 2
+    assert "Unknown key 'protocol'. Did you mean 'protocols'?" in capsys.readouterr().err
+    assert main(["report", "--out", "x"]) == 2
+    assert "'--out' is no setting; write key=value." in capsys.readouterr().err
+    odd = tmp_path / "lr=0.1"
+    odd.mkdir()
+    assert main(["report", str(odd)]) == 2
+    assert "None of these folders holds a run" in capsys.readouterr().err

@@ -26,6 +26,7 @@ TEXT = "#010203"  # stands for the colour of the text, which only the page knows
 COLORS = ("#e07b1a", "#2f8fd6", "#1fa37a", "#b45fc9", "#d6456b", "#a08a18")
 GREY = "#8a8a8a"
 DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+MARKERS = ("v", "^", "s", "D")
 STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -52,13 +53,23 @@ class Picture:
     alt: str
 
 
-def styles(methods: Sequence[str], constants: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of each arm: methods in colour, constants grey."""
-    found: dict[str, dict[str, Any]] = {
-        name: {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) - 1] if i >= len(COLORS) else "-"}
+@dataclass(frozen=True)
+class Style:
+    """How an arm is drawn everywhere: `line` where it is a line, `marker` where it is points."""
+
+    color: str
+    line: Any
+    marker: str
+
+
+def styles(methods: Sequence[str], constants: Sequence[str]) -> dict[str, Style]:
+    """Methods in colour; constants and the untrained backbone grey, told apart by dashes and markers."""
+    coloured = {
+        name: Style(COLORS[i % len(COLORS)], ("-", *DASHES)[i // len(COLORS) % 5], "o")
         for i, name in enumerate(methods)
     }
-    return found | {name: {"color": GREY, "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(constants)}
+    grey = {name: Style(GREY, DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(constants)}
+    return coloured | grey | {"untrained": Style(GREY, "-", "x")}
 
 
 def all_figures(
@@ -66,7 +77,7 @@ def all_figures(
     rows: Sequence[Row],
     found: Sequence[Difference],
     titles: Mapping[str, str],
-    style: Mapping[str, Mapping[str, Any]],
+    style: Mapping[str, Style],
 ) -> dict[str, list[Picture]]:
     """Every figure of the page, by section."""
     arms: dict[str, list[Run]] = {}
@@ -101,20 +112,20 @@ def _differences(
     found: Sequence[Difference],
     name: str,
     titles: Mapping[str, str],
-    style: Mapping[str, Mapping[str, Any]],
+    style: Mapping[str, Style],
 ) -> Picture:
     mine = [d for d in found if d.protocol == name]
 
     def draw(axes: Axes) -> None:
         for y, d in enumerate(mine):
-            color = style[d.name]["color"]
+            color = style[d.name].color
             if d.low is not None and d.high is not None:
                 axes.plot([d.low, d.high], [y, y], color=color, linewidth=2.5, solid_capstyle="butt")
             axes.plot(d.mean, y, "o", color=color, markersize=6)
         axes.axvline(0, color=TEXT, linewidth=1)
         axes.set_yticks(range(len(mine)), [titles[d.name].replace(", ", ",\n") for d in mine], fontsize=8)
         axes.set_ylim(len(mine) - 0.5, -0.5)
-        axes.set(title=protocol(name).title, xlabel="difference from the best constant (percentage points)")
+        axes.set(title=protocol(name).title, xlabel="difference (percentage points)")
 
     height = 1.1 + 0.36 * len(mine)
     return _picture(draw, f"Differences from the best constant, {protocol(name).title}", (SIZE[0], max(2.0, height)))
@@ -126,7 +137,7 @@ def _curves(
     title: str,
     label: str,
     titles: Mapping[str, str],
-    style: Mapping[str, Mapping[str, Any]],
+    style: Mapping[str, Style],
 ) -> Picture:
     def draw(axes: Axes) -> None:
         for name, mine in arms.items():
@@ -134,11 +145,11 @@ def _curves(
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
             epochs, mean = np.arange(1, length + 1), values.mean(0)
-            marks = {"marker": "o", "markersize": 4} if length < 3 else {}
-            axes.plot(epochs, mean, label=titles[name], linewidth=1.6, **marks, **style[name])
+            marker = "o" if length < 3 else "none"  # which a line of one epoch needs
+            color, line = style[name].color, style[name].line
+            axes.plot(epochs, mean, color=color, linestyle=line, label=titles[name], linewidth=1.6, marker=marker)
             if len(values) > 1:
                 spread = values.std(0, ddof=1)
-                color = style[name]["color"]
                 axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="epochs trained", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -147,9 +158,7 @@ def _curves(
     return _picture(draw, f"{title} over the epochs, mean and standard deviation over the seeds", (SIZE[0], 3.9))
 
 
-def _classes(
-    rows: Sequence[Row], name: str, titles: Mapping[str, str], style: Mapping[str, Mapping[str, Any]]
-) -> Picture:
+def _classes(rows: Sequence[Row], name: str, titles: Mapping[str, str], style: Mapping[str, Style]) -> Picture:
     def draw(axes: Axes) -> None:
         counts = set()
         for arm in _unique(row.name for row in rows):
@@ -159,10 +168,8 @@ def _classes(
                     points.setdefault(row.group, []).append(row)
             at = sorted((_mean(p, "train_images"), _mean(p, "value")) for p in points.values())
             counts |= {x for x, _ in at}
-            color = style[arm]["color"] if arm in style else GREY
-            marker = "x" if arm not in style else "." if color == GREY else "o"
             x, y = zip(*at, strict=True)
-            axes.plot(x, y, marker, color=color, alpha=0.8, markersize=5, label=titles[arm])
+            axes.plot(x, y, style[arm].marker, color=style[arm].color, alpha=0.8, markersize=5, label=titles[arm])
         if max(counts) >= 3 * min(counts):
             axes.set_xscale("log")
         axes.set(title=protocol(name).title, xlabel="training images of the class", ylabel="accuracy of the class (%)")

@@ -91,8 +91,8 @@ def test_tokens_say_the_same_to_another_process():
 
 def command(tiny, **settings):
     common = {key: value for key, value in tiny.items() if key not in ("out", "progress")}
-    chosen = {"methods": "[simclr,dystress]", "seeds": "[0,1]", "constants": "[0.2]", "epochs": 1, "progress": "false"}
-    chosen |= {"protocols": "[weighted_knn,knn_1]"} | common | settings
+    chosen = common | {"epochs": 1, "progress": "false", "protocols": "[weighted_knn,knn_1]"}
+    chosen |= {"methods": "[simclr,dystress]", "seeds": "[0,1]", "constants": "[0.2]"} | settings
     return ["compare", *(f"{key}={value}" for key, value in chosen.items())]
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(tiny, tmp_path, c
 
     def failing(run):
         if run.method == "dystress":
-            Path(run.out).mkdir(parents=True)
+            Path(run.out).mkdir(parents=True, exist_ok=True)
             (Path(run.out) / "config.yaml").touch()
             raise RuntimeError("loss is not finite")
         return pretrain(run)
