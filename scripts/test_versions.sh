@@ -48,7 +48,8 @@ from importlib.metadata import version
 names = ("torch", "torchvision", "pytorch-lightning", "lightly", "numpy")
 print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in names))
 PYTHON
-    "$python" -m pytest -q -p no:cacheprovider "${@:3}"
+    # The first is what torch 2.1 says about its own torch.load.
+    "$python" -m pytest -q -p no:cacheprovider -W "ignore:TypedStorage is deprecated" "${@:3}"
 }
 
 for age in $ages; do
