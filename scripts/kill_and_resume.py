@@ -7,7 +7,8 @@ nobody disturbed: every number in the checkpoint (weights, queue, tables, optimi
 `metrics.csv`, `diagnostics.csv`, and `summary.json` but its seconds.
 
 Each start is a process of its own, forked from one that has imported everything and done nothing else: what is killed
-is a whole `dystress` command, without the seconds that its imports take.
+is a whole `dystress` command, without the seconds that its imports take and, unless --figures is given, without the
+figures at its end, which would take most of the time and nothing reads again.
 
     python scripts/kill_and_resume.py --rounds 200
 """
@@ -33,7 +34,7 @@ from torchvision.io import write_png
 from tqdm import tqdm
 
 from dystress_plugin.cli import main as dystress
-from dystress_plugin.experiment import pretrain  # noqa: F401  # imported here once, not in every process
+from dystress_plugin.experiment import pretrain  # imported here once, not in every process
 from dystress_plugin.experiment.files import load
 
 EPOCHS = 4
@@ -74,7 +75,7 @@ def command(method, data, out):
     return ["pretrain", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def start(arguments, log):
+def start(arguments, log, figures=False):
     """Runs the command in a process of its own; its id."""
     child = os.fork()
     if child:
@@ -85,6 +86,8 @@ def start(arguments, log):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
+        if not figures:
+            pretrain.figures.curves = pretrain.figures.profile = lambda *_: None
         warnings.simplefilter("ignore")
         status = dystress(arguments)
     except SystemExit as stop:
@@ -166,50 +169,64 @@ def check_equal(out, expected):
     return len(found)
 
 
+def kill(child, number, place):
+    """Sends a signal; the exit status, which is that of the signal, or 0 where the process had just ended."""
+    os.kill(child, number)
+    status = wait(child, 60)
+    allowed = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (143, -signal.SIGTERM)}[number]
+    assert status in (*allowed, 0), f"status {status} after {number.name}\n{log_of(place)}"
+    return status
+
+
+def disturb(rounds, draw, place, figures=False, progress=False):
+    """Kills that many times; says what happened, a line each. An AssertionError for the first thing that is wrong."""
+    data = images(place / "images")
+    expected, seconds = {}, {}
+    for method in METHODS[: max(1, rounds // 5)]:
+        begin = time.monotonic()
+        status = wait(start(command(method, data, place / method), place / "log", figures), 600)
+        assert status == 0, f"status {status}\n{log_of(place)}"
+        expected[method], seconds[method] = results(place / method), time.monotonic() - begin
+    methods = list(expected)
+    kills, counts, finished, compared = 0, Counter(), 0, 0
+    begun = True
+    bar = tqdm(total=rounds, unit="kill", disable=not progress)
+    while kills < rounds or begun:
+        method = methods[finished % len(methods)]
+        out = place / f"{finished}-{method}"
+        child = start(command(method, data, out), place / "log", figures)
+        begun = True
+        status = wait(child, draw.uniform(0, seconds[method]) if kills < rounds else 600)
+        if status is None:
+            number = SIGNALS[kills % len(SIGNALS)]
+            status = kill(child, number, place)
+            kills += 1
+            bar.update()
+            counts[f"{number.name} after {check_whole(out)} epochs"] += 1
+        else:
+            assert status == 0, f"status {status}\n{log_of(place)}"
+        if status == 0:
+            compared += check_equal(out, expected[method])
+            finished += 1
+            begun = False
+    bar.close()
+    return [
+        f"{kills} kills over {finished} runs of {EPOCHS} epochs:",
+        *(f"{count:6d}  {name}" for name, count in sorted(counts.items())),
+        f"No row lost or doubled; all {compared} values equal those of undisturbed runs bit for bit.",
+    ]
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200, help="kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--figures", action="store_true", help="draw the figures as well")
     options = parser.parse_args(arguments)
-    draw = random.Random(options.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        kills, counts, finished, compared = 0, Counter(), 0, 0
-        place = Path(folder)
-        data = images(place / "images")
-        expected, seconds = {}, {}
-        for method in METHODS:
-            begin = time.monotonic()
-            assert wait(start(command(method, data, place / method), place / "log"), 600) == 0, log_of(place)
-            expected[method], seconds[method] = results(place / method), time.monotonic() - begin
-        bar = tqdm(total=options.rounds, unit="kill")
-        while kills < options.rounds or not done:
-            done = False
-            method = METHODS[finished % len(METHODS)]
-            out = place / f"{finished}-{method}"
-            child = start(command(method, data, out), place / "log")
-            moment = draw.uniform(0, seconds[method]) if kills < options.rounds else 600
-            status = wait(child, moment)
-            if status is None:
-                number = SIGNALS[kills % len(SIGNALS)]
-                os.kill(child, number)
-                status = wait(child, 60)
-                kills += 1
-                bar.update()
-                expected_status = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (143, -signal.SIGTERM)}[number]
-                # It may have ended by itself just before.
-                assert status in (*expected_status, 0), f"status {status} after {number.name}\n{log_of(place)}"
-                counts[f"{number.name} after {check_whole(out)} epochs"] += 1
-            if status == 0:
-                compared += check_equal(out, expected[method])
-                finished += 1
-                done = True
-            assert status in (0, 143, -signal.SIGKILL, -signal.SIGTERM), f"status {status}\n{log_of(place)}"
-        bar.close()
-    print(f"{kills} kills over {finished} runs of {EPOCHS} epochs in {time.monotonic() - started:.0f} s:")
-    for name, count in sorted(counts.items()):
-        print(f"  {count:4d}  {name}")
-    print(f"No row lost or doubled; all {compared} values equal those of undisturbed runs bit for bit.")
+        said = disturb(options.rounds, random.Random(options.seed), Path(folder), options.figures, progress=True)
+    print("\n".join([*said, f"{time.monotonic() - started:.0f} s"]))
 
 
 def log_of(place):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -179,6 +179,7 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
             key without default that is missing.
     """
     known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
+    texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
     for token in tokens:
         key, equals, _ = token.partition("=")
         if not equals:
@@ -186,7 +187,7 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
         if key.split(".")[0] not in known:
             raise ValueError(unknown_name("key", key, known))
     try:
-        config = OmegaConf.merge(OmegaConf.structured(structure), OmegaConf.from_dotlist(list(tokens)))
+        config = OmegaConf.merge(OmegaConf.structured(structure), *(_parsed(token, texts) for token in tokens))
         missing = OmegaConf.missing_keys(config)
         if missing:
             raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
@@ -196,6 +197,18 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "setting"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
+
+
+def _parsed(token: str, texts: Sequence[str]) -> Any:
+    """One `key=value` as a config: a text as it stands, anything else as YAML."""
+    key, _, value = token.partition("=")
+    # A folder may have a name such as 'a #1' or 'a: b', which means something else in YAML.
+    if key in texts and value != "null":
+        return OmegaConf.create({key: value})
+    try:
+        return OmegaConf.from_dotlist([token])
+    except YAMLError as error:
+        raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
 
 
 def comparable(settings: PretrainSettings) -> dict[str, Any]:

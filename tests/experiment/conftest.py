@@ -2,6 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dystress_plugin.cli import main
+from dystress_plugin.experiment import pretrain
+
+
+def dystress(command, settings):
+    """Exit status of the command with key=value settings."""
+    return main([command, *(f"{key}={value}" for key, value in settings.items())])
+
 
 def write_images(folder, classes=3, per_class=8, size=12, seed=0):
     """Class folders of noisy pictures whose brightness tells the class."""
@@ -32,3 +40,11 @@ def tiny(images, tmp_path):
         "accelerator": "cpu",
         "progress": "false",
     }
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs without what comes before and after the training: accuracies and figures."""
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args, **kwargs: {"knn_top1": 50.0, "linear_top1": 50.0})
+    monkeypatch.setattr(pretrain.figures, "curves", lambda *args: None)
+    monkeypatch.setattr(pretrain.figures, "profile", lambda *args: None)

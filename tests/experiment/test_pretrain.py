@@ -5,16 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
-from dystress_plugin.cli import main
-from dystress_plugin.experiment import module, pretrain
+from dystress_plugin.experiment import module
 from dystress_plugin.experiment.pretrain import COLUMNS, SeedEveryEpoch
 from dystress_plugin.recipes import METHODS
-
-
-def dystress(command, settings):
-    return main([command, *(f"{key}={value}" for key, value in settings.items())])
 
 
 def rows(out):
@@ -35,11 +31,8 @@ FULL = [*(name for name in METHODS if "_" not in name), "dystress_moco"]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in FULL])
-def test_every_variant_trains_for_two_steps(method, tiny, monkeypatch):
+def test_every_variant_trains_for_two_steps(method, tiny, quick):
     # What they leave is checked below for the others.
-    monkeypatch.setattr(pretrain, "evaluate", lambda *args, **kwargs: {"knn_top1": 50.0, "linear_top1": 50.0})
-    monkeypatch.setattr(pretrain.figures, "curves", lambda *args: None)
-    monkeypatch.setattr(pretrain.figures, "profile", lambda *args: None)
     settings = settings_of(method, tiny) | {"epochs": 1, "batch_size": 9, "diagnostics_every_n_steps": 1}
     assert dystress("pretrain", settings) == 0
     (row,) = rows(tiny["out"])

@@ -39,3 +39,16 @@ def test_help_lists_every_key_with_its_default(structure):
     lines = describe(structure).splitlines()
     assert [line.split("=")[0].strip() for line in lines] == list(structure.__dataclass_fields__)
     assert all(len(line.split("  ")[-1].strip()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "text", ["a #1", "a: b", "[a", "{a}", "01", "1e3", "off", "- a", "~", "'a'", "a | b", "$(a) `b`; c"]
+)
+def test_a_text_is_taken_as_it_stands(text):
+    assert parse(PretrainSettings, [f"data={text}"]).data == text
+
+
+def test_null_is_none_and_what_is_no_yaml_is_an_error():
+    assert parse(PretrainSettings, ["out=x", "out=null"]).out is None
+    with pytest.raises(ValueError, match=r"method_kwargs.tau=\[1 is no key=value in YAML"):
+        parse(PretrainSettings, ["method_kwargs.tau=[1"])
