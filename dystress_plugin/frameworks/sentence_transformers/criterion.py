@@ -1,0 +1,134 @@
+"""From the embeddings of a batch's columns to the loss: what the loss and its cached form share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from dystress_plugin import distributed
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.recipes import METHODS
+from dystress_plugin.temperature import Temperature
+
+
+@final
+class SentenceCriterion(nn.Module):
+    """`ContrastiveLoss` of columns of embeddings: anchors, positives, then any hard negatives.
+
+    Args:
+        temperature: as for `ContrastiveLoss`.
+        layout: "one_way", "both_ways" or "views"; None is "views" with a queue, else "one_way".
+        queue_size: as for `ContrastiveLoss`.
+        gather_across_devices: its `gather_distributed`, in the words of sentence-transformers.
+        **settings: its other arguments.
+
+    Attributes:
+        loss: the `ContrastiveLoss` that computes.
+        epoch: where training stands, set by `ContrastiveCallback`; None without it.
+    """
+
+    def __init__(
+        self,
+        temperature: str | Temperature,
+        *,
+        layout: str | None = None,
+        queue_size: tuple[int, int] | int | None = None,
+        gather_across_devices: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        queued = bool(queue_size) or (
+            isinstance(temperature, str) and temperature in METHODS and METHODS[temperature].layout == "queue"
+        )
+        self.loss = ContrastiveLoss(
+            temperature,
+            layout=layout or ("views" if queued else "one_way"),
+            queue_size=queue_size,
+            gather_distributed=gather_across_devices,
+            **settings,
+        )
+        self.epoch: float | None = None
+        for parameter in self.loss.parameters():
+            # The trainer wraps the model for several devices, not the loss.
+            parameter.register_hook(_mean_over_ranks)
+
+    def forward(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: two or more (batch, dim) tensors, one per column.
+            labels: (batch,) int64 sample numbers where the temperature keeps a table; else not looked at.
+
+        Raises:
+            ValueError: for hard negatives in a layout without them, or sample numbers or an epoch that are missing.
+        """
+        # As in evaluation the trainer calls model.eval() alone, and a table must not learn from that.
+        learn = self.training and torch.is_grad_enabled()
+        if self.loss.training != learn:
+            self.loss.train(learn)
+        if len(embeddings) > 2 and self.loss.layout == "views" and self.loss.queue is None:
+            raise ValueError(
+                f"layout='views' has no hard negatives, but the data set has {len(embeddings)} columns: "
+                "leave two, or use layout='one_way'."
+            )
+        if self._without_negatives(embeddings):
+            # The last batch of an epoch may be one sentence; MultipleNegativesRankingLoss is 0 there.
+            return torch.stack([(z.float() * 0).sum() for z in embeddings]).sum()
+        value: Tensor = self.loss(*embeddings, index=self._index(labels), epoch=self._epoch())
+        return value
+
+    def _without_negatives(self, embeddings: Sequence[Tensor]) -> bool:
+        return (
+            len(embeddings[0]) == 1
+            and self.loss.queue is None
+            and not (self.loss.gather_distributed and distributed.world_size() > 1)
+            and not (self.loss.layout == "one_way" and len(embeddings) > 2)
+        )
+
+    def _index(self, labels: Tensor | None) -> Tensor | None:
+        temperature = self.loss.temperature
+        if not temperature.needs_index:
+            return None
+        if labels is None:
+            raise ValueError(
+                f"{type(temperature).__name__} keeps a temperature for every sample and needs to know which is which: "
+                "number the rows, train_dataset.add_column('label', range(len(train_dataset)))."
+            )
+        return labels
+
+    def _epoch(self) -> float | None:
+        temperature = self.loss.temperature
+        if self.epoch is None and temperature.needs_epoch:
+            raise ValueError(
+                f"{type(temperature).__name__} changes with the epoch, which the trainer does not tell its loss: call "
+                "trainer.add_callback(ContrastiveCallback(trainer)) before training."
+            )
+        if self.epoch is None:
+            return None
+        return self.epoch if temperature.per_step else float(math.floor(self.epoch))
+
+    def settings(self) -> dict[str, Any]:
+        """For the model card."""
+        return {
+            "temperature": str(self.loss.temperature),
+            "objective": self.loss.objective,
+            **self.loss.objective_settings,
+            "layout": self.loss.layout,
+            "queue_size": tuple(self.loss.queue.keys.shape) if self.loss.queue is not None else None,
+            "gather_across_devices": self.loss.gather_distributed,
+        }
+
+
+def columns(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The columns, of which a single one stands twice: unsupervised SimCSE, where dropout makes the difference."""
+    # Copies: a model writes what it computes into them.
+    found = [dict(features) for features in sentence_features]
+    return found if len(found) != 1 else [found[0], dict(found[0])]
+
+
+def _mean_over_ranks(gradient: Tensor) -> Tensor:
+    return torch.stack([distributed.mean_over_ranks(entry) for entry in gradient.flatten()]).view_as(gradient)
