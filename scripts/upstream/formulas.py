@@ -37,6 +37,8 @@ class _Traced:
         self.expression = expression
 
     def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
         return lambda *arguments, **settings: _operation(name.rstrip("_"))(self, *arguments, **settings)
 
     def new_tensor(self, value):
@@ -122,10 +124,12 @@ def objective(function, *, result, indent, width):
 
     It reads `positive` and `negative`, each (rows,).
     """
-    body = _body(function).replace("stats.", "")
-    body, replaced = re.subn(r"^return ", f"{result} = ", body, flags=re.MULTILINE)
-    if replaced != 1:
+    statements = ast.parse(_source(function)).body[0].body
+    returns = [node for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Return)]
+    if returns != statements[-1:]:
         raise ValueError(f"{function.__name__} must end in its only return statement to be exported.")
+    body = _body(function).replace("stats.", "")
+    body = re.sub(r"^return ", f"{result} = ", body, flags=re.MULTILINE)
     lines = []
     for line in body.splitlines():
         room = width - indent

@@ -2,6 +2,7 @@
 
 import datetime
 import re
+import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ METHODS = {
         "variants with notebooks, and a ResNet-50 benchmark.",
         why="Without gather the alignment and the negatives of a distributed run are those of one GPU. Two things are "
         "mended on the way: where P rounds to 1 the loss was P-dependent noise over `eps` and is now its limit, and "
-        "the temperature, which `alpha = A_0 = 1` and opposite positives made negative, is held above a tenth of its base.",
+        "the temperature, which `alpha = A_0 = 1` and opposite positives made negative, is held above a tenth of "
+        "its base.",
         equivalence=_EQUAL.format("MACLLoss"),
         comments="Existing arguments keep their names, order, ranges and defaults. Values differ from before by the "
         "1e-8 that was added to the divisor. With gather the alignment is the mean over all ranks.",
@@ -131,9 +133,9 @@ METHODS = {
         "moves between the two, which helps on data with a long-tailed distribution of classes.",
         change="feat: add SimCLR with temperature schedule",
         what="Adds what is open in the issue: a ResNet-50 benchmark of SimCLR with a cosine schedule of the "
-        "temperature, and beside it examples in all three variants with notebooks, a documentation page, and tests. No new class: "
-        "`cosine_schedule(..., period=...)` is there since the issue was opened, and `NTXentLoss` reads `temperature` "
-        "at every step.",
+        "temperature, and beside it examples in all three variants with notebooks, a documentation page, and tests. "
+        "No new class: `cosine_schedule(..., period=...)` is there since the issue was opened, and `NTXentLoss` reads "
+        "`temperature` at every step.",
         why="The paper reports gains on long-tailed data; the issue asks whether ImageNet gains too.",
         equivalence="The test that this adds pins the schedule's values; the generating repository compares "
         "`NTXentLoss` under this schedule with its own `TemperatureScheduleLoss` on random batches, to 1e-6.",
@@ -403,17 +405,13 @@ class _Finish:
         run([sys.executable, "-m", "ruff", "check", "--quiet", "--fix", "--select", "I", *python], tree)
         run([sys.executable, "-m", "ruff", "format", "--quiet", *python], tree)
         # The script converts whole folders; other examples' notebooks are not this pull request's.
-        notebooks = []
-        for variant in VARIANTS:
-            folder = tree / "examples" / "exported" / variant
-            folder.mkdir(parents=True)
-            (folder / f"{self.method.name}.py").write_text(
-                (tree / f"examples/{variant}/{self.method.name}.py").read_text(encoding="utf-8"), encoding="utf-8"
-            )
-            target = f"examples/notebooks/{variant}"
-            run([sys.executable, "examples/create_example_nbs.py", str(folder), target], tree)
-            notebooks.append(f"{target}/{self.method.name}.ipynb")
-        return notebooks
+        names = [f"{variant}/{self.method.name}" for variant in VARIANTS]
+        for name in names:
+            copy = tree / "examples" / "exported" / f"{name}.py"
+            copy.parent.mkdir(parents=True)
+            shutil.copy(tree / "examples" / f"{name}.py", copy)
+        run([sys.executable, "examples/create_example_nbs.py", "examples/exported", "examples/notebooks"], tree)
+        return [f"examples/notebooks/{name}.ipynb" for name in names]
 
 
 def _pull_request(clone, method, command, version):
