@@ -89,6 +89,7 @@ def pretrain(host, digits, tmp_path):
 
     def run(method, **settings):
         out = tmp_path / "out"
+        torch.manual_seed(0)  # LightlyTrain sows its seed too late for a model that is given to it
         if not settings.get("resume_interrupted"):
             shutil.rmtree(out, ignore_errors=True)
         shared = {
@@ -156,7 +157,8 @@ def test_methods_of_views_train_and_log_their_temperatures(pretrain, method):
     assert [row["step"] for row in rows] == list(range(6))
     assert len({row["train_loss"] for row in rows}) == 6
     for row in rows:
-        assert 0 < row["tau_positive_min"] <= row["tau_positive_mean"] <= row["tau_positive_max"]
+        low, mean, high = (row[f"tau_positive_{name}"] for name in ("min", "mean", "max"))
+        assert 0 < low <= mean * (1 + 1e-6) <= high * (1 + 2e-6)
 
 
 def test_a_schedule_follows_the_epochs_and_warns_where_it_ends_early(pretrain):
@@ -166,7 +168,9 @@ def test_a_schedule_follows_the_epochs_and_warns_where_it_ends_early(pretrain):
     assert taus == pytest.approx([1.0] * 3 + [0.55] * 3)
 
 
-def test_a_temperature_for_every_image_resumes_and_gives_way_to_a_new_run(pretrain, digits, tmp_path):
+def test_a_temperature_for_every_image_resumes_and_gives_way_to_a_new_run(pretrain, monkeypatch, tmp_path):
+    # LightlyTrain sets it by itself only in later versions: without it, 0.13.0 resumes no method under torch 2.6.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     _, state = pretrain("isogclr", method_args={"rho": 0.4})
     assert state["criterion.temperature.visited"].tolist() == [True] * IMAGES
     tau = state["criterion.temperature.tau"]
