@@ -49,7 +49,7 @@ class Clone:
         """A file of the clone, to be edited in memory."""
         file = self.folder / path
         if not file.is_file():
-            raise ValueError(f"{path} is not in {self.folder.name} at {self.head[:8]}: the host has moved it.")
+            raise ValueError(f"{path}, which this export needs, is not in {self.folder.name} at {self.head[:8]}.")
         return Source(path, file.read_text(encoding="utf-8"))
 
     def new(self, path, name, /, *, replaces=False, **values):

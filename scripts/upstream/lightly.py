@@ -87,9 +87,9 @@ METHODS = {
         what="Adds `DySTreSSLoss`, NT-Xent with a temperature for every pair that follows from the pair's cosine "
         "similarity, with memory bank and gather as `NTXentLoss` has them; export, tests, documentation page, examples "
         "in all three variants with notebooks, and a ResNet-50 benchmark.",
-        why="A fixed temperature is the hyperparameter that contrastive losses are most sensitive to. DySTreSS keeps "
-        "SimCLR's cost and architecture and replaces it by a range. For `tau_min = tau_max` the loss is `NTXentLoss`, "
-        "which a test checks.",
+        why="Contrastive losses are sensitive to their temperature, and one temperature treats all pairs alike. "
+        "DySTreSS keeps SimCLR's architecture and replaces the temperature by a range. For `tau_min = tau_max` the "
+        "loss is `NTXentLoss`, which a test checks.",
         equivalence=_EQUAL.format("DySTreSSLoss"),
         comments="The temperature counts as a constant in the backward pass, as in the authors' ImageNet code; their "
         "paper's analysis differentiates it. Under mixed precision the similarities have the precision that they have "
@@ -112,7 +112,7 @@ METHODS = {
         "came without: an entry in the documentation of the losses, a documentation page, examples in all three "
         "variants with notebooks, and a ResNet-50 benchmark.",
         why="Without gather the alignment and the negatives of a distributed run are those of one GPU. Two things are "
-        "mended on the way: where P rounds to 1 the loss was P-dependent noise over `eps` and is now its limit, and "
+        "mended on the way: where P rounds to 1 the loss was what `eps` made of it and is now its limit, and "
         "the temperature, which `alpha = A_0 = 1` and opposite positives made negative, is held above a tenth of "
         "its base.",
         equivalence=_EQUAL.format("MACLLoss"),
@@ -134,14 +134,14 @@ METHODS = {
         change="feat: add SimCLR with temperature schedule",
         what="Adds what is open in the issue: a ResNet-50 benchmark of SimCLR with a cosine schedule of the "
         "temperature, and beside it examples in all three variants with notebooks, a documentation page, and tests. "
-        "No new class: `cosine_schedule(..., period=...)` is there since the issue was opened, and `NTXentLoss` reads "
+        "No new class: `cosine_schedule` has got its `period` since the issue was opened, and `NTXentLoss` reads "
         "`temperature` at every step.",
         why="The paper reports gains on long-tailed data; the issue asks whether ImageNet gains too.",
         equivalence="The test that this adds pins the schedule's values; the generating repository compares "
         "`NTXentLoss` under this schedule with its own `TemperatureScheduleLoss` on random batches, to 1e-6.",
         comments="The benchmark's period is a fifth of the epochs: the paper's 2000 epochs hold five periods of 400. "
         "The benchmark itself still has to be run.",
-        closes="closes #1319",
+        closes="part of #1319 (the benchmark still has to be run)",
     ),
 }
 

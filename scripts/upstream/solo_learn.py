@@ -51,7 +51,7 @@ class Change:
     why: str
     tests: str
     comments: str = ""
-    not_run: str = "nothing that the change touches, but no GPU and no DALI was at hand."
+    not_run: str = "No GPU and no DALI was at hand."
     recipe: str | None = None
     title: str = ""
     parameters: tuple[Parameter, ...] = field(default=())
@@ -63,7 +63,7 @@ def _of(cls, name, about, called=None):
 
 _METHOD = {
     "tests": "`pytest tests/methods tests/losses` on the branch, with the new files among them.",
-    "not_run": "no training to the end: the configs hold SimCLR's optimizer settings and no result was entered in the "
+    "not_run": "No training to the end: the configs hold SimCLR's optimizer settings and no result was entered in the "
     "README's tables. No GPU, no DALI, no multi-node run.",
 }
 METHODS = {
@@ -71,8 +71,8 @@ METHODS = {
         "Add DySTreSS",
         "Adds DySTreSS: SimCLR with a temperature for every pair, which follows from the pair's cosine similarity. "
         "Loss, method, registration, configs for CIFAR and ImageNet-100, tests, documentation.",
-        "A fixed temperature is the hyperparameter that contrastive losses are most sensitive to; DySTreSS replaces it "
-        "by a range at SimCLR's cost. For `tau_min = tau_max` the loss is `simclr_loss_func`, which a test checks.",
+        "Contrastive losses are sensitive to their temperature, and one temperature treats all pairs alike; DySTreSS "
+        "replaces it by a range. For `tau_min = tau_max` the loss is `simclr_loss_func`, which a test checks.",
         comments="The temperature counts as a constant in the backward pass, as in the authors' code.",
         recipe="dystress",
         title="DySTreSS",
