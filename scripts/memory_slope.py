@@ -1,10 +1,10 @@
 """Memory of the process over thousands of training steps: does it grow?
 
 Two loops, one after the other: the loss alone with its gradient, for every method, and a tiny training module with its
-optimizer on a `Recorder`'s table. After a tenth of the steps, in which allocators and caches fill, the resident memory
+optimizer on a `Recorder`'s table. After a tenth of the time, in which allocators and caches fill, the resident memory
 is noted 200 times; the slope is that of a least-squares line, with a 95 % confidence interval from the residuals.
 
-    python scripts/memory_slope.py --steps 20 --minutes 5     # at most, in thousands of steps a loop and minutes in all
+    python scripts/memory_slope.py --minutes 5
 """
 
 import argparse
@@ -62,25 +62,25 @@ def training(folder):
             yield
 
 
-def measure(name, steps, count, seconds):
-    """Runs a loop and prints its memory now and then, and its slope."""
+def measure(name, steps, seconds):
+    """Runs a loop for so long and prints its memory now and then, and its slope."""
     process = psutil.Process()
-    every = max(1, count // NOTES)
     notes = []
     started = time.monotonic()
-    for step in range(count):
+    for step in itertools.count():
         next(steps)
-        if step % every == 0 and step >= count // 10:
+        taken = time.monotonic() - started
+        # The k-th note is due at its share of the time, counted from a tenth on.
+        if taken >= seconds * (0.1 + 0.9 * len(notes) / NOTES):
             notes.append((step / 1000, process.memory_info().rss / 1024))
             if len(notes) % (NOTES // 5) == 1:
                 print(f"{name:>12} {step:>9} steps {notes[-1][1] / 1024:>8.1f} MiB", flush=True)
-        if time.monotonic() - started > seconds:
+        if len(notes) == NOTES:
             break
     line = linregress(*zip(*notes, strict=True))
     width = line.stderr * t.ppf(0.975, len(notes) - 2)
-    taken = time.monotonic() - started
     print(
-        f"{name:>12} {step + 1:>9} steps in {taken:.0f} s: {line.slope:+.2f} ± {width:.2f} KiB per 1000 steps, "
+        f"{name:>12} {step:>9} steps in {taken:.0f} s: {line.slope:+.2f} ± {width:.2f} KiB per 1000 steps, "
         f"{notes[-1][1] - notes[0][1]:+.0f} KiB from the first note to the last",
         flush=True,
     )
@@ -88,8 +88,7 @@ def measure(name, steps, count, seconds):
 
 def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="thousands in each loop (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=5, help="at most, in all (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=5, help="of both loops together (default: %(default)s)")
     options = parser.parse_args(given)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # a batch is small for some settings, which is of no matter here
@@ -97,7 +96,7 @@ def main(given=None):
     with tempfile.TemporaryDirectory() as folder:
         for name, loop in loops.items():
             steps = loop(Path(folder))
-            measure(name, steps, options.steps * 1000, 60 * options.minutes / len(loops))
+            measure(name, steps, 60 * options.minutes / len(loops))
             steps.close()
 
 
