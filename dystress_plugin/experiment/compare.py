@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from dystress_plugin import recipes
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.errors import RunStopped, unknown_name
 from dystress_plugin.experiment import files, report
 from dystress_plugin.experiment.pretrain import _module, _scan, pretrain, resolve
 from dystress_plugin.experiment.protocols import load_data, protocol, score_run
@@ -274,7 +274,7 @@ class _Children:
             self.slots.put(slot)
         if status:
             last = (log.read_text().strip().splitlines() or ["(nothing)"])[-1]
-            raise RuntimeError(f"exit status {status}, {last} (all of it: {log})")
+            raise RunStopped(f"{log.stem} ended with status {status}: {last} All of it is in {log}.")
 
     def _environment(self, slot: int, run: PretrainSettings) -> dict[str, str]:
         chosen = dict(os.environ)
@@ -289,8 +289,9 @@ class _Children:
 def tokens(run: PretrainSettings) -> list[str]:
     """The settings of a run that differ from the defaults, as `dystress pretrain` takes them."""
     default = PretrainSettings()
-    # JSON is YAML, which key=value is read as.
-    return [f"{k}={json.dumps(v)}" for k, v in asdict(run).items() if v != getattr(default, k)]
+    changed = {key: value for key, value in asdict(run).items() if value != getattr(default, key)}
+    # JSON is YAML, which all but text is read as.
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
 
 
 def command_line(arguments: Sequence[str]) -> str:
