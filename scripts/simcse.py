@@ -58,6 +58,7 @@ class Settings:
     dim: int = _key(128, "numbers per token of tiny")
     layers: int = _key(2, "layers of tiny")
     heads: int = _key(4, "heads of tiny")
+    dropout: float = _key(0.1, "dropout of tiny")
 
     table: list[str] = _key([], "train nothing: print the table of these runs, and of runs inside of these folders")
 
@@ -77,8 +78,8 @@ def build_model(settings, sentences, out):
 
     name = settings.model
     if name == TINY:
-        sizes = {"vocabulary": settings.vocabulary, "dim": settings.dim, "layers": settings.layers}
-        name = random_bert(sentences, out / "untrained", heads=settings.heads, **sizes)
+        sizes = ("vocabulary", "dim", "layers", "heads", "dropout")
+        name = random_bert(sentences, out / "untrained", **{size: getattr(settings, size) for size in sizes})
     model = encoder(name, pooling=settings.pooling, max_length=settings.max_length, head=settings.head)
     return model.to("cpu") if settings.cpu else model
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast  # type: ignore[attr-defined]
 
 from dystress_plugin.frameworks.sentence_transformers.head import TrainingHead
 
@@ -51,26 +52,28 @@ def random_bert(
     dim: int = 128,
     layers: int = 2,
     heads: int = 4,
+    dropout: float = 0.1,
     max_length: int = 64,
 ) -> str:
-    """Writes a BERT of random weights, with a WordPiece tokenizer of these sentences, for `encoder(folder)`.
+    """Writes a BERT of random weights, and a WordPiece tokenizer of the characters and frequent words of sentences.
 
-    Weights are drawn from torch's global random numbers: seed them before.
+    `encoder(folder)` reads both. Weights are drawn from torch's global random numbers: seed them before.
 
     Args:
-        sentences: text to find word pieces in.
+        sentences: text to find words in.
         folder: where model and tokenizer go; made if it is not there.
         vocabulary: word pieces at most.
         dim: numbers per token.
         layers: of the transformer.
         heads: of each layer; they divide `dim`.
+        dropout: probability that a number is left out, in training.
         max_length: tokens at most.
 
     Returns:
         The folder.
     """
-    found = BertWordPieceTokenizer(lowercase=True)
-    found.train_from_iterator(sentences, vocab_size=vocabulary, show_progress=False)
+    numbers = {piece: number for number, piece in enumerate(_pieces(sentences, vocabulary))}
+    found = BertWordPieceTokenizer(numbers, lowercase=True)
     tokenizer = BertTokenizerFast(tokenizer_object=found._tokenizer, model_max_length=max_length)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -78,8 +81,28 @@ def random_bert(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=4 * dim,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         max_position_embeddings=max_length,
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def _pieces(sentences: Iterable[str], size: int) -> list[str]:
+    """The characters, and the most frequent words.
+
+    Not the pieces that the library's trainer finds: it breaks ties by chance, also with a seed, and numbers them by it,
+    so that no two runs would begin with the same model.
+    """
+    empty = BertWordPieceTokenizer(lowercase=True)
+    counts = Counter(
+        word
+        for sentence in sentences
+        for word, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(sentence))
+    )
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return list(dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words]))[:size]

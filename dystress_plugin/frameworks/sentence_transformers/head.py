@@ -14,7 +14,7 @@ class TrainingHead(Dense):
     library's `Dense`.
     """
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: dict[str, Tensor], **kwargs: object) -> dict[str, Tensor]:
         if not self.training:
             return features
         found: dict[str, Tensor] = super().forward(features)

@@ -112,13 +112,13 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
         self._own: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
-    def temperature(self) -> Temperature:
+    def temperature(self) -> Temperature:  # type: ignore[override]
         """The temperature; in the class it is derived from, 1 / scale."""
         return self.criterion.loss.temperature
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         self._labels, self._own = labels, []
-        value: Tensor = super().forward(columns(sentence_features), labels)
+        value: Tensor = super().forward(columns(sentence_features), labels)  # type: ignore[arg-type]
         for parameter, gradient in self._own:
             value.register_hook(lambda outer, p=parameter, g=gradient: _accumulate(p, outer * g))
         self._labels, self._own = None, []
@@ -143,4 +143,5 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+    gradient = gradient.to(parameter.dtype)  # the trainer's scale may be wider
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,11 @@ def read_pairs(path: str | Path) -> Pairs:
         if not files:
             raise ValueError(f"{path} has no STS.input.*.txt: name a file, or a year's folder of SentEval's data.")
         parts = [read_pairs(file) for file in files]
-        return Pairs(*([entry for part in parts for entry in part[side]] for side in range(3)))
+        return Pairs(
+            [entry for part in parts for entry in part.first],
+            [entry for part in parts for entry in part.second],
+            [entry for part in parts for entry in part.scores],
+        )
     found = _semeval(path) if path.name.startswith("STS.input.") else _table(path)
     if not found.scores:
         raise ValueError(f"{path} has no pair with a score.")
@@ -76,7 +81,7 @@ def _table(path: Path) -> Pairs:
     return _pairs(path, [(*row[5:7], row[4]) if len(row) > 6 else row for row in rows])
 
 
-def _pairs(path: Path, rows: list[tuple[str, ...]] | list[list[str]], *, heading: bool = False) -> Pairs:
+def _pairs(path: Path, rows: Sequence[Sequence[str]], *, heading: bool = False) -> Pairs:
     pairs = Pairs([], [], [])
     for number, row in enumerate(rows):
         try:
@@ -88,6 +93,7 @@ def _pairs(path: Path, rows: list[tuple[str, ...]] | list[list[str]], *, heading
             raise ValueError(
                 f"{path}, pair {number + 1}: {row!r} is not sentence, sentence, score; see read_pairs for known forms."
             ) from None
-        for side, entry in zip(pairs, (first, second, value), strict=True):
-            side.append(entry)  # type: ignore[arg-type]
+        pairs.first.append(first)
+        pairs.second.append(second)
+        pairs.scores.append(value)
     return pairs
