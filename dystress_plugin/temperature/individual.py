@@ -177,7 +177,8 @@ class Individual(Temperature):
         images, counts = torch.unique_consecutive(images[order], return_counts=True)
 
         def per_sample(values: Tensor, reduce: str) -> Tensor:
-            return torch.segment_reduce(values, reduce, lengths=counts)
+            # Unsafe only leaves out a look at the lengths, which waits for a GPU and which torch 2.1 cannot trace.
+            return torch.segment_reduce(values, reduce, lengths=counts, unsafe=True)
 
         peak = per_sample(log_s[order], "max")
         shifted = torch.exp(log_s[order] - peak.repeat_interleave(counts))
