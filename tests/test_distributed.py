@@ -241,7 +241,7 @@ def test_training_through_distributed_data_parallel_ends_where_one_process_does(
 
 # Memory
 
-STEPS_TO_COUNT = [*itertools.product(["in-tiles"], [64, 128]), ("blockwise", 128), ("dense", 128)]
+STEPS_TO_COUNT = [*itertools.product(["in-tiles"], [64, 128]), ("dense", 128)]
 DIM = 8
 
 
@@ -262,7 +262,7 @@ class CountEntries(TorchDispatchMode):
 def entries_of_a_step(engine, images):
     """Entries of the largest tensor of a step, and of all that is saved for the backward pass.
 
-    In small tiles of which none is kept, since the default would hold all of this batch in one tile.
+    In small tiles of which none is kept: by default tiles, a constant number of bytes, could hold all of this batch.
     """
     ENGINES["in-tiles"] = partial(blockwise.negative_stats, tile=32, keep_bytes=0)
     loss = ContrastiveLoss("dystress", engine=engine, gather_distributed=True)
@@ -280,7 +280,6 @@ def test_no_rank_holds_the_matrix_of_the_whole_batch(three_ranks):
     rows, everything = 2 * 128, 3 * 2 * 128
     for rank in three_ranks:
         assert rank["entries"]["in-tiles", 128][0] == everything * DIM  # the gathered embeddings
-        assert everything * DIM < rank["entries"]["blockwise", 128][0] <= rows * everything
         assert rank["entries"]["dense", 128][0] == rows * everything  # that the counter sees what there is
 
 
