@@ -130,6 +130,7 @@ def queues(model):
 def test_constant_temperature_with_a_queue_trains_as_its_mocov2plus(solo):
     settings = {"small_crops": 0, "temperature": 0.2, "queue_size": 8}
     configs = [config(method, **settings) for method in ("simclr_moco", "mocov2plus")]
+    torch.manual_seed(0)  # where a ReLU is at its corner, rounding alone moves the weights
     for cfg in configs:
         cfg.momentum = {"base_tau": 0.5}
     ours, theirs = (solo.METHODS[cfg.method](cfg) for cfg in configs)
