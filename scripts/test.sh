@@ -16,4 +16,4 @@ if [ -z "${SOLO_LEARN_HOME:-}" ]; then
         export SOLO_LEARN_HOME
     fi
 fi
-python -m pytest "$@"
+python -m pytest --numprocesses 2 "$@"
