@@ -48,8 +48,9 @@ from importlib.metadata import version
 names = ("torch", "torchvision", "pytorch-lightning", "lightly", "numpy")
 print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in names))
 PYTHON
-    # The first is what torch 2.1 says about its own torch.load.
-    "$python" -m pytest -q -p no:cacheprovider -W "ignore:TypedStorage is deprecated" "${@:3}"
+    # Old libraries warn about themselves, torch 2.1 at every torch.load, and about what newer ones deprecate.
+    "$python" -m pytest -q -p no:cacheprovider -W "ignore:TypedStorage is deprecated" -W ignore::DeprecationWarning \
+        "${@:3}"
 }
 
 for age in $ages; do
