@@ -12,7 +12,7 @@ import torch
 from grid import CASES, EPOCH, KINDS, OBJECTIVES, SAMPLES, assert_close, build, embeddings, tolerance
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from dystress_plugin import ContrastiveLoss, distributed
 from dystress_plugin.engine import ENGINES, blockwise
@@ -254,7 +254,7 @@ class CountEntries(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        sizes = [x.numel() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         return result
 
