@@ -15,7 +15,7 @@ unset SOLO_LEARN_HOME LIGHTLY_HOME # no clones: their tests are skipped
 
 losses=(
     tests/test_compatibility.py tests/test_contrastive.py tests/test_distributed.py
-    tests/test_grid.py tests/test_identities.py tests/test_import.py tests/test_metrics.py tests/test_objectives.py
+    tests/test_identities.py tests/test_import.py tests/test_metrics.py tests/test_objectives.py
     tests/test_precision.py tests/test_properties.py tests/test_queue.py tests/test_recipes.py
     tests/engine tests/temperature tests/frameworks/test_lightly_losses.py tests/frameworks/test_lightly_modules.py
 )
