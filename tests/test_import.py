@@ -12,9 +12,9 @@ HEAVY = (
 PROGRAM = f"""
 import sys, time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import dystress_plugin
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(seconds, *[name for name in "{HEAVY}".split() if name in sys.modules])
 """
 
