@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dystress_plugin import recipes
 from dystress_plugin.errors import RunStopped, unknown_name
 from dystress_plugin.experiment import files, report
-from dystress_plugin.experiment.pretrain import _module, _scan, pretrain, resolve
+from dystress_plugin.experiment.pretrain import build_module, pretrain, resolve, scan_images
 from dystress_plugin.experiment.protocols import load_data, protocol, score_run
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, parse
 from dystress_plugin.temperature import DySTreSS
@@ -175,7 +175,7 @@ def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int)
         raise ValueError(f"jobs={settings.jobs} must be at least 1.")
     for name in settings.protocols:
         protocol(name)
-    scan = _scan(runs[0], Path(settings.out))  # once: the runs find what it found
+    scan = scan_images(runs[0], Path(settings.out))  # once: the runs find what it found
     if scan is not None:
         scan.write(Path(settings.out))
     looks = settings.diagnostics_every_n_steps
@@ -191,7 +191,7 @@ def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int)
         if number < arms:
             recipe, data = recipes.recipe(run.method), load_data(run, folder)
             resolved = resolve(run, recipe, data, 1)
-            _module(resolved, recipe, data, resolved.image_size or data.image_size)
+            build_module(resolved, recipe, data, resolved.image_size or data.image_size)
 
 
 def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 
 from dystress_plugin import recipes
 from dystress_plugin.experiment.module import PretrainModule
-from dystress_plugin.experiment.pretrain import _module
+from dystress_plugin.experiment.pretrain import build_module
 from dystress_plugin.experiment.protocols import load_data, write_table
 from dystress_plugin.experiment.settings import read_config
 
@@ -82,7 +82,9 @@ def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
     data = load_data(some, runs[name])
     device = "cuda" if some.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
     size = some.image_size or data.image_size
-    modules = {name: _module(run, recipes.recipe(run.method), data, size).to(device) for name, run in settings.items()}
+    modules = {
+        name: build_module(run, recipes.recipe(run.method), data, size).to(device) for name, run in settings.items()
+    }
     views = [torch.randn(some.batch_size, 3, size, size, device=device) for _ in range(2)]
     index = torch.arange(some.batch_size, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in modules}

@@ -69,7 +69,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
     files.check_place(out)
-    scan = _scan(settings, out)
+    scan = scan_images(settings, out)
     data = data_module.load(
         settings.data,
         root=settings.data_root,
@@ -92,7 +92,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
         )
     settings = resolve(settings, recipe, data, trainer.world_size)
     image_size = settings.image_size or data.image_size
-    module = _module(settings, recipe, data, image_size)
+    module = build_module(settings, recipe, data, image_size)
     _warn_short_schedule(module.loss, settings.epochs)
 
     last = out / "checkpoints" / "last.ckpt"
@@ -186,7 +186,8 @@ def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devi
     return replace(settings, **chosen, method_kwargs=own | settings.method_kwargs)
 
 
-def _module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, image_size: int) -> PretrainModule:
+def build_module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, image_size: int) -> PretrainModule:
+    """The module of a run as it starts, from settings as resolved; seeds everything."""
     seed_everything(settings.seed, workers=True, verbose=False)
     # First of all that is drawn, so that it starts the same with every method.
     backbone, features = build_backbone(backbone_name(settings.backbone, settings.data), image_size)
@@ -364,7 +365,8 @@ def _check_checkpoint(last: Path, module: PretrainModule) -> None:
     _check_same(comparable(module.settings), checkpoint["settings"], f"{last} belongs to a run")
 
 
-def _scan(settings: PretrainSettings, out: Path) -> images.Scan | None:
+def scan_images(settings: PretrainSettings, out: Path) -> images.Scan | None:
+    """What `images.scan_folder` finds in the data of a run; None where it is no folder of images."""
     if not data_module.is_folder(settings.data):
         return None
     return images.scan_folder(
