@@ -69,7 +69,7 @@ def main(tokens):
             settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
         )
         image_size = settings.image_size or data.image_size
-        module = pretrain._module(settings, recipes.recipe(settings.method), data, image_size)
+        module = pretrain.build_module(settings, recipes.recipe(settings.method), data, image_size)
         trainer = pretrain._trainer(settings, Path(folder))
         start = Start()
         stop = Stop(start)
