@@ -68,8 +68,10 @@ def main(tokens):
         data = data_module.load(
             settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
         )
-        image_size = settings.image_size or data.image_size
-        module = pretrain.build_module(settings, recipes.recipe(settings.method), data, image_size)
+        recipe = recipes.recipe(settings.method)
+        settings = pretrain.resolve(settings, recipe, data, 1)
+        image_size = settings.image_size
+        module = pretrain.build_module(settings, recipe, data, image_size)
         trainer = pretrain._trainer(settings, Path(folder))
         start = Start()
         stop = Stop(start)
