@@ -11,8 +11,10 @@ import contextlib
 import math
 import mmap
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,10 +27,14 @@ from dystress_plugin.temperature.base import LogitMap, Times, Work
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
 UNSHIFTED = 60.0
 # Entries of a tile: large enough that threads seldom wait for each other; on a GPU one fills the chip.
-TILE_ENTRIES = {"cpu": 1664 * 1664}
+TILE_ENTRIES = {"cpu": 1152 * 1152}
 TILE_ENTRIES_ELSEWHERE = 4096 * 4096
-# What the forward pass may keep of its tiles for the backward pass, which has to compute the others again.
-KEEP_BYTES = 96 * 2**20
+# Entries of float32 in a cache line.
+LINE = 16
+# Up to this size the forward pass keeps its tiles for the backward pass, which otherwise computes them again: 4096
+# images with a copy of each, in float32. Of more images it could keep a small part only, which costs memory and saves
+# little time.
+KEEP_BYTES = 160 * 2**20
 
 
 def negative_stats(
@@ -53,7 +59,7 @@ def negative_stats(
         logit_map: a.
         want_cosine: whether to return the negatives' mean cosine as well.
         tile: rows of a tile, and columns unless there are fewer rows; None chooses for the device.
-        keep_bytes: memory that tiles may take up between forward and backward pass.
+        keep_bytes: what all tiles together may take up to be kept between forward and backward pass.
     """
     trains = logit_map.parameter_term(anchors[:, 0]) is not None
     plan = _Plan.make(anchors, candidates, excluded, logit_map, want_cosine or trains, tile, keep_bytes)
@@ -98,7 +104,10 @@ class _Plan:
         rows, columns = len(anchors), len(anchors if candidates is None else candidates)
         side = tile or math.isqrt(TILE_ENTRIES.get(anchors.device.type, TILE_ENTRIES_ELSEWHERE))
         if tile is None and candidates is None:
-            side = -(-rows // -(-rows // side))  # blocks of the same size, as those on the diagonal compute too much
+            # Blocks of the same size, as those on the diagonal compute too much; and rows of whole cache lines, as a
+            # product into others takes up to twice as long.
+            blocks = -(-rows // side)
+            side = -(-rows // (blocks * LINE)) * LINE
         row_tile = min(rows, side)
         # Few anchors against a long queue get wide tiles; those of a symmetric matrix have to be square.
         column_tile = side if candidates is None or tile else side * side // row_tile
@@ -163,6 +172,10 @@ class _Plan:
         return tile
 
 
+# What a thread keeps from one call to the next.
+_of_thread = threading.local()
+
+
 class _Scratch:
     """Tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass over
     it, and gives back what is freed. A GPU's allocator keeps it anyway.
@@ -173,15 +186,13 @@ class _Scratch:
         number: of tiles, 2 or 3; with 2 the exponentials take the place of the products.
     """
 
-    _of_thread = threading.local()
-
     def __init__(self, plan: _Plan, like: Tensor, number: int) -> None:
         entries = min(plan.row_tile, plan.rows) * min(plan.column_tile, plan.columns)
-        last: Tensor | None = getattr(self._of_thread, "last", None)
+        last: Tensor | None = getattr(_of_thread, "scratch", None)
         if last is None or last.numel() < number * entries or last.dtype != like.dtype or last.device != like.device:
             last = like.new_empty(number * entries)
             if like.device.type == "cpu":
-                self._of_thread.last = last
+                _of_thread.scratch = last
         self.tiles = last[: number * entries].view(number, entries)
 
     def tile(self, number: int, shape: tuple[int, int]) -> Tensor:
@@ -194,20 +205,28 @@ class _Scratch:
         return torch.mm(left, right.T, out=self.tile(0, shape)), work
 
 
-def _room(plan: _Plan, like: Tensor) -> Tensor:
-    """Where kept tiles go: as many entries as the budget allows, or as there are."""
+def _room(plan: _Plan, like: Tensor) -> Tensor | None:
+    """Where the tiles are kept, if there is room for all of them."""
     entries = plan.rows * plan.columns
-    if plan.symmetric:  # blocks on and above the diagonal, whole ones at most
-        blocks = -(-plan.rows // plan.row_tile)
-        entries = min(entries, blocks * (blocks + 1) // 2 * plan.row_tile**2)
-    nbytes = min(entries * (1 + plan.want_cosine) * like.itemsize, plan.keep_bytes)
+    if plan.symmetric:  # blocks on and above the diagonal
+        ends = [*range(0, plan.rows, plan.row_tile), plan.rows]
+        entries = (entries + sum((end - start) ** 2 for start, end in pairwise(ends))) // 2
+    entries *= 1 + plan.want_cosine
+    nbytes = entries * like.itemsize
+    if nbytes > plan.keep_bytes:
+        return None
     if like.device.type != "cpu" or nbytes < 2**23 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(nbytes // like.itemsize)
-    # In pages of 2 MiB the system hands it out four times as fast.
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype)
+        return like.new_empty(entries)
+    # To write into new memory takes the system several times as long as a pass over it, so the last call's serves
+    # again, once no tensor holds it any more.
+    memory, holder = getattr(_of_thread, "kept", (b"", lambda: None))
+    if len(memory) < nbytes or holder() is not None:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # in pages of 2 MiB it comes four times as fast; a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    held = memoryview(memory)
+    _of_thread.kept = memory, weakref.ref(held)
+    return torch.frombuffer(held, dtype=like.dtype, count=entries)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -223,15 +242,14 @@ class _Blockwise(torch.autograd.Function):
 
         # A mirrored tile with maps of its own for rows and columns would have to be kept twice.
         keeps = (shared or not plan.symmetric) and any(ctx.needs_input_grad)
-        room = _room(plan, anchors) if keeps else anchors.new_empty(0)
+        room = _room(plan, anchors) if keeps else None
         kept: list[Tensor] = []
         tiles = 2 if shared and not plan.want_cosine else 3
         scratch = _Scratch(plan, anchors, tiles)
         for rows, columns, left in plan.tiles(anchors):
             scaled, work = scratch.product(left, others[columns])
             mirrored = plan.symmetric and rows != columns
-            keep = len(room) >= scaled.numel() * (1 + plan.want_cosine)
-            if keep:
+            if room is not None:
                 mine, room = room[: scaled.numel()].view_as(scaled), room[scaled.numel() :]
                 work = (mine, work[1])
             e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
@@ -243,10 +261,12 @@ class _Blockwise(torch.autograd.Function):
                 total[columns] += e_mirror.sum(1)
                 if plan.want_cosine:
                     moment[columns] += (e_mirror * scaled.T).sum(1)
-            if keep and plan.want_cosine:
+            if room is None:
+                continue
+            if plan.want_cosine:
                 other, room = room[: scaled.numel()].view_as(scaled), room[scaled.numel() :]
                 kept += [times_slope(other.copy_(e)), e]
-            elif keep:
+            else:
                 kept.append(times_slope(e))
         ctx.plan, ctx.shared, ctx.tiles = plan, shared, tiles
         ctx.save_for_backward(anchors, candidates, total, shift, *kept)
