@@ -19,8 +19,8 @@ from dystress_plugin.recipes import METHODS
 PACKAGE = Path(dystress_plugin.__file__).parent
 TARGET = Path(__file__).parents[1] / "METHODS.md"
 LAYOUTS = {"views": "views of a batch", "queue": "queue of keys"}
-# solo-learn has a method of this name, which the registration leaves in place.
-SOLO_LEARNS_OWN = {"simclr"}
+# solo-learn and LightlyTrain have a method of this name, which the registration leaves in place.
+HOSTS_OWN = {"simclr"}
 
 HEAD = """# Methods
 
@@ -30,7 +30,9 @@ A method is a point of the grid temperature × objective × layout. Every row wo
 `dystress_plugin.ContrastiveLoss("name")`; a queue of keys needs `queue_size=(keys, dim)` there, and a table of samples
 `num_samples=`. *command* is `dystress pretrain method=name`, *solo-learn* its own `main_pretrain.py ... method=name`.
 *lightly: criterion* is a class in `dystress_plugin.frameworks.lightly`, which with `memory_bank_size` compares with a
-queue; *lightly: module* is a LightningModule in `dystress_plugin.frameworks.lightly.modules`. *paper* is the
+queue; *lightly: module* is a LightningModule in `dystress_plugin.frameworks.lightly.modules`. *sentences* is
+`ContrastiveSentenceLoss(model, "name")` in `dystress_plugin.frameworks.sentence_transformers`, *LightlyTrain*
+`lightly_train.pretrain(method="name")` after `import dystress_plugin.frameworks.lightly_train`. *paper* is the
 temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxiv.org/abs/2110.06848), the queue from
 [MoCo, 2020](https://arxiv.org/abs/1911.05722). Other combinations are made from their parts:
 `ContrastiveLoss(dp.temperature.DySTreSS(), objective="macl", queue_size=(4096, 128))`.
@@ -39,10 +41,12 @@ temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxi
 
 def table():
     """The whole file."""
-    solo, criteria = _solo_layouts(), _lightly_criteria()
+    solo, criteria = _layouts_of("solo"), _lightly_criteria()
+    lightly_train = _layouts_of("lightly_train")
     columns = (
         *("method", "temperature", "objective", "layout", "paper", "defaults"),
-        *("command", "solo-learn", "lightly: criterion", "lightly: module", "implemented in"),
+        *("command", "solo-learn", "lightly: criterion", "lightly: module", "sentences", "LightlyTrain"),
+        "implemented in",
     )
     rows = [columns, ["---"] * len(columns)]
     for recipe in METHODS.values():
@@ -56,22 +60,25 @@ def table():
                 f"[{recipe.paper}]({recipe.url})",
                 _defaults(recipe),
                 _mark(recipe.layout in MODULES),
-                "its own" if recipe.name in SOLO_LEARNS_OWN else _mark(recipe.layout in solo),
+                "its own" if recipe.name in HOSTS_OWN else _mark(recipe.layout in solo),
                 criteria.get((recipe.temperature, recipe.objective), "–"),
                 f"`{module['model'].__name__}`" if module else "–",
+                _mark(recipe.layout != "queue"),
+                "its own" if recipe.name in HOSTS_OWN else _mark(recipe.layout in lightly_train),
                 ", ".join(_link(file) for file in _files(recipe)),
             ]
         )
     return HEAD + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _solo_layouts():
-    """The layouts that solo-learn's adapter serves: the keys of `LAYOUTS`, read, as importing it needs solo-learn."""
-    tree = ast.parse((PACKAGE / "frameworks" / "solo" / "methods.py").read_text())
+def _layouts_of(framework):
+    """The layouts that an adapter serves: the keys of its `LAYOUTS`, read, as importing it needs the host."""
+    file = PACKAGE / "frameworks" / framework / "methods.py"
+    tree = ast.parse(file.read_text())
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "LAYOUTS":
             return {ast.literal_eval(key) for key in node.value.keys}
-    raise ValueError("frameworks/solo/methods.py has no annotated dict LAYOUTS: say here which layouts it serves.")
+    raise ValueError(f"{file} has no annotated dict LAYOUTS: say here which layouts it serves.")
 
 
 def _lightly_criteria():

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from dystress_plugin import recipes
 from dystress_plugin.errors import RunStopped, unknown_name
 from dystress_plugin.experiment import files, report
-from dystress_plugin.experiment.pretrain import build_module, pretrain, resolve, scan_images
-from dystress_plugin.experiment.protocols import load_data, protocol, score_run
+from dystress_plugin.experiment.data import load_for
+from dystress_plugin.experiment.pretrain import build_module, check_settings, pretrain, resolve, scan_images
+from dystress_plugin.experiment.protocols import protocol, score_run
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, parse
 from dystress_plugin.temperature import DySTreSS
 
@@ -184,14 +185,17 @@ def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int)
         if scan is not None and not folder.exists():
             folder.mkdir(parents=True)
             scan.write(folder)
-        if number == 0 and looks is None:
-            images = len(load_data(run, folder).train.labels)
-            looks = max(1, run.epochs * (images // max(1, run.batch_size)) // LOOKS)
-        run.diagnostics_every_n_steps = PretrainSettings.diagnostics_every_n_steps if looks is None else looks
+        if number == 0 or (run.long_tail is not None and run.seed != runs[number - 1].seed):
+            data = load_for(run, without=scan.left_out if scan is not None else ())
+        if looks is None:
+            looks = max(1, run.epochs * (len(data.train.labels) // max(1, run.batch_size)) // LOOKS)
+        run.diagnostics_every_n_steps = looks
+        recipe = recipes.recipe(run.method)
+        resolved = resolve(run, recipe, data, 1)
         if number < arms:
-            recipe, data = recipes.recipe(run.method), load_data(run, folder)
-            resolved = resolve(run, recipe, data, 1)
             build_module(resolved, recipe, data, resolved.image_size or data.image_size)
+        if run.devices == "1" and run.num_nodes == 1:  # with more of them lr=null is another; found out in training
+            check_settings(folder, resolved)
 
 
 def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from dystress_plugin.experiment import long_tail as tails
 from dystress_plugin.experiment.images import parts
+from dystress_plugin.experiment.settings import PretrainSettings
 
 Picture: TypeAlias = Any  # PIL.Image.Image
 Load: TypeAlias = Callable[[int], Picture]
@@ -137,6 +138,20 @@ def load(
     if data.train.files is not None:
         data = replace(data, train=_usable(data.train, without, data), test=_usable(data.test, without, data))
     return data
+
+
+def load_for(settings: PretrainSettings, *, without: Collection[str] = (), whole: bool = False) -> Data:
+    """The data of a run, without the files that its scan left out; `whole`: before a long tail was cut."""
+    return load(
+        settings.data,
+        root=settings.data_root,
+        download=settings.download,
+        long_tail=None if whole else settings.long_tail,
+        long_tail_profile=settings.long_tail_profile,
+        indices=None if whole else settings.indices,
+        seed=settings.seed,
+        without=without,
+    )
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

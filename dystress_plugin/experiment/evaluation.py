@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dystress_plugin.experiment import files, images
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data import Data, Views, load
+from dystress_plugin.experiment.data import Data, Views, load_for
 from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, read_config
 from dystress_plugin.experiment.transforms import plain_transform
 
@@ -123,18 +123,8 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         ValueError: for a folder without a finished run, or data whose images do not fit.
     """
     trained, backbone = trained_backbone(Path(settings.checkpoint))
-    # Another data set is not the one whose tail was cut.
-    cut = trained if settings.data in (None, trained.data) else PretrainSettings()
-    data = load(
-        settings.data or trained.data,
-        root=settings.data_root or trained.data_root,
-        download=settings.download,
-        long_tail=cut.long_tail,
-        long_tail_profile=cut.long_tail_profile,
-        indices=cut.indices,
-        seed=trained.seed,
-        without=images.left_out(Path(settings.checkpoint), settings.data or trained.data),
-    )
+    shown = trained.on(settings.data, settings.data_root, settings.download)
+    data = load_for(shown, without=images.left_out(Path(settings.checkpoint), shown.data))
     assert trained.image_size is not None  # as above
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(

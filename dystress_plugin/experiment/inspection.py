@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,19 +120,8 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
 def _look(settings: InspectSettings) -> Seen:
     run = Path(settings.checkpoint) if settings.checkpoint else None
     trained = _run_settings(run, settings) if run else _untrained_settings(settings)
-    own_data = settings.data is None or settings.data == trained.data
-    # Another data set is not the one whose tail was cut.
-    shown = trained if own_data else replace(trained, data=str(settings.data), long_tail=None, indices=None)
-    data = data_module.load(
-        shown.data,
-        root=settings.data_root or shown.data_root,
-        download=settings.download,
-        long_tail=shown.long_tail,
-        long_tail_profile=shown.long_tail_profile,
-        indices=shown.indices,
-        seed=shown.seed,
-        without=images.left_out(run, shown.data) if run else (),
-    )
+    shown = trained.on(settings.data, settings.data_root, settings.download)
+    data = data_module.load_for(shown, without=images.left_out(run, shown.data) if run else ())
     if run is None:
         shown = resolve(shown, recipes.recipe(shown.method), data, 1)
     module = _network(shown, data)
@@ -148,7 +137,7 @@ def _look(settings: InspectSettings) -> Seen:
         z=z,
         numbers=index,
         samples=len(data.train.labels),
-        run=(shown.method, module.loss) if run and own_data else None,
+        run=(shown.method, module.loss) if run and shown.data == trained.data else None,
         epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else shown.epochs - 1),
     )
 

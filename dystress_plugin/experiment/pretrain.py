@@ -70,16 +70,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     out = output_folder(settings)
     files.check_place(out)
     scan = scan_images(settings, out)
-    data = data_module.load(
-        settings.data,
-        root=settings.data_root,
-        download=settings.download,
-        long_tail=settings.long_tail,
-        long_tail_profile=settings.long_tail_profile,
-        indices=settings.indices,
-        seed=settings.seed,
-        without=scan.left_out if scan is not None else (),
-    )
+    data = data_module.load_for(settings, without=scan.left_out if scan is not None else ())
     if settings.epochs < 1:
         raise ValueError(f"epochs={settings.epochs} must be at least 1.")
     trainer = _trainer(settings, out)
@@ -329,7 +320,7 @@ def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: P
     """Makes `out` ready for these settings; the summary if they have been run to the end already."""
     config = out / "config.yaml"
     if config.exists():
-        _check_same(comparable(settings), comparable(read_config(config)), f"out={out} holds a run")
+        check_settings(out, settings)
         if (out / "summary.json").exists():
             return files.read_json(out / "summary.json")
         if last.exists():
@@ -348,6 +339,12 @@ def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: P
         except OSError as error:
             raise ValueError(f"out={out} cannot be written: {error}. Choose another out.") from None
     return None
+
+
+def check_settings(out: Path, settings: PretrainSettings) -> None:
+    """Raises a ValueError if `out` holds a run with other settings than these, which `resolve` has completed."""
+    if (config := out / "config.yaml").exists():
+        _check_same(comparable(settings), comparable(read_config(config)), f"out={out} holds a run")
 
 
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:

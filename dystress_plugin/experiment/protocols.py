@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import files, images
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data import Data, Views, load
+from dystress_plugin.experiment.data import Views, load_for
 from dystress_plugin.experiment.evaluation import extract, knn_classes, linear_classes, trained_backbone
 from dystress_plugin.experiment.settings import PROTOCOLS, PretrainSettings, read_config
 from dystress_plugin.experiment.transforms import plain_transform
@@ -199,20 +199,6 @@ def score_untrained(run: Path, names: Sequence[str], *, with_map: bool = False) 
     )
 
 
-def load_data(settings: PretrainSettings, run: Path, *, whole: bool = False) -> Data:
-    """The data of a run, without the files that its scan left out; `whole`: before a long tail was cut."""
-    return load(
-        settings.data,
-        root=settings.data_root,
-        download=settings.download,
-        long_tail=None if whole else settings.long_tail,
-        long_tail_profile=settings.long_tail_profile,
-        indices=None if whole else settings.indices,
-        seed=settings.seed,
-        without=images.left_out(run, settings.data),
-    )
-
-
 def untrained_backbone(settings: PretrainSettings) -> nn.Module:
     """The backbone as a run with these settings starts with: for one seed the same with every method."""
     seed_everything(settings.seed, workers=True, verbose=False)
@@ -223,11 +209,12 @@ def untrained_backbone(settings: PretrainSettings) -> nn.Module:
 
 def features_of(backbone: nn.Module, settings: PretrainSettings, run: Path) -> Features:
     """The features of a run's data, of every image once."""
-    data = load_data(settings, run)
+    without = images.left_out(run, settings.data)
+    data = load_for(settings, without=without)
     cut = settings.long_tail is not None or settings.indices is not None
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     transform = plain_transform(settings.image_size or data.image_size, data.normalize)
-    parts = [data.train, data.test, *([load_data(settings, run, whole=True).train] if cut else [])]
+    parts = [data.train, data.test, *([load_for(settings, without=without, whole=True).train] if cut else [])]
     taken = [
         extract(
             backbone,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -82,6 +82,18 @@ class PretrainSettings:
     wandb: str = _key("off", "off | offline | online")
     wandb_project: str = _key("dystress", "project in wandb")
     tensorboard: bool = _key(False, "write TensorBoard events to `out`")
+
+    def on(self, data: str | None, data_root: str | None, download: bool) -> PretrainSettings:
+        """The same with other data, whose tail nobody cut; None: its own."""
+        own = data in (None, self.data)
+        return replace(
+            self,
+            data=data or self.data,
+            data_root=data_root or self.data_root,
+            download=download,
+            long_tail=self.long_tail if own else None,
+            indices=self.indices if own else None,
+        )
 
 
 @dataclass

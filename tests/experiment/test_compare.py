@@ -185,7 +185,9 @@ def test_compare_trains_scores_and_reports_and_only_what_is_missing(tiny, tmp_pa
     assert (tmp_path / "else" / "results.csv").read_text() == before["results.csv"]
 
     assert main(command(tiny, out=out, epochs=2)) == 2
-    assert "holds a run with other settings: epochs=2 (there: 1)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds a run with other settings: epochs=2 (there: 1)" in error
+    assert "runs failed" not in error  # said before anything was trained
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_reported(tiny, tmp_path, capsys, monkeypatch):
