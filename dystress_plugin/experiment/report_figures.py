@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from dystress_plugin.experiment.protocols import protocol
 
@@ -172,6 +172,11 @@ def _classes(rows: Sequence[Row], name: str, titles: Mapping[str, str], style: M
             axes.plot(x, y, style[arm].marker, color=style[arm].color, alpha=0.8, markersize=5, label=titles[arm])
         if max(counts) >= 3 * min(counts):
             axes.set_xscale("log")
+            axes.xaxis.set(
+                major_locator=LogLocator(subs=(1, 2, 5)),
+                major_formatter=ScalarFormatter(),
+                minor_locator=NullLocator(),
+            )
         axes.set(title=protocol(name).title, xlabel="training images of the class", ylabel="accuracy of the class (%)")
         _legend_below(axes)
 
