@@ -32,7 +32,7 @@ class Settings:
     method_kwargs: dict[str, Any] = _key({}, "parameters of its temperature, beside the paper's for sentences")
     objective: str | None = _key(None, "ntxent | macl | dcl | dclw | sogclr; null: the method's own")
     layout: str = _key("one_way", "one_way | both_ways | views")
-    model: str = _key(TINY, "tiny, or a released encoder by name or path")
+    model: str = _key(TINY, "tiny, or name or path of a released encoder, of which the transformer is read")
     sentences: str | None = _key(None, "text file, a sentence a line; must be given")
     max_sentences: int | None = _key(None, "read only the first ones")
     dev: str | None = _key(None, "STS file that picks the best model; null: the last one")
@@ -46,7 +46,7 @@ class Settings:
     lr: float | None = _key(None, "null: 3e-5, 5e-4 for tiny")
     warmup: float = _key(0.0, "share of the steps in which the learning rate rises; it falls linearly to 0 then")
     max_length: int = _key(32, "tokens that are read of a sentence")
-    pooling: str = _key("cls", "cls | mean | max | lasttoken")
+    pooling: str = _key("cls", "cls | mean | max | lasttoken, whatever the released encoder has")
     head: bool = _key(True, "train under an MLP that is thrown away")
     eval_steps: int = _key(125, "steps between two evaluations on dev")
     precision: str = _key("fp32", "fp32 | fp16 | bf16")
@@ -100,6 +100,7 @@ def build_loss(settings, model, samples):
 
 
 def build_trainer(settings, model, sentences, out):
+    import transformers
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
@@ -114,12 +115,13 @@ def build_trainer(settings, model, sentences, out):
             **{"save_strategy": "steps", "save_steps": settings.eval_steps, "save_total_limit": 1},
             **{"load_best_model_at_end": True, "metric_for_best_model": f"eval_{dev.name}_spearman_cosine"},
         }
+    # A share of the steps has a name of its own in transformers 4, where warmup_steps is a whole number.
+    share = "warmup_ratio" if int(transformers.__version__.split(".")[0]) < 5 else "warmup_steps"
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(out),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.lr or (5e-4 if settings.model == TINY else 3e-5),
-        warmup_steps=settings.warmup,
         seed=settings.seed,
         fp16=settings.precision == "fp16",
         bf16=settings.precision == "bf16",
@@ -128,6 +130,7 @@ def build_trainer(settings, model, sentences, out):
         disable_tqdm=not settings.progress,
         report_to="none",
         dataloader_pin_memory=False,
+        **{share: settings.warmup},
         **steps,
     )
     # One column, which the loss embeds twice; the label is the number of the sentence, for tables of samples.
@@ -146,6 +149,11 @@ def build_trainer(settings, model, sentences, out):
 def evaluate(model, evaluators):
     """Spearman correlations in percent, by task."""
     return {e.name: round(100 * float(e(model)[f"{e.name}_spearman_cosine"]), 2) for e in evaluators}
+
+
+def best_step(state):
+    """The step whose model was the best on dev; from the name of its checkpoint, as older states have nothing else."""
+    return int(state.best_model_checkpoint.rpartition("-")[2]) if state.best_model_checkpoint else None
 
 
 def train(settings):
@@ -168,7 +176,7 @@ def train(settings):
     seconds = round(time.perf_counter() - start, 1)
     summary = {
         **{"method": settings.method, "seed": settings.seed, "sentences": len(sentences)},
-        **{"steps": trainer.state.global_step, "seconds": seconds, "best": trainer.state.best_global_step},
+        **{"steps": trainer.state.global_step, "seconds": seconds, "best": best_step(trainer.state)},
         **{"before": before, "after": evaluate(model, evaluators), "settings": asdict(settings)},
     }
     if trainer.is_world_process_zero():
@@ -212,7 +220,7 @@ def main(arguments=None):
             print(table(settings.table))
             return 0
         summary = train(settings)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"simcse.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps({name: value for name, value in summary.items() if name != "settings"}, indent=2))

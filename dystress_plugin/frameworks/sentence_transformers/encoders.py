@@ -20,7 +20,8 @@ def encoder(name_or_path: str, *, pooling: str = "cls", max_length: int = 32, he
     """A transformer with pooling, as SimCSE has it.
 
     Args:
-        name_or_path: a released model's name on Hugging Face, or a folder.
+        name_or_path: a released model's name on Hugging Face, or a folder that transformers or sentence-transformers
+            saved; of the latter the transformer is read, not its pooling and what follows.
         pooling: "cls", "mean", "max" or "lasttoken".
         max_length: tokens that are read of a sentence.
         head: whether to train with `TrainingHead`.
