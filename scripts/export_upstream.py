@@ -5,7 +5,7 @@ python scripts/export_upstream.py solo-learn --repo ../solo-learn --method dystr
 
 The formulas come from this package's source, everything else as far as possible from the host's own files at the
 commit that is checked out. Either the branch exists afterwards, or the clone is as before. The text of the pull request
-is written beside the clone.
+is written beside the clone; for the times of the new loss in it the host has to be importable.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from upstream import lightly, solo_learn
+from upstream import benchmark, lightly, solo_learn
 from upstream.clone import Clone
 
 import dystress_plugin
@@ -42,7 +42,8 @@ def export(host, method, folder):
     plan = HOSTS[host].plan(clone, method, command, (dystress_plugin.__version__, _own_commit()))
     commit = clone.commit(plan)
     text = clone.folder.with_name(f"{clone.folder.name}-{method}.PR.md")
-    text.write_text(plan.text, encoding="utf-8")
+    measured = benchmark.measured(plan.benchmark, clone.folder) if plan.benchmark else ""
+    text.write_text(plan.text.replace(benchmark.MEASURED, measured), encoding="utf-8")
     return plan.branch, commit, text
 
 

@@ -1,7 +1,9 @@
 """The exporter: what it generates stands alone and equals our losses; against real clones it makes whole branches."""
 
+import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +196,47 @@ def test_generated_losses_stand_alone_and_are_formatted(rendered, tmp_path, host
     subprocess.run([*ruff, "check", *settings, *rules, str(file)], check=True)
 
 
+@pytest.mark.parametrize("name", ["dystress", "macl"])
+@pytest.mark.parametrize("host_name", ["lightly", "solo-learn"])
+def test_generated_losses_are_python_3_7(rendered, host_name, name):
+    """Which lightly's tests run on."""
+    compile(ast.parse(rendered(host_name, name), feature_version=(3, 7)), name, "exec")
+
+
+def test_the_times_in_the_text_are_what_the_program_prints(rendered, tmp_path, monkeypatch):
+    pytest.importorskip("lightly")
+    benchmark, lightly = (importlib.import_module(f"upstream.{name}") for name in ("benchmark", "lightly"))
+    code = lightly._program(None, lightly.METHODS["dystress"]).replace("(64, 256, 1024)", "(2, 3)")
+    assert "dystress_plugin" not in code
+    assert code in benchmark.section(code)
+    assert benchmark.MEASURED in benchmark.section(code)
+    # lightly has the loss only on the branch.
+    file = tmp_path / "generated_loss.py"
+    file.write_text(rendered("lightly", "dystress"))
+    patched = "import lightly.loss, generated_loss\nlightly.loss.DySTreSSLoss = generated_loss.DySTreSSLoss\n"
+    check_times(benchmark.measured(patched + code, tmp_path), ["NTXentLoss", "DySTreSSLoss"], [2, 3])
+
+    # Without the host's requirements the text says so, and with a program that hangs as well.
+    missing = benchmark.measured("import nowhere_to_be_found", tmp_path)
+    assert missing.startswith("Not measured: ")
+    assert "ended with `ModuleNotFoundError: No module named 'nowhere_to_be_found'`." in missing
+    assert "exit status 3" in benchmark.measured("raise SystemExit(3)", tmp_path)
+    monkeypatch.setattr(benchmark, "LIMIT", 0.01)
+    assert "took more than 0.01 s" in benchmark.measured("import time; time.sleep(60)", tmp_path)
+
+
+def check_times(text, losses, images=(64, 256, 1024), agree=True):
+    """A table of times, and the difference of two losses that are to be the same."""
+    lines = text[text.index("| images") :].splitlines()
+    assert lines[:2] == [f"| images | {' | '.join(losses)} |", "|---" * (1 + len(losses)) + "|"]
+    assert [line.split(" | ")[0] for line in lines[2 : 2 + len(images)]] == [f"| {number}" for number in images]
+    for line in lines[2 : 2 + len(images)]:
+        assert len(re.findall(r"[\d.]+ ms", line)) == len(losses)
+    found = re.findall(r"differ by at most ([\de.+-]+)\.$", text, re.MULTILINE)
+    assert len(found) == agree
+    assert all(float(number) < 1e-6 for number in found)
+
+
 @pytest.mark.parametrize("queue", [0, (9, 5)])
 def test_lightly_s_losses_are_ours(rendered, queue):
     pytest.importorskip("lightly")
@@ -304,6 +347,7 @@ def test_solo_learn_takes_the_branch(clone, method):
             compile(content, path, "exec")
     if not method.startswith("fix"):
         assert {f"solo/losses/{method}.py", f"solo/methods/{method}.py", "README.md"} <= set(changed)
+        check_times(text.read_text(), ["simclr_loss_func", f"{method}_loss_func"], agree=method == "dystress")
         assert (root / f"scripts/pretrain/cifar/{method}.yaml").read_text().count(f'method: "{method}"') == 1
         # A second export starts from a host that has the method, and says so.
         git(root, "branch", "-m", "merged")
@@ -345,7 +389,13 @@ def test_lightly_takes_the_branch(clone, method):
     pytest.importorskip("nbformat")
     export = importlib.import_module("export_upstream").export
     root = clone("LIGHTLY_HOME")
-    export("lightly", method, root)
+    base = git(root, "rev-parse", "HEAD")[:8]
+    _, _, text = export("lightly", method, root)
+    if method == "dystress":
+        check_times(text.read_text(), ["NTXentLoss", "DySTreSSLoss"])
+    elif method == "macl":
+        check_times(text.read_text(), ["NTXentLoss", "MACLLoss", f"MACLLoss of {base}"])
+    assert importlib.import_module("upstream.benchmark").MEASURED not in text.read_text()
     changed = git(root, "diff", "--name-only", "HEAD~1").splitlines()
     python = [path for path in changed if path.endswith(".py")]
     assert sum(path.startswith("examples/notebooks/") for path in changed) == 3

@@ -21,6 +21,7 @@ class Plan:
         text: of the pull request.
         finish: what the host's own tools add, called with the folder of the finished tree and the paths written there;
             returns further paths to commit.
+        benchmark: a program for the finished clone, whose output belongs in the text; see benchmark.py.
     """
 
     branch: str
@@ -28,6 +29,7 @@ class Plan:
     message: str
     text: str
     finish: Callable = lambda *_: []
+    benchmark: str = ""
 
 
 class Clone:

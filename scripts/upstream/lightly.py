@@ -12,7 +12,7 @@ from string import Template
 from dystress_plugin import objectives, recipes
 from dystress_plugin.engine import rows
 from dystress_plugin.temperature import CosineSchedule, DySTreSS, ModelAware, model_aware
-from upstream import formulas
+from upstream import benchmark, formulas
 from upstream.clone import Plan, run, template
 
 VARIANTS = ("pytorch", "pytorch_lightning", "pytorch_lightning_distributed")
@@ -164,9 +164,9 @@ def plan(clone, name, command, version):
     files = [*LOSSES[name](clone, method), *_examples(clone, method), *_docs(clone, method), *_benchmark(clone, method)]
     files = {source.path: source.text for source in files}
     message = f"{method.change}\n\n" + "\n".join(textwrap.wrap(method.what, 72))
-    return Plan(
-        f"dystress-plugin/{name}", files, message, _pull_request(clone, method, command, version), _Finish(method)
-    )
+    program = _program(clone, method)
+    text = _pull_request(clone, method, command, version, program)
+    return Plan(f"dystress-plugin/{name}", files, message, text, _Finish(method), program)
 
 
 def loss_module(clone, method):
@@ -414,7 +414,29 @@ class _Finish:
         return [f"examples/notebooks/{name}.ipynb" for name in names]
 
 
-def _pull_request(clone, method, command, version):
+_NOTHING_TO_TIME = (
+    "**Benchmarks.** The loss is `NTXentLoss` as it is; the schedule is one call of a function per epoch."
+)
+
+
+def _program(clone, method):
+    """Times beside `NTXentLoss`, and agreement with what the loss has as a case or was before."""
+    if method.recipe == "ts":
+        return ""
+    host = "NTXentLoss(temperature=0.1)"
+    losses = {"NTXentLoss": host, method.loss: f"{method.loss}()"}
+    imports = f"from lightly.loss import {', '.join(sorted(losses))}"
+    if method.recipe == "dystress":
+        case = f"{method.loss}(tau_min=0.1, tau_max=0.1)"
+        return benchmark.program(imports, losses, {case: case, host: host})
+    commit = clone.head[:8]
+    losses[f"{method.loss} of {commit}"] = f'before["{method.loss}"]()'
+    old = f'subprocess.check_output(["git", "show", "{commit}:lightly/loss/{method.module}.py"])'
+    imports = f"import subprocess\n\n{imports}\n\nbefore = {{}}\nexec({old}, before)"
+    return benchmark.program(imports, losses, dict(list(losses.items())[1:]))
+
+
+def _pull_request(clone, method, command, version, program):
     return Template(template("lightly/pull_request.md")).substitute(
         heading=method.change,
         closes=method.closes,
@@ -425,6 +447,7 @@ def _pull_request(clone, method, command, version):
         url=method.paper.url,
         equivalence=method.equivalence,
         comments=method.comments,
+        benchmark=benchmark.section(program) if program else _NOTHING_TO_TIME,
         name=method.name,
         command=command,
         version=version[0],

@@ -9,7 +9,7 @@ from string import Template
 from dystress_plugin import objectives, recipes
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.temperature import DySTreSS, ModelAware, model_aware
-from upstream import formulas
+from upstream import benchmark, formulas
 from upstream.clone import Plan, template
 
 WIDTH = 100
@@ -148,8 +148,11 @@ def plan(clone, name, command, version):
     change = METHODS[name]
     sources = FIXES[name](clone) if name in FIXES else _method(clone, change)
     message = f"{change.heading}\n\n" + "\n".join(textwrap.wrap(change.what, 72))
-    text = _pull_request(change, command, version)
-    return Plan(f"dystress-plugin/{name}", {source.path: source.text for source in sources}, message, text)
+    program = _program(change) if change.recipe else ""
+    text = _pull_request(change, command, version, program)
+    return Plan(
+        f"dystress-plugin/{name}", {source.path: source.text for source in sources}, message, text, benchmark=program
+    )
 
 
 def _method(clone, change):
@@ -401,7 +404,21 @@ FIXES = {
 }
 
 
-def _pull_request(change, command, version):
+def _program(change):
+    """Times beside `simclr_loss_func`, and agreement where the loss has it as a case."""
+    own = f"{change.recipe}_loss_func"
+    imports = (
+        f"from solo.losses import {', '.join(sorted([own, 'simclr_loss_func']))}\n\n\n{template('solo/views').rstrip()}"
+    )
+    losses = {"simclr_loss_func": "of(simclr_loss_func)", own: f"of({own})"}
+    same = {
+        f"{own}(tau_min=0.1, tau_max=0.1)": f"of({own}, tau_min=0.1, tau_max=0.1)",
+        "simclr_loss_func(temperature=0.1)": "of(simclr_loss_func, temperature=0.1)",
+    }
+    return benchmark.program(imports, losses, same if change.recipe == "dystress" else None)
+
+
+def _pull_request(change, command, version, program):
     origin = ""
     if change.recipe:
         recipe = recipes.recipe(change.recipe)
@@ -412,6 +429,7 @@ def _pull_request(change, command, version):
             commit=version[1],
             command=command,
             name=change.recipe,
+            benchmark=benchmark.section(program),
         )
     return Template(template("solo/pull_request.md")).substitute(
         heading=change.heading,
