@@ -52,6 +52,10 @@ def curves(metrics: Path, path: Path, title: str) -> None:
         shape.legend(frameon=False, fontsize=8)
         for axes in (tau, shape):
             axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(epoch) == 1:  # a line through one point is not seen
+            shape.set_xticks(epoch)
+            for line in (line for axes in figure.axes for line in axes.lines):
+                line.set_marker("o")
         figure.savefig(path)
 
 
