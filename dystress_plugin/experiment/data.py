@@ -52,7 +52,6 @@ class Data:
     Attributes:
         train: images to pretrain on, and the memory of the kNN.
         test: images that accuracies are measured on.
-        num_classes: number of classes.
         image_size: pixels of a view, unless set otherwise.
         normalize: `mean` and `std` of a colour channel, each three numbers.
         augmentation: values that differ from those of natural images.
@@ -61,11 +60,14 @@ class Data:
 
     train: Images
     test: Images
-    num_classes: int
     image_size: int
     normalize: dict[str, list[float]]
     augmentation: dict[str, float]
     classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
 
 class Views(Dataset[tuple[Any, int, int]]):
@@ -175,7 +177,6 @@ def _digits(_root: str, _download: bool) -> Data:
     return Data(
         train=images.subset(train),
         test=images.subset(test),
-        num_classes=10,
         image_size=8,
         normalize={"mean": [0.3] * 3, "std": [0.37] * 3},
         # A mirrored or strongly cropped digit is another digit, and there is no colour.
@@ -199,7 +200,6 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
         return Data(
             train=train,
             test=test,
-            num_classes=len(halves[0].classes),
             image_size=32,
             normalize={"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]},
             augmentation={},
@@ -237,7 +237,7 @@ def _folder(path: Path) -> Data:
     else:
         train_positions, test_positions = split(images.labels)
         train, test = images.subset(train_positions), images.subset(test_positions)
-    return Data(train, test, len(classes), 224, IMAGENET_NORMALIZE, {}, tuple(classes))
+    return Data(train, test, 224, IMAGENET_NORMALIZE, {}, tuple(classes))
 
 
 def _image_folder(path: Path) -> tuple[Images, list[str]]:

@@ -43,7 +43,7 @@ class Features:
         labels: (images,) of the test images.
         pool: where the few labelled images are drawn from: `train` or, where a long tail was cut, what it was cut from.
         pool_labels: its labels.
-        num_classes: number of classes.
+        classes: a name for every class, in the order of the labels.
     """
 
     train: Tensor
@@ -52,7 +52,11 @@ class Features:
     labels: Tensor
     pool: Tensor
     pool_labels: Tensor
-    num_classes: int
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ def features_of(backbone: nn.Module, settings: PretrainSettings, run: Path) -> F
         )
         for part in parts
     ]
-    return Features(*taken[0], *taken[1], *taken[2 if cut else 0], data.num_classes)
+    return Features(*taken[0], *taken[1], *taken[2 if cut else 0], data.classes)
 
 
 def balanced(labels: np.ndarray, each: int, seed: int) -> np.ndarray:
@@ -288,8 +292,11 @@ def _write_map(path: Path, features: Features) -> None:
     units = F.normalize(features.test[torch.from_numpy(chosen)], dim=1).numpy()
     places = TSNE(perplexity=min(30.0, (len(units) - 1) / 3), init="pca", random_state=0).fit_transform(units)
     labels = features.labels[torch.from_numpy(chosen)].tolist()
-    rows = [{"x": x, "y": y, "class": c} for (x, y), c in zip(places.tolist(), labels, strict=True)]
-    write_table(path, ["x", "y", "class"], rows)
+    rows = [
+        {"x": x, "y": y, "class": c, "name": features.classes[c]}
+        for (x, y), c in zip(places.tolist(), labels, strict=True)
+    ]
+    write_table(path, ["x", "y", "class", "name"], rows)
 
 
 def _weighted_knn(f: Features) -> Tensor:

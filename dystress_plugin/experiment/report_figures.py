@@ -42,6 +42,7 @@ STYLE: dict[str, Any] = {
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color", "legend.labelcolor"), TEXT),
 }
 SIZE = (4.2, 3.1)  # inches: its letters stay readable on a telephone
+NAME_LENGTH = 24  # letters of a class in a legend
 PER_CLASS = ("weighted_knn", "linear")  # where they were asked for, else the first protocol
 
 
@@ -228,30 +229,33 @@ def _rebinned(line: Mapping[str, str], edges: np.ndarray) -> np.ndarray:
 
 def _map(path: Path, title: str) -> Picture:
     with path.open(newline="") as file:
-        x, y, c = np.array([[float(row[key]) for key in ("x", "y", "class")] for row in csv.DictReader(file)]).T
+        rows = list(csv.DictReader(file))
+    x, y, c = np.array([[float(row[key]) for key in ("x", "y", "class")] for row in rows]).T
+    names = {int(row["class"]): _short(row["name"]) for row in rows}
 
     def draw(axes: Axes) -> None:
-        classes = int(c.max()) + 1
-        colors = mpl.colormaps["tab10" if classes <= 10 else "hsv"]
-        if classes > 10:
-            axes.scatter(x, y, s=5, c=c, cmap=colors, linewidths=0, rasterized=True)
-        else:
-            for number in range(classes):
-                mine = c == number
-                axes.scatter(x[mine], y[mine], s=5, color=colors(number), linewidths=0, rasterized=True, label=number)
-            axes.legend(
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.12),
-                ncols=5,
-                frameon=False,
-                fontsize=8,
-                title="class",
-                handletextpad=0,
-                columnspacing=0.8,
-                markerscale=2,
-            )
         axes.grid(visible=False)
         axes.set(title=title, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+        if len(names) > 10:
+            axes.scatter(x, y, s=5, c=c, cmap="hsv", linewidths=0, rasterized=True)
+            return
+        for i, number in enumerate(sorted(names)):
+            mine = c == number
+            color = mpl.colormaps["tab10"](i)
+            axes.scatter(x[mine], y[mine], s=5, color=color, linewidths=0, rasterized=True, label=str(number))
+        legend = axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.12),
+            ncols=5 if max(map(len, names.values())) <= 10 else 2,
+            frameon=False,
+            fontsize=8,
+            title="class",
+            handletextpad=0,
+            columnspacing=0.8,
+            markerscale=2,
+        )
+        for text, number in zip(legend.get_texts(), sorted(names), strict=True):
+            text.set(text=names[number], parse_math=False)  # a folder's name, whatever it begins with or contains
 
     return _picture(draw, f"t-SNE map of the test images' features, {title}", (SIZE[0], 3.9))
 
@@ -270,6 +274,10 @@ def _picture(draw: Callable[[Any], None], alt: str, size: tuple[float, float] = 
 
 def _legend_below(axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2, frameon=False, fontsize=8)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
 def _column(table: Path, name: str) -> list[float]:

@@ -9,9 +9,9 @@
 #
 # Needs LIGHTLY_HOME, a clone of lightly's repository. DATA has train/CLASS and val/CLASS. Arguments go to the
 # benchmark, those in SHIFTED to `dystress pretrain`.
-# Try it small: DATA=FOLDER SHIFTED="image_size=32 backbone=resnet18 epochs=1 batch_size=32 devices=1 strategy=auto \
-#     precision=32-true" bash scripts/reproduce/dystress_imagenet100.sh --epochs 1 --devices 1 --accelerator cpu \
-#     --precision 32-true --batch-size-per-device 16 --num-workers 2 --num-classes 10 \
+# Try it small: DATA=FOLDER SHIFTED="image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 \
+#     devices=1 strategy=auto precision=32-true" bash scripts/reproduce/dystress_imagenet100.sh --epochs 1 \
+#     --devices 1 --accelerator cpu --precision 32-true --batch-size-per-device 16 --num-workers 2 --num-classes 10 \
 #     --skip-linear-eval --skip-finetune-eval
 set -euo pipefail
 : "${DATA:?DATA=FOLDER of ImageNet-100, with train/CLASS and val/CLASS}"

@@ -6,11 +6,10 @@
 # DATA is ImageNet-100-LT as folders (12,205 images in train/CLASS, SDCLR's list, and the 5,000 of val/CLASS). Its
 # classes do not shrink exponentially (1,280 down to 5), so `dystress long-tail` does not draw it.
 # Cost: 9 GPU hours a run (lightly's ImageNet benchmark: 35 minutes an epoch of 1.28 million images on two RTX 4090,
-# the not counting evaluations), 4 runs: TS and three fixed temperatures.
+# not counting evaluations), 4 runs: TS and three fixed temperatures.
 #
 # Try it small: DATA=FOLDER bash scripts/reproduce/temperature_schedules_imagenet100_lt.sh \
-#     image_size=32 backbone=resnet18 \
-#     epochs=1 batch_size=32 precision=32-true
+#     image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 precision=32-true
 set -euo pipefail
 : "${DATA:?DATA=FOLDER of ImageNet-100-LT, with train/CLASS and val/CLASS}"
 dystress compare methods=[simclr,ts] seeds=[42] data="$DATA" out=runs/reproduce/ts-imagenet100-lt \

@@ -1,5 +1,7 @@
 import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def features(counts=(30, 30, 30), test_each=10, spread=0.01, seed=0):
     train_labels = torch.arange(classes).repeat_interleave(torch.tensor(counts))
     labels = torch.arange(classes).repeat_interleave(test_each)
     train, test = draw(train_labels), draw(labels)
-    return Features(train, train_labels, test, labels, train, train_labels, classes)
+    return Features(train, train_labels, test, labels, train, train_labels, tuple(map(str, range(classes))))
 
 
 NAMES = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct", "few_shot_4"]
@@ -41,7 +43,7 @@ def test_majority_knn_is_the_vote_of_the_nearest_by_cosine_with_ties_to_the_smal
     generator = torch.Generator().manual_seed(1)
     train, test = torch.randn(40, 5, generator=generator), torch.randn(25, 5, generator=generator)
     train_labels = torch.randint(4, (40,), generator=generator)
-    f = Features(train, train_labels, test, torch.zeros(25, dtype=torch.long), train, train_labels, 4)
+    f = Features(train, train_labels, test, torch.zeros(25, dtype=torch.long), train, train_labels, tuple("abcd"))
     for k in (1, 4, 10):
         expected = []
         for query in test.double():
@@ -55,7 +57,7 @@ def test_majority_knn_is_the_vote_of_the_nearest_by_cosine_with_ties_to_the_smal
 def test_knn_reports_the_mean_of_classes_and_the_weighted_knn_that_of_images(monkeypatch):
     f = features()
     # 12 images of class 0, 2 of class 1; only class 0 is right.
-    f = Features(f.train, f.train_labels, f.test[[0] * 14], torch.tensor([0] * 12 + [1] * 2), f.pool, f.pool_labels, 3)
+    f = replace(f, test=f.test[[0] * 14], labels=torch.tensor([0] * 12 + [1] * 2))
     whole = {s.protocol: s.value for s in score(f, ["weighted_knn", "knn_1", "linear"]) if s.group == "all"}
     assert whole == pytest.approx({"weighted_knn": 100 * 12 / 14, "knn_1": 50.0, "linear": 100 * 12 / 14})
 
@@ -129,6 +131,8 @@ def test_the_scores_of_a_run_agree_with_its_summary_and_are_computed_once(tiny, 
         with (run / f"{prefix}map.csv").open() as file:
             places = list(csv.DictReader(file))
         assert [int(place["class"]) for place in places] == [0, 0, 1, 1, 2, 2]
+        names = sorted(path.name for path in Path(settings["data"]).iterdir())
+        assert [names[int(place["class"])] for place in places] == [place["name"] for place in places]
 
     extracted = []
     monkeypatch.setattr(protocols, "features_of", lambda *a: extracted.append(a))

@@ -1,9 +1,11 @@
 import math
+import re
 import statistics
 
+import matplotlib as mpl
 import pytest
 
-from dystress_plugin.experiment import report
+from dystress_plugin.experiment import report, report_figures
 from dystress_plugin.experiment.report import Difference, Row, differences, interval, sentence, spread
 
 
@@ -114,3 +116,17 @@ def test_runs_are_found_in_folders_and_in_those_of_compare(tmp_path):
     assert report._beside(runs[:2]) == tmp_path
     with pytest.raises(ValueError, match="say where the report goes, out=FOLDER"):
         report._beside(runs)
+
+
+def test_a_map_is_labelled_with_the_names_of_the_classes_whatever_they_contain(tmp_path):
+    names = ["_hidden", "5 $ and $ 6", "a class with a name longer than any legend"]
+    rows = "".join(f'{i},{i * i},{c},"{names[c]}"\n' for c in range(3) for i in range(2))
+    (tmp_path / "map.csv").write_text("x,y,class,name\n" + rows)
+    with mpl.rc_context(report_figures.STYLE | {"svg.fonttype": "none"}):
+        svg = report_figures._map(tmp_path / "map.csv", "SimCLR").svg
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert [text for text in shown if text in (*names, "a class with a name lon…")] == [
+        "_hidden",
+        "5 $ and $ 6",
+        "a class with a name lon…",
+    ]
