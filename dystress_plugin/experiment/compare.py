@@ -25,7 +25,14 @@ from dystress_plugin import recipes
 from dystress_plugin.errors import RunStopped, unknown_name
 from dystress_plugin.experiment import files, report
 from dystress_plugin.experiment.data import load_for
-from dystress_plugin.experiment.pretrain import build_module, check_settings, pretrain, resolve, scan_images
+from dystress_plugin.experiment.pretrain import (
+    build_module,
+    check_epochs,
+    check_settings,
+    pretrain,
+    resolve,
+    scan_images,
+)
 from dystress_plugin.experiment.protocols import protocol, score_run
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, parse
 from dystress_plugin.temperature import DySTreSS
@@ -176,6 +183,7 @@ def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int)
         raise ValueError(f"jobs={settings.jobs} must be at least 1.")
     for name in settings.protocols:
         protocol(name)
+    check_epochs(runs[0])
     scan = scan_images(runs[0], Path(settings.out))  # once: the runs find what it found
     if scan is not None:
         scan.write(Path(settings.out))

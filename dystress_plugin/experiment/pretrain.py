@@ -69,10 +69,9 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
     files.check_place(out)
+    check_epochs(settings)
     scan = scan_images(settings, out)
     data = data_module.load_for(settings, without=scan.left_out if scan is not None else ())
-    if settings.epochs < 1:
-        raise ValueError(f"epochs={settings.epochs} must be at least 1.")
     trainer = _trainer(settings, out)
     share = len(data.train.labels) // trainer.world_size
     if not 2 <= settings.batch_size <= share:
@@ -144,6 +143,15 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
 def output_folder(settings: PretrainSettings) -> Path:
     """Where a run leaves its results."""
     return Path(settings.out or f"runs/{settings.method}-{Path(settings.data).name}-{settings.seed}")
+
+
+def check_epochs(settings: PretrainSettings) -> None:
+    """A ValueError for no epochs, or a warm-up that is longer than the training."""
+    warmup = settings.warmup_epochs
+    if settings.epochs < 1:
+        raise ValueError(f"epochs={settings.epochs} must be at least 1.")
+    if warmup is not None and not 0 <= warmup <= settings.epochs:
+        raise ValueError(f"warmup_epochs={warmup:g} must lie between 0 and epochs={settings.epochs}.")
 
 
 def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devices: int) -> PretrainSettings:

@@ -10,7 +10,7 @@
 # seed.
 #
 # Try it small, FOLDER with class folders: DATA=FOLDER bash scripts/reproduce/dystress_cifar.sh \
-#     image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 seeds=[0]
+#     image_size=32 epochs=1 warmup_epochs=0 batch_size=32 backbone=test_resnet num_workers=0 seeds=[0]
 set -euo pipefail
 for data in ${DATA:-cifar10 cifar100}; do
     dystress compare methods=[simclr,macl,dystress,dystress-code] method_kwargs.dystress-code.tau_min=0.07 \

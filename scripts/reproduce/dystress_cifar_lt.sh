@@ -10,7 +10,7 @@
 # Cost: 1 GPU hour a run (lightly's 97.7 minutes for 200 epochs of 50,000 images), 7 runs a seed and data set.
 #
 # Try it small, FOLDER with class folders: DATA=FOLDER bash scripts/reproduce/dystress_cifar_lt.sh \
-#     image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 seeds=[0]
+#     image_size=32 epochs=1 warmup_epochs=0 batch_size=32 backbone=test_resnet num_workers=0 seeds=[0]
 set -euo pipefail
 for data in ${DATA:-cifar10 cifar100}; do
     dystress compare methods=[simclr,ts,dystress] method_kwargs.ts.period=500 \

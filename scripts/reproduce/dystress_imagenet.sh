@@ -9,9 +9,10 @@
 # evaluation).
 #
 # Needs LIGHTLY_HOME, a clone of lightly's repository. DATA has train/CLASS and val/CLASS.
-# Try it small: DATA=FOLDER bash scripts/reproduce/dystress_imagenet.sh --epochs 1 --devices 1 --accelerator cpu \
-#     --precision 32-true --batch-size-per-device 16 --num-workers 2 --num-classes 10 \
+# Try it small: DATA=FOLDER bash scripts/reproduce/dystress_imagenet.sh --epochs 10 --devices 1 --accelerator cpu \
+#     --precision 32-true --batch-size-per-device 8 --num-workers 2 --num-classes 10 --knn-k 5 \
 #     --skip-linear-eval --skip-finetune-eval
+# (lightly's own methods warm up for ten epochs, so that they take no fewer.)
 set -euo pipefail
 : "${DATA:?DATA=FOLDER of ImageNet, with train/CLASS and val/CLASS}"
 python -m dystress_plugin.frameworks.lightly --methods simclr dcl dclw macl dystress \

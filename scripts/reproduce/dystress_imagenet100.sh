@@ -9,10 +9,11 @@
 #
 # Needs LIGHTLY_HOME, a clone of lightly's repository. DATA has train/CLASS and val/CLASS. Arguments go to the
 # benchmark, those in SHIFTED to `dystress pretrain`.
-# Try it small: DATA=FOLDER SHIFTED="image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 \
-#     devices=1 strategy=auto precision=32-true" bash scripts/reproduce/dystress_imagenet100.sh --epochs 1 \
-#     --devices 1 --accelerator cpu --precision 32-true --batch-size-per-device 16 --num-workers 2 --num-classes 10 \
-#     --skip-linear-eval --skip-finetune-eval
+# Try it small: DATA=FOLDER SHIFTED="image_size=32 epochs=1 warmup_epochs=0 batch_size=8 backbone=test_resnet \
+#     num_workers=0 devices=1 strategy=auto precision=32-true" bash scripts/reproduce/dystress_imagenet100.sh \
+#     --epochs 10 --devices 1 --accelerator cpu --precision 32-true --batch-size-per-device 8 --num-workers 2 \
+#     --num-classes 10 --knn-k 5 --skip-linear-eval --skip-finetune-eval
+# (lightly's own methods warm up for ten epochs, so that they take no fewer.)
 set -euo pipefail
 : "${DATA:?DATA=FOLDER of ImageNet-100, with train/CLASS and val/CLASS}"
 python -m dystress_plugin.frameworks.lightly --methods simclr macl dystress --num-classes 100 \

@@ -11,7 +11,7 @@
 # and more for the wide projection; 5 runs a seed: iSogCLR, SimCLR and the fixed temperatures 0.05, 0.525 and 1.
 #
 # Try it small: DATA=FOLDER bash scripts/reproduce/isogclr_cifar.sh \
-#     image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 \
+#     image_size=32 epochs=1 warmup_epochs=0 batch_size=32 backbone=test_resnet num_workers=0 \
 #     hidden_dim=512 projection_dim=128 seeds=[0]
 set -euo pipefail
 for data in ${DATA:-cifar100 cifar10}; do

@@ -14,7 +14,7 @@ for data in ${DATA:-cifar10 cifar100}; do
     for method in simclr dystress macl ts isogclr tempfree; do
         own=()
         [ "$method" = ts ] && own=(+method_kwargs.period=1000)
-        [ "$method" = simclr ] && own=(method_kwargs.temperature=0.1)
+        [ "$method" = simclr ] && own=(+method_kwargs.temperature=0.1)
         python "$solo/main_pretrain.py" --config-name "dystress_$data" method="$method" "${own[@]}" "$@"
     done
 done

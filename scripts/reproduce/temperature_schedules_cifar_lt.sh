@@ -12,7 +12,7 @@
 # 512), 4 runs a split: TS and three fixed temperatures.
 #
 # Try it small: DATA=FOLDER bash scripts/reproduce/temperature_schedules_cifar_lt.sh \
-#     image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0
+#     image_size=32 epochs=1 warmup_epochs=0 batch_size=32 backbone=test_resnet num_workers=0
 set -euo pipefail
 data=${DATA:-cifar10}
 out=runs/reproduce/ts-lt-$(basename "$data")

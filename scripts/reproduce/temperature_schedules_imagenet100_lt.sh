@@ -9,7 +9,7 @@
 # not counting evaluations), 4 runs: TS and three fixed temperatures.
 #
 # Try it small: DATA=FOLDER bash scripts/reproduce/temperature_schedules_imagenet100_lt.sh \
-#     image_size=32 epochs=1 batch_size=32 backbone=test_resnet num_workers=0 precision=32-true
+#     image_size=32 epochs=1 warmup_epochs=0 batch_size=32 backbone=test_resnet num_workers=0 precision=32-true
 set -euo pipefail
 : "${DATA:?DATA=FOLDER of ImageNet-100-LT, with train/CLASS and val/CLASS}"
 dystress compare methods=[simclr,ts] seeds=[42] data="$DATA" out=runs/reproduce/ts-imagenet100-lt \

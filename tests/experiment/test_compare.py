@@ -64,6 +64,7 @@ def test_a_method_can_be_compared_with_itself():
         (["methods=[macl]", "constants=[0]"], "constants=[0.0]: 0.0 must be above 0."),
         (["methods=[macl]", "protocols=[knm_1]"], "Unknown protocol 'knm_1'"),
         (["methods=[macl]", "jobs=0"], "jobs=0 must be at least 1."),
+        (["methods=[macl]", "epochs=2", "warmup_epochs=3"], "warmup_epochs=3 must lie between 0 and epochs=2"),
         (["methods=[macl]", "epoch=3"], "Unknown key 'epoch'. Did you mean 'epochs'?"),
         (["method=macl"], "'method=macl' is for `dystress pretrain`; here it is methods=[...]."),
         (["methods=[macl]", "seed=1"], "here it is seeds=[...]."),

@@ -1,12 +1,16 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightly.utils.benchmarking import KNNClassifier
 from PIL import Image
+from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from dystress_plugin.frameworks.lightly import __main__ as launcher
 from dystress_plugin.frameworks.lightly import modules
@@ -54,6 +58,34 @@ def test_launcher_runs_the_benchmarks_main_with_our_methods(fake_clone, capsys):
         "ran simclr SimCLR NoneType 3",  # lightly's own stays
         "ran dystress DySTreSS SimCLRTransform 3",
     ]
+
+
+class Nested(LightningModule):
+    """Uses lightly's kNN classifier as lightly's own benchmark methods do."""
+
+    def __init__(self):
+        super().__init__()
+        self.knn_classifier = KNNClassifier(None, 5, 2, 0.1, 0, 1)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        found = self.knn_classifier.validation_step(batch, batch_idx, dataloader_idx)
+        if dataloader_idx == 1:
+            self.log_dict(found, add_dataloader_idx=False, batch_size=len(batch[1]))
+
+
+def test_the_benchmarks_own_knn_runs_within_a_method_and_still_logs_on_its_own(fake_clone, monkeypatch):
+    monkeypatch.setattr(KNNClassifier, "log_dict", KNNClassifier.log_dict)  # to be undone
+    launcher.load_benchmark(launcher.benchmark_directory(str(fake_clone)))
+    images, targets = torch.eye(5).repeat(2, 1), torch.arange(5).repeat(2)
+    loaders = [DataLoader(TensorDataset(images, targets), 10, num_workers=0) for _ in range(2)]
+    trainer = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        nested = Trainer(**trainer).validate(Nested(), loaders, verbose=False)
+        alone = KNNClassifier(torch.nn.Identity(), 5, 2, 0.1, 0, 1)
+        alone = Trainer(**trainer).validate(alone, loaders, verbose=False)
+    assert any(found.get("val_knn_top1") == 1.0 for found in nested)
+    assert any(found.get("val_knn_top1/dataloader_idx_1") == 1.0 for found in alone)
 
 
 def test_launcher_finds_the_clone_by_the_environment(fake_clone, capsys, monkeypatch):
