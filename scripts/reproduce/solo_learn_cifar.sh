@@ -15,7 +15,7 @@ for data in ${DATA:-cifar10 cifar100}; do
     for method in constant dystress macl ts isogclr tempfree; do
         own=()
         [ "$method" = ts ] && own=(+method_kwargs.period=1000)
-        # The loss of SimCLR; solo-learn's own simclr does not start with torchmetrics 0.12 or newer.
+        # The loss of SimCLR; solo-learn's own simclr has no kNN with torchmetrics 0.12 or newer.
         [ "$method" = constant ] && method=dystress own=(+method_kwargs.tau_min=0.1 +method_kwargs.tau_max=0.1)
         python "$solo/main_pretrain.py" --config-name "dystress_$data" method="$method" "${own[@]}" "$@"
     done
