@@ -231,6 +231,7 @@ def _map(path: Path, title: str) -> Picture:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     x, y, c = np.array([[float(row[key]) for key in ("x", "y", "class")] for row in rows]).T
+    # A map of an earlier version has numbers alone.
     names = {int(row["class"]): _short(row.get("name", row["class"])) for row in rows}
 
     def draw(axes: Axes) -> None:

@@ -130,3 +130,10 @@ def test_a_map_is_labelled_with_the_names_of_the_classes_whatever_they_contain(t
         "5 $ and $ 6",
         "a class with a name lon…",
     ]
+
+
+def test_a_map_without_names_is_labelled_with_the_numbers(tmp_path):
+    (tmp_path / "map.csv").write_text("x,y,class\n0,1,7\n1,0,3\n")
+    with mpl.rc_context(report_figures.STYLE | {"svg.fonttype": "none"}):
+        svg = report_figures._map(tmp_path / "map.csv", "SimCLR").svg
+    assert [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg) if text.isdigit()] == ["3", "7"]

@@ -46,6 +46,8 @@ def benchmark_directory(repo: str | None) -> Path:
 def load_benchmark(directory: Path) -> ModuleType:
     """lightly's main module, its METHODS extended in place by those of ours whose names it does not have.
 
+    lightly's own methods run as well where Lightning would stop them, see `_mend_knn`.
+
     Raises:
         SystemExit: with a message of two lines, if lightly is missing or the clone needs another version of it.
     """
@@ -74,7 +76,8 @@ def load_benchmark(directory: Path) -> ModuleType:
 def _mend_knn() -> None:
     """Lets lightly's kNN classifier log as the outermost module only, not as a part of the benchmark's own methods.
 
-    Those log the metrics that it returns; its own attempt is an error in Lightning.
+    Those log the metrics that it returns; its own attempt is an error in Lightning. `module.OnlineKNN` is the same
+    for our modules, which also run without this launcher.
     """
     from lightly.utils.benchmarking import KNNClassifier
 
