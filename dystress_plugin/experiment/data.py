@@ -207,6 +207,7 @@ def load_for_run(
                 "`dystress evaluate` and `dystress inspect` also take data=FOLDER."
             )
         if scan is not None and is_folder(data) and scan.fits(data):
+            say(f"data={data} has the very files that {run} was trained on in {trained.data}, and is taken for it.")
             trained = replace(trained, data=data)
     shown = trained.on(data, data_root, trained.download if download is None else download)
     own = folders.same(shown.data, trained.data)

@@ -194,7 +194,7 @@ def _roles(names: Sequence[str]) -> dict[str, list[str]]:
     partners = [name for group in by_rest.values() if _complete([read[name][0] for name in group]) for name in group]
     everything = list(read) if len(read) == len(names) and _complete([split for split, _ in read.values()]) else []
     roles: dict[str, list[str]] = {}
-    for name in by_rest.get("") or partners or everything:
+    for name in by_rest.get("") or everything or partners:
         roles.setdefault(read[name][0], []).append(name)
     return roles
 

@@ -43,9 +43,11 @@ from dystress_plugin.experiment.transforms import augmentation, plain_transform,
 from dystress_plugin.temperature import CosineSchedule
 
 VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "scikit-learn", "numpy")
-# What Lightning warns of that is meant to be so here: resuming in the same folder, and loading in the process itself.
+# What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved, and loading
+# in the process itself.
 HOST_NOISE = (
     "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed",
     "The '.*_dataloader' does not have many workers",
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
@@ -357,7 +359,7 @@ def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: P
 def check_settings(out: Path, settings: PretrainSettings) -> None:
     """Raises a ValueError if `out` holds a run with other settings than these, which `resolve` has completed."""
     if (config := out / "config.yaml").exists():
-        _check_same(comparable(settings), comparable(read_config(config)), f"out={out} holds a run")
+        _check_same(comparable(settings), comparable(read_config(config, settings)), f"out={out} holds a run")
         if settings.indices is not None:
             long_tail.check_unchanged(out, settings.indices)
 
@@ -374,7 +376,7 @@ def _check_checkpoint(last: Path, module: PretrainModule) -> None:
     if missing := [key for key in ("state_dict", "epoch", "settings") if key not in checkpoint]:
         raise ValueError(f"{last} is no checkpoint of this command: it has no {missing[0]}. {files.NO_CHECKPOINT}")
     files.check_state(module, checkpoint["state_dict"], last, files.NO_CHECKPOINT)
-    found = recorded_settings(checkpoint["settings"], last.parent.parent)
+    found = recorded_settings(checkpoint["settings"], last.parent.parent, module.settings)
     _check_same(comparable(module.settings), comparable(found), f"{last} belongs to a run")
 
 

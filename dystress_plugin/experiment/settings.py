@@ -251,13 +251,18 @@ def recorded(settings: PretrainSettings) -> dict[str, Any]:
     return values | absolute
 
 
-def located(settings: PretrainSettings, run: Path) -> PretrainSettings:
+def located(settings: PretrainSettings, run: Path, given: PretrainSettings | None = None) -> PretrainSettings:
     """Settings as recorded with the paths of here and now: where they were, else at the same place beside the run.
 
     The second is for a run and its data that were moved together, and for version 0.1.0, which kept relative paths.
+
+    Args:
+        settings: as recorded.
+        run: the folder they are from.
+        given: settings whose choice it is where both places are there, as in a copy of run and data.
     """
     out = str(output_folder(settings))
-    found = {}
+    found: dict[str, Any] = {}
     for key, path in _paths(asdict(settings)).items():
         here = os.path.join(os.getcwd(), path)
         tried = [here]
@@ -265,14 +270,16 @@ def located(settings: PretrainSettings, run: Path) -> PretrainSettings:
             tried.append(os.path.normpath(run.resolve() / _way(out, path)))
         if not os.path.isabs(path):
             tried.reverse()
+        if given is not None and (wanted := getattr(given, key)) is not None:
+            tried.sort(key=lambda path: not folders.same(path, wanted))
         found[key] = next(filter(os.path.exists, tried), here)
     return replace(settings, **found | {"out": str(run.absolute())})
 
 
-def recorded_settings(values: dict[str, Any], run: Path) -> PretrainSettings:
-    """Settings from what a run keeps of them, `located`, with its default for a key that is newer."""
+def recorded_settings(values: dict[str, Any], run: Path, given: PretrainSettings) -> PretrainSettings:
+    """Settings from what a checkpoint keeps of them, `located`, with its default for a key that is newer."""
     known = {f.name for f in fields(PretrainSettings)}
-    return located(PretrainSettings(**{key: value for key, value in values.items() if key in known}), run)
+    return located(PretrainSettings(**{key: value for key, value in values.items() if key in known}), run, given)
 
 
 def _way(start: str, path: str) -> str:
@@ -288,7 +295,7 @@ def _paths(values: dict[str, Any]) -> dict[str, str]:
     return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in folders.NAMED}
 
 
-def read_config(path: Path) -> PretrainSettings:
+def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSettings:
     """The `settings` of a run's `config.yaml`, `located`, with its default for a key that is newer than the file.
 
     Raises:
@@ -301,7 +308,7 @@ def read_config(path: Path) -> PretrainSettings:
         if not isinstance(settings, DictConfig):
             raise ValueError(f"{path} is no config.yaml of `dystress pretrain`: it has no settings. {remedy}")
         found: PretrainSettings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainSettings), settings))
-        return located(found, path.parent)
+        return located(found, path.parent, given)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None
