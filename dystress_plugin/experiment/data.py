@@ -299,10 +299,7 @@ def is_folder(name: str) -> bool:
 def _folder(path: Path) -> Data:
     if not path.is_dir():
         raise ValueError(f"data={path} is neither a folder nor one of {', '.join(BUILTIN)}.")
-    try:
-        layout = folders.read(path)
-    except OSError as error:
-        raise ValueError(f"{path} is no readable folder of class folders with images: {error}") from None
+    layout = folders.read(path)
     images, classes = _image_folder(layout.train)
     if layout.held_out is not None:
         train = images
@@ -321,11 +318,8 @@ def _folder(path: Path) -> Data:
 
 def _image_folder(path: Path) -> tuple[Images, list[str]]:
     """What torchvision's ImageFolder finds, without hidden folders, and the names of the classes."""
-    try:
-        classes = folders.visible(path)
-        found = [_image_files(path / name) for name in classes]
-    except OSError as error:
-        raise ValueError(f"{path} is no readable folder of class folders with images: {error}") from None
+    classes = folders.visible(path)
+    found = [_image_files(path / name) for name in classes]
     empty = [name for name, its in zip(classes, found, strict=True) if not its]
     if not classes or empty:
         reason = f"no images in {', '.join(empty)}" if empty else "it has no class folders"

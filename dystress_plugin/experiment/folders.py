@@ -75,20 +75,13 @@ def read(folder: Path) -> Layout:
     """How a folder is laid out: class folders, or splits (in any spelling of `SPLITS`) with class folders.
 
     Raises:
-        ValueError: for a folder that can be read in two ways, has splits without class folders or nothing to train on,
-            or that a command wrote results to.
+        ValueError: for a folder that cannot be read, or in two ways, that has splits without class folders or nothing
+            to train on, or that a command wrote results to.
     """
-    if (writer := _writer(os.listdir(folder))) and writer != "`dystress long-tail`":
-        raise ValueError(f"data={folder} holds results of {writer}, no images to train on. Choose another data.")
-    names = visible(folder)
-    roles = _roles(names)
-    if not roles:
-        return Layout(folder, folder)
-    _check_roles(folder, names, roles)
-    held_out = roles[next(split for split in HELD_OUT if split in roles)][0]
-    chosen = (roles["train"][0], held_out)
-    train, test = (_class_folders_of(folder, name) for name in chosen)
-    return Layout(folder, train, test, tuple(name for name in names if name not in chosen))
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise ValueError(f"data={folder} cannot be read: {error}") from None
 
 
 def visible(folder: Path) -> list[str]:
@@ -100,7 +93,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files) for a class folder and all below, in torchvision's order, without hidden folders.
 
     Raises:
-        ValueError: for a folder that a command wrote results to, or that is divided into splits.
+        ValueError: for a folder that cannot be read, that a command wrote results to, or that is divided into splits.
     """
     for root, names in sorted(_walk(folder)):
         yield root, sorted(names)
@@ -113,7 +106,7 @@ def same(one: str | Path, other: str | Path) -> bool:
 
 def place(name: str | Path) -> str:
     """The one spelling of a path; a named data set as it is."""
-    return str(name) if str(name) in NAMED else str(Path(name).expanduser().resolve())
+    return str(name) if name in NAMED else os.path.realpath(os.path.expanduser(name))
 
 
 def name_of(data: str) -> str:
@@ -123,26 +116,45 @@ def name_of(data: str) -> str:
 
 def check_outside(out: Path, data: str) -> None:
     """Raises a ValueError where results would become images: `out` is the folder of images, or lies in it."""
-    if data in NAMED or not Path(data).is_dir():
-        return
-    inner, outer = Path(place(out)), Path(place(data))
-    if _inside(inner, outer):
+    if data not in NAMED and _inside(out, data):
+        there = Path(os.path.realpath(data)).parent / "runs" / Path(os.path.realpath(out)).name
         raise ValueError(
             f"out={out} lies in data={data}, where its figures would be taken for images. Give an out elsewhere, such "
-            f"as out={outer.parent / 'runs' / inner.name}"
+            f"as out={there}"
         )
 
 
 def check_apart(out: Path, data: str) -> None:
     """`check_outside`, and a ValueError as well where the folder of images lies in `out`."""
     check_outside(out, data)
-    if data not in NAMED and Path(data).is_dir() and _inside(Path(place(data)), Path(place(out))):
+    if data not in NAMED and _inside(data, out):
         raise ValueError(f"data={data} lies in out={out}, a folder for results alone. Choose another out.")
 
 
-def _inside(inner: Path, outer: Path) -> bool:
+def _inside(inner: str | Path, outer: str | Path) -> bool:
+    """Whether a folder, there or not, is another one that is there, or lies in it."""
+    place = Path(os.path.realpath(inner))
     # Not by name alone: a file system may tell neither case nor mounts apart.
-    return outer.exists() and any(each.samefile(outer) for each in (inner, *inner.parents) if each.exists())
+    above = (each for each in (place, *place.parents) if os.path.exists(each))
+    return os.path.isdir(outer) and any(os.path.samefile(each, outer) for each in above)
+
+
+def _read(folder: Path) -> Layout:
+    if (writer := _writer(os.listdir(folder))) and writer != "`dystress long-tail`":
+        raise ValueError(f"data={folder} holds results of {writer}, no images to train on. Choose another data.")
+    names = visible(folder)
+    roles = _roles(names)
+    if not roles:
+        return Layout(folder, folder)
+    _check_roles(folder, names, roles)
+    held_out = roles[next(split for split in HELD_OUT if split in roles)][0]
+    chosen = (roles["train"][0], held_out)
+    train, test = (_class_folders_of(folder, name) for name in chosen)
+    if same(train, test):
+        raise ValueError(
+            f"data={folder} has the same images in {chosen[0]} and {chosen[1]}: one is a link to the other."
+        )
+    return Layout(folder, train, test, tuple(name for name in names if name not in chosen))
 
 
 def _hidden(name: str) -> bool:
@@ -150,7 +162,7 @@ def _hidden(name: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         if writer := _writer(names):
             raise ValueError(
                 f"{root} holds results of {writer}, which are no images, but lies in a folder of images. Move it out."
@@ -159,10 +171,14 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         inner = {name: found[0] for name in folders if (found := _split(name)) and not found[1]}
         if _complete(inner.values()):
             raise ValueError(
-                f"{root} is in a class, but has the splits {_listed(sorted(inner))}, all of which would be trained on. "
-                "Put class folders into train and val, not these into class folders."
+                f"{root} is read as a class, but has the splits {_listed(sorted(inner))}; all would be trained on. Put "
+                f"class folders into train and val, not these into class folders, or give data={root}"
             )
         yield root, names
+
+
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"{error.filename} in a folder of images cannot be read: {error.strerror}") from None
 
 
 def _writer(names: Sequence[str]) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import dystress, write_images  # beside this file
 from omegaconf import OmegaConf
 from PIL import Image
@@ -137,8 +138,42 @@ def test_what_can_be_read_in_two_ways_is_an_error_that_says_how(paths, words, tm
 def test_splits_inside_of_classes_are_an_error(tmp_path):
     for name, part in itertools.product(("cat", "dog"), ("train", "Test")):
         write_images(tmp_path / name / part, classes=1)
-    with pytest.raises(ValueError, match=r"cat is in a class, but has the splits 'Test', 'train'"):
+    with pytest.raises(ValueError, match=r"cat is read as a class, but has the splits 'Test', 'train'"):
         load_folder(tmp_path)
+
+
+def test_an_inner_folder_of_an_archive_is_named(tmp_path):
+    for part in ("train", "val"):
+        write_images(tmp_path / "archive" / part, per_class=2)
+    with pytest.raises(ValueError, match=f"or give data={tmp_path}/archive$"):
+        load_folder(tmp_path)
+    write_images(tmp_path / "d" / "photos")
+    with pytest.raises(ValueError, match=f"the single class 'photos'.* give data={tmp_path}/d/photos$"):
+        load_folder(tmp_path / "d")
+
+
+def test_splits_that_are_one_folder_are_an_error(tmp_path):
+    write_images(tmp_path / "train")
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(ValueError, match="has the same images in train and val: one is a link to the other"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "class1", "class1/inner"])
+def test_a_folder_that_cannot_be_read_is_no_empty_one(place, images, tmp_path, monkeypatch):
+    make(images, "class1/inner")
+    scandir = os.scandir
+
+    def deny(path):  # root, as whom tests may run, is denied nothing
+        if Path(path) == images / place:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(ValueError, match=r"cannot be read: .*Permission denied"):
+        load_folder(images)
+    with pytest.raises(ValueError, match=r"cannot be read: .*Permission denied"):
+        scan_folder(str(images), tmp_path / "run", on_bad_image="skip", num_workers=0, progress=False)
 
 
 def test_the_way_out_of_an_error_is_one(tmp_path, square):
@@ -426,6 +461,35 @@ def test_a_home_folder_is_found_by_its_tilde(project, monkeypatch, capsys):
     assert report_module.run_folders([Path("~/runs")]) == [(project / "runs" / "x").resolve()]
 
 
+def as_of_0_1_0(run):
+    """What version 0.1.0 left of a run: paths as typed, no digest of the index file, no record of the splits."""
+    typed = {"data": "photos", "indices": "keep.txt", "out": "runs/x", "data_root": "datasets"}
+    config = OmegaConf.load(run / "config.yaml")
+    del config["indices_sha256"]
+    config.settings.update(typed)
+    OmegaConf.save(config, run / "config.yaml")
+    scan = json.loads((run / "images.json").read_text())
+    del scan["splits"]
+    (run / "images.json").write_text(json.dumps(scan | {"folder": "photos"}))
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["settings"] |= typed
+    del checkpoint["settings"]["out"]
+    torch.save(checkpoint, last)
+
+
+def test_a_run_of_0_1_0_goes_on_here_and_from_elsewhere(own, tmp_path, monkeypatch, quick):
+    run = own / "runs" / "x"
+    as_of_0_1_0(run)
+    (tmp_path / "else").mkdir()
+    for here in (own, tmp_path / "else"):
+        (run / "summary.json").unlink()
+        monkeypatch.chdir(here)
+        paths = [os.path.relpath(path, here) for path in (own / "photos", run, own / "keep.txt")]
+        settings = [f"{key}={path}" for key, path in zip(("data", "out", "indices"), paths, strict=True)]
+        assert main(["pretrain", *RUN[:-1], *settings]) == 0
+
+
 @pytest.mark.parametrize("version", ["0.1.0", "now"])
 @pytest.mark.parametrize("moved", [False, True])
 def test_runs_are_evaluated_from_elsewhere_also_when_moved_with_their_data(
@@ -433,14 +497,7 @@ def test_runs_are_evaluated_from_elsewhere_also_when_moved_with_their_data(
 ):
     """Also those of 0.1.0, which kept the paths as they were typed."""
     if version == "0.1.0":
-        run = own / "runs" / "x"
-        config = OmegaConf.load(run / "config.yaml")
-        del config["indices_sha256"]
-        config.settings.update({"data": "photos", "indices": "keep.txt", "out": "runs/x", "data_root": "datasets"})
-        OmegaConf.save(config, run / "config.yaml")
-        scan = json.loads((run / "images.json").read_text())
-        del scan["splits"]
-        (run / "images.json").write_text(json.dumps(scan | {"folder": "photos"}))
+        as_of_0_1_0(own / "runs" / "x")
     else:  # the paths of the copy, not of what it is a copy of
         text = (own / "runs" / "x" / "config.yaml").read_text()
         old = OmegaConf.create(text).settings.out.removesuffix("/runs/x")
@@ -538,6 +595,23 @@ def test_a_run_is_one_and_named_the_same_however_a_report_is_pointed_at_it(proje
     found = report_module.run_folders([run, Path("."), Path("../x"), Path("../../runs/x"), Path("..")])
     assert found == [run.resolve()]
     assert report_module._beside(found) == run.resolve().parent
+
+
+def test_a_report_is_of_one_data_set_however_it_is_named(own):
+    runs = []
+    (own / "another link").symlink_to("photos")
+    for seed, data in enumerate(("photos", "another link", "runs/../photos")):
+        run = Path(shutil.copytree(own / "runs" / "x", own / "runs" / f"dystress-{seed}"))
+        config = OmegaConf.load(run / "config.yaml")
+        config.settings.update({"data": str(own / data), "seed": seed})
+        OmegaConf.save(config, run / "config.yaml")
+        runs.append(report_module._read(run))
+    report_module._check(runs)
+    assert "data" not in report_module._unequal(runs)
+    write_images(own / "photos 2")
+    runs[0].settings.data = str(own / "photos 2")
+    with pytest.raises(ValueError, match="The runs differ in data"):
+        report_module._check(runs)
 
 
 def test_a_report_into_the_images_is_refused(project, monkeypatch, capsys):
