@@ -89,8 +89,8 @@ def _methods(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.pretrain import output_folder, pretrain
-    from dystress_plugin.experiment.settings import PretrainSettings, parse
+    from dystress_plugin.experiment.pretrain import pretrain
+    from dystress_plugin.experiment.settings import PretrainSettings, output_folder, parse
 
     settings = parse(PretrainSettings, tokens)
     summary = pretrain(settings)

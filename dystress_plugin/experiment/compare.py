@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dystress_plugin import recipes
 from dystress_plugin.errors import RunStopped, unknown_name
-from dystress_plugin.experiment import files, report
+from dystress_plugin.experiment import files, folders, report
 from dystress_plugin.experiment.data import load_for
 from dystress_plugin.experiment.pretrain import (
     build_module,
@@ -90,6 +90,7 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
     arms = plan(settings)
     out = Path(settings.out)
     runs = _runs(settings, common, arms)
+    folders.check_apart(out, common.data)
     with _alone(out) as lock:
         _prepare(settings, runs, len(arms))
         files.write_text(out / "compare.yaml", OmegaConf.to_yaml({"command": command, "settings": asdict(settings)}))

@@ -13,8 +13,7 @@ from statistics import median, quantiles
 import torch
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment import images
-from dystress_plugin.experiment.data import load_for
+from dystress_plugin.experiment.data import load_for_run
 from dystress_plugin.experiment.module import PretrainModule
 from dystress_plugin.experiment.pretrain import build_module
 from dystress_plugin.experiment.protocols import write_table
@@ -81,7 +80,7 @@ def _cost(row: Mapping[str, str]) -> Cost:
 def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
     settings = {name: read_config(run / "config.yaml") for name, run in runs.items()}
     name, some = next(iter(settings.items()))
-    data = load_for(some, without=images.left_out(runs[name], some.data))
+    data = load_for_run(runs[name], some).data
     device = "cuda" if some.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
     size = some.image_size or data.image_size
     modules = {

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dystress_plugin.experiment import folders
 from dystress_plugin.experiment import long_tail as tails
-from dystress_plugin.experiment.images import parts
+from dystress_plugin.experiment.images import read as read_scan
 from dystress_plugin.experiment.settings import PretrainSettings
 
 Picture: TypeAlias = Any  # PIL.Image.Image
@@ -125,10 +130,11 @@ def load(
     """A data set by name, or from a folder of images; its training images those that `long_tail.select` chooses.
 
     The files in `without` are left out last, so that they change neither which images are held out nor what an index
-    file means.
+    file means; they are paths below the folder.
 
     Raises:
-        ValueError: for a folder that is not there, has no images or a single class, or cannot be read, for CIFAR
+        ValueError: for a folder that is not there, has no images or a single class, cannot be read, or not without
+            doubt (`folders.read`), for CIFAR
             that is neither there nor to be downloaded, a `long_tail` outside of (0, 1], or an index file that
             does not fit.
     """
@@ -138,6 +144,7 @@ def load(
     if chosen is not None:
         data = replace(data, train=data.train.subset(chosen))
     if data.train.files is not None:
+        without = {str(Path(name, file)) for file in without}
         data = replace(data, train=_usable(data.train, without, data), test=_usable(data.test, without, data))
     return data
 
@@ -154,6 +161,74 @@ def load_for(settings: PretrainSettings, *, without: Collection[str] = (), whole
         seed=settings.seed,
         without=without,
     )
+
+
+class Shown(NamedTuple):
+    """What a trained network is shown.
+
+    Attributes:
+        settings: of its run, with this data.
+        data: the images.
+        own: whether it was trained on them.
+    """
+
+    settings: PretrainSettings
+    data: Data
+    own: bool
+
+
+def load_for_run(
+    run: Path,
+    trained: PretrainSettings,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    download: bool | None = None,
+    whole: bool = False,
+) -> Shown:
+    """The data of a run, as it was trained on it, or other data, whose tail nobody cut.
+
+    Args:
+        run: its folder.
+        trained: its settings, as `read_config` gives them.
+        data: None for its own, which also has other spellings, or another place if it was moved.
+        data_root: None for its own.
+        download: None for its own.
+        whole: its own before a long tail was cut.
+
+    Raises:
+        ValueError: as `load`; for data that is not there any more; for a part of data that is not the same any more.
+    """
+    scan = read_scan(run) if trained.data not in folders.NAMED else None
+    if trained.data not in folders.NAMED and not Path(trained.data).is_dir():
+        if data is None:
+            raise ValueError(
+                f"{run} was trained on data={trained.data}, which is not there. Put it, or a link to it, there; "
+                "`dystress evaluate` and `dystress inspect` also take data=FOLDER."
+            )
+        if scan is not None and is_folder(data) and scan.fits(data):
+            say(f"data={data} has the very files that {run} was trained on in {trained.data}, and is taken for it.")
+            trained = replace(trained, data=data)
+    shown = trained.on(data, data_root, trained.download if download is None else download)
+    own = folders.same(shown.data, trained.data)
+    cut = trained.long_tail is not None or trained.indices is not None
+    if not own and (cut or (scan is not None and scan.bad)):
+        say(f"data={shown.data} is not what {run} was trained on: no long tail, indices or skipped files are left out.")
+    if own and trained.indices is not None:
+        tails.check_unchanged(run, trained.indices)
+    if own and scan is not None and not scan.fits(shown.data):
+        changed = f"data={shown.data} has other images, or other splits, than {run} was trained on"
+        if cut:  # positions in it mean other images now
+            raise ValueError(f"{changed}, and only a part of those was used. Put them back as they were.")
+        say(f"{changed}.")
+    without = scan.left_out if own and scan is not None else ()
+    return Shown(shown, load_for(shown, without=without, whole=whole), own)
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Prints a line for the user, once, however often the data is loaded."""
+    print(f"dystress: {line}", file=sys.stderr)
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,22 +293,23 @@ BUILTIN = {"cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100"), "digits
 
 def is_folder(name: str) -> bool:
     """Whether a data set is a folder of images, and not one with a name of its own."""
-    return name not in BUILTIN and Path(name).is_dir()
+    return name not in folders.NAMED and Path(name).is_dir()
 
 
 def _folder(path: Path) -> Data:
     if not path.is_dir():
         raise ValueError(f"data={path} is neither a folder nor one of {', '.join(BUILTIN)}.")
-    first, *held_out = parts(path)
-    images, classes = _image_folder(first)
-    if held_out:
+    layout = folders.read(path)
+    images, classes = _image_folder(layout.train)
+    if layout.held_out is not None:
         train = images
-        test, test_classes = _image_folder(held_out[0])
+        test, test_classes = _image_folder(layout.held_out)
         if classes != test_classes:
             raise ValueError(
-                f"{first} and {held_out[0]} have different class folders: "
+                f"{layout.train} and {layout.held_out} have different class folders: "
                 f"{', '.join(sorted(set(classes) ^ set(test_classes)))} only in one of them."
             )
+        say(str(layout))
     else:
         train_positions, test_positions = split(images.labels)
         train, test = images.subset(train_positions), images.subset(test_positions)
@@ -241,16 +317,33 @@ def _folder(path: Path) -> Data:
 
 
 def _image_folder(path: Path) -> tuple[Images, list[str]]:
-    from torchvision.datasets import ImageFolder
+    """What torchvision's ImageFolder finds, without hidden folders, and the names of the classes."""
+    classes = folders.visible(path)
+    found = [_image_files(path / name) for name in classes]
+    empty = [name for name, its in zip(classes, found, strict=True) if not its]
+    if not classes or empty:
+        reason = f"no images in {', '.join(empty)}" if empty else "it has no class folders"
+        raise ValueError(
+            f"{path} is no readable folder of class folders with images: {reason}. Names of images end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
+        )
+    if len(classes) < 2:
+        raise ValueError(
+            f"{path} has the single class '{classes[0]}'; accuracies need at least two. If the classes are in there, "
+            f"give data={path / classes[0]}"
+        )
+    labels = np.repeat(np.arange(len(classes)), [len(its) for its in found])
+    files = np.asarray([file for its in found for file in its])
+    return Images(lambda i: _picture(files[i]), labels, files), classes
 
-    try:
-        folder = ImageFolder(str(path))
-    except (FileNotFoundError, PermissionError) as error:
-        raise ValueError(f"{path} is no readable folder of class folders with images: {error}") from None
-    if len(folder.classes) < 2:
-        raise ValueError(f"{path} has the single class '{folder.classes[0]}'; accuracies need at least two.")
-    files = np.asarray([file for file, _ in folder.samples])
-    return Images(lambda i: _picture(files[i]), np.asarray(folder.targets, dtype=np.int64), files), folder.classes
+
+def _image_files(folder: Path) -> list[str]:
+    return [
+        os.path.join(root, name)
+        for root, names in folders.walk(folder)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
 
 
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from dystress_plugin.experiment import files, images
+from dystress_plugin.experiment import files
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data import Data, Views, load_for
+from dystress_plugin.experiment.data import Data, Views, load_for_run
 from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, read_config
 from dystress_plugin.experiment.transforms import plain_transform
 
@@ -123,13 +123,18 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         ValueError: for a folder without a finished run, or data whose images do not fit.
     """
     trained, backbone = trained_backbone(Path(settings.checkpoint))
-    shown = trained.on(settings.data, settings.data_root, settings.download)
-    data = load_for(shown, without=images.left_out(Path(settings.checkpoint), shown.data))
+    shown = load_for_run(
+        Path(settings.checkpoint),
+        trained,
+        data=settings.data,
+        data_root=settings.data_root,
+        download=settings.download,
+    )
     assert trained.image_size is not None  # as above
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(
         backbone,
-        data,
+        shown.data,
         image_size=trained.image_size,  # whatever the data: the stem depends on it
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import files
+from dystress_plugin.experiment import files, folders
 
 ON_BAD_IMAGE = ("stop", "skip")
 RECORD = "images.json"
@@ -34,6 +34,8 @@ class Scan:
         bad: path below the folder → why it cannot be used.
         names: digest of the paths of the good files.
         state: digest of path, size and time of every file; the same, and nothing has to be decoded again.
+        splits: paths of the folders below that are trained on and held out; none where there are class folders; None
+            in a file of version 0.1.0, which knew `train` with `val` or `test` alone.
     """
 
     folder: str
@@ -41,11 +43,26 @@ class Scan:
     bad: dict[str, str] = field(default_factory=dict)
     names: str = ""
     state: str = ""
+    splits: list[str] | None = None
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Paths of the bad files, with the folder's."""
-        return frozenset(str(Path(self.folder, name)) for name in self.bad)
+        """Paths of the bad files below the folder."""
+        return frozenset(self.bad)
+
+    def fits(self, folder: str) -> bool:
+        """Whether a folder, here or moved, still has the files that can be used, read in the same way."""
+        layout = folders.read(Path(folder))
+        named = [name for name, _ in _files(layout) if name.lower().endswith(IMG_EXTENSIONS)]
+        return self.names == _digest(name for name in named if name not in self.bad) and self.splits_fit(layout)
+
+    def splits_fit(self, layout: folders.Layout) -> bool:
+        """Whether the same folders as now were trained on and held out."""
+        before = self.splits
+        if before is None:
+            held_out = [name for name in ("val", "test") if (layout.folder / name).is_dir()]
+            before = ["train", held_out[0]] if held_out and (layout.folder / "train").is_dir() else []
+        return before == layout.splits
 
     def write(self, out: Path) -> None:
         """Keeps it in the folder of a run."""
@@ -67,17 +84,11 @@ def read(out: Path) -> Scan | None:
         raise ValueError(f"{out / RECORD} holds no list of images: {error}. Delete it, and it is made anew.") from None
 
 
-def left_out(out: Path, folder: str) -> frozenset[str]:
-    """Files that a run left out of a folder: none if it was trained on something else."""
-    scan = read(out)
-    return scan.left_out if scan is not None and scan.folder == folder else frozenset()
-
-
 def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, progress: bool) -> Scan:
     """Decodes every file that training would, unless the run's folder says that it has been done.
 
     Args:
-        folder: class folders, or `train` and `val` or `test` with class folders.
+        folder: class folders, or splits with class folders.
         out: folder of the run, which need not exist.
         on_bad_image: "stop" or "skip".
         num_workers: processes that decode; 0 decodes in this one.
@@ -85,33 +96,35 @@ def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, 
 
     Raises:
         ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
-            are not those the run began with.
+            are not those the run began with, or read in another way; as `folders.read`.
     """
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(unknown_name("value of on_bad_image", on_bad_image, ON_BAD_IMAGE))
-    found = list(_files(folder))
+    layout = folders.read(Path(folder))
+    found = list(_files(layout))
     state = _digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
     before = read(out)
-    if before is not None and (before.folder, before.state) == (folder, state):
-        scan = before
+    begun = before if (out / "config.yaml").exists() else None
+    if begun is not None and not begun.splits_fit(layout):
+        then = ", ".join(begun.splits or []) or "otherwise, by version 0.1.0 or before folders were added"
+        raise ValueError(
+            f"data={folder} is read as {', '.join(layout.splits) or 'class folders'}, but was read as {then} when this "
+            "run began. Choose another out."
+        )
+    if before is not None and before.state == state:
+        scan = replace(before, folder=folder, splits=layout.splits)  # wherever it is now
     else:
         bad = _bad(folder, [name for name, _ in found], num_workers, progress)
         good = [name for name, _ in found if name not in bad and name.lower().endswith(IMG_EXTENSIONS)]
-        scan = Scan(folder, len(good), bad, _digest(good), state)
-        if before is not None and (out / "config.yaml").exists() and before.names != scan.names:
+        scan = Scan(folder, len(good), bad, _digest(good), state, layout.splits)
+        if begun is not None and begun.names != scan.names:
             raise ValueError(
                 f"data={folder} has other images than this run began with: {scan.good} that can be used now, "
-                f"{before.good} then. Put them back as they were, or choose another out."
+                f"{begun.good} then. Put them back as they were, or choose another out."
             )
     if scan.bad:
         _report(scan, out, on_bad_image)
     return scan
-
-
-def parts(folder: Path) -> list[Path]:
-    """`train`, and `val` or `test`, where the folder has both; else the folder itself."""
-    held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    return [folder / "train", held_out] if held_out is not None and (folder / "train").is_dir() else [folder]
 
 
 def fault(file: str) -> str | None:
@@ -160,19 +173,18 @@ def _bad(folder: str, names: Sequence[str], num_workers: int, progress: bool) ->
     return {name: reason for batch in bar for name, reason in batch if reason}
 
 
-def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+def _files(layout: folders.Layout) -> Iterator[tuple[str, os.stat_result]]:
     """Path below the folder and state of every file in its class folders, in a fixed order; hidden ones only if named
     like images, as torchvision takes those.
     """
-    for part in parts(Path(folder)):
-        classes = sorted(entry.path for entry in os.scandir(part) if entry.is_dir())
-        for place in classes:
-            for root, _, names in sorted(os.walk(place, followlinks=True)):
-                for name in sorted(names):
-                    if name.startswith(".") and not name.lower().endswith(IMG_EXTENSIONS):
+    for part in layout.parts:
+        for name in folders.visible(part):
+            for root, names in folders.walk(part / name):
+                for file in names:
+                    if file.startswith(".") and not file.lower().endswith(IMG_EXTENSIONS):
                         continue
-                    file = os.path.join(root, name)
-                    yield os.path.relpath(file, folder), os.stat(file)
+                    path = os.path.join(root, file)
+                    yield os.path.relpath(path, layout.folder), os.stat(path)
 
 
 def _digest(lines: Sequence[str] | Iterator[str]) -> str:

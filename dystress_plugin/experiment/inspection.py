@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader
 from dystress_plugin import metrics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import advisor, advisor_figures, files, images
-from dystress_plugin.experiment import data as data_module
+from dystress_plugin.experiment import advisor, advisor_figures, files, folders
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data import Data, EpochOrder, Views
+from dystress_plugin.experiment.data import Data, EpochOrder, Shown, Views, load_for, load_for_run
 from dystress_plugin.experiment.module import ViewsModule
 from dystress_plugin.experiment.pretrain import resolve
 from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings, read_config
@@ -58,7 +57,7 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
     """
     out = output_folder(settings)
     _check_methods(settings)
-    seen = _look(settings)
+    seen = _look(settings, out)
     losses = _losses(settings, seen)
     pairs = advisor.similarities(*seen.z, index=seen.numbers, epoch=seen.epoch)
     effects = {name: advisor.effect(loss, pairs) for name, loss in losses.items()}
@@ -93,7 +92,7 @@ def output_folder(settings: InspectSettings) -> Path:
         ValueError: for a folder with other files in it.
     """
     inside = f"{settings.checkpoint}/inspect" if settings.checkpoint else None
-    out = Path(settings.out or inside or f"runs/inspect-{Path(settings.data or 'digits').name}")
+    out = Path(settings.out or inside or f"runs/inspect-{folders.name_of(settings.data or 'digits')}")
     if out.exists() and any(out.iterdir()) and not (out / "inspect.json").exists():
         raise ValueError(f"out={out} is not empty and holds no results of this command. Choose another out.")
     return out
@@ -117,13 +116,11 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _look(settings: InspectSettings) -> Seen:
+def _look(settings: InspectSettings, out: Path) -> Seen:
     run = Path(settings.checkpoint) if settings.checkpoint else None
     trained = _run_settings(run, settings) if run else _untrained_settings(settings)
-    shown = trained.on(settings.data, settings.data_root, settings.download)
-    data = data_module.load_for(shown, without=images.left_out(run, shown.data) if run else ())
-    if run is None:
-        shown = resolve(shown, recipes.recipe(shown.method), data, 1)
+    folders.check_apart(out, settings.data or trained.data)
+    shown, data, own = _shown(settings, run, trained)
     module = _network(shown, data)
     fresh = run is None or settings.untrained
     if run and not fresh:
@@ -137,9 +134,17 @@ def _look(settings: InspectSettings) -> Seen:
         z=z,
         numbers=index,
         samples=len(data.train.labels),
-        run=(shown.method, module.loss) if run and shown.data == trained.data else None,
+        run=(shown.method, module.loss) if run and own else None,
         epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else shown.epochs - 1),
     )
+
+
+def _shown(settings: InspectSettings, run: Path | None, trained: PretrainSettings) -> Shown:
+    if run is not None:
+        return load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
+    shown = trained.on(settings.data, settings.data_root, settings.download)
+    data = load_for(shown)
+    return Shown(resolve(shown, recipes.recipe(shown.method), data, 1), data, own=False)
 
 
 def _run_settings(run: Path, settings: InspectSettings) -> PretrainSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment import folders
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.data import Data, Images
     from dystress_plugin.experiment.settings import LongTailSettings
 
+DIGEST = "indices_sha256"  # in config.yaml
 # From the rank of a class among C and the ratio to its share of the largest class.
 PROFILES: dict[str, Callable[[int, int, float], float]] = {
     "exponential": lambda rank, classes, ratio: ratio ** (rank / max(1, classes - 1)),
@@ -111,6 +115,26 @@ def read_indices(path: str | Path, images: int, numbers: np.ndarray | None = Non
     return positions
 
 
+def digest(path: str | Path) -> str:
+    """Of the content of an index file, by which a run knows it again."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"indices={path} cannot be read: {error}") from None
+
+
+def check_unchanged(run: Path, indices: str) -> None:
+    """Raises a ValueError where an index file is not the one that a run began with.
+
+    Runs of version 0.1.0 have kept nothing to tell.
+    """
+    kept = OmegaConf.load(run / "config.yaml").get(DIGEST)
+    if kept is not None and kept != digest(indices):
+        raise ValueError(
+            f"indices={indices} has changed since the run in {run} began. Put it back as it was, or choose another out."
+        )
+
+
 def _positions_of(wanted: np.ndarray, numbers: np.ndarray, path: Path) -> np.ndarray:
     order = np.argsort(numbers)
     place = np.searchsorted(numbers, wanted, sorter=order).clip(max=len(numbers) - 1)
@@ -170,11 +194,13 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
     order, or for a folder that of torchvision's ImageFolder, sorted by class and name.
 
     Raises:
-        ValueError: for an `out` that is not empty, settings that do not fit the data, or none that choose a part.
+        ValueError: for an `out` that is not empty or lies in the data, settings that do not fit the data, or none that
+            choose a part.
     """
     from dystress_plugin.experiment import data as data_module
 
     out = Path(settings.out)
+    folders.check_apart(out, settings.data)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
     if settings.indices_by not in ("position", "number"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluation import knn_accuracy
-from dystress_plugin.experiment.settings import PretrainSettings, comparable
+from dystress_plugin.experiment.settings import PretrainSettings, recorded
 from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.temperature.base import check_fraction
 
@@ -124,7 +124,7 @@ class PretrainModule(LightningModule, ABC):
         self.log("knn_top1", accuracy, prog_bar=True, sync_dist=True, batch_size=len(queries))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"] = comparable(self.settings)
+        checkpoint["settings"] = recorded(self.settings)
 
     def configure_optimizers(self) -> Any:
         s = self.settings

@@ -24,21 +24,30 @@ from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import figures, files, images
+from dystress_plugin.experiment import figures, files, folders, images, long_tail
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
 from dystress_plugin.experiment.evaluation import evaluate
 from dystress_plugin.experiment.guard import NanGuard
 from dystress_plugin.experiment.interruption import resumable
 from dystress_plugin.experiment.module import MODULES, MOMENTUM, OPTIMIZERS, PretrainModule
-from dystress_plugin.experiment.settings import PretrainSettings, comparable, read_config
+from dystress_plugin.experiment.settings import (
+    PretrainSettings,
+    comparable,
+    output_folder,
+    read_config,
+    recorded,
+    recorded_settings,
+)
 from dystress_plugin.experiment.transforms import augmentation, plain_transform, view_transform
 from dystress_plugin.temperature import CosineSchedule
 
 VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "scikit-learn", "numpy")
-# What Lightning warns of that is meant to be so here: resuming in the same folder, and loading in the process itself.
+# What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved, and loading
+# in the process itself.
 HOST_NOISE = (
     "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed",
     "The '.*_dataloader' does not have many workers",
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
@@ -69,6 +78,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
     files.check_place(out)
+    folders.check_apart(out, settings.data)
     check_epochs(settings)
     scan = scan_images(settings, out)
     data = data_module.load_for(settings, without=scan.left_out if scan is not None else ())
@@ -138,11 +148,6 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     }
     files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def output_folder(settings: PretrainSettings) -> Path:
-    """Where a run leaves its results."""
-    return Path(settings.out or f"runs/{settings.method}-{Path(settings.data).name}-{settings.seed}")
 
 
 def check_epochs(settings: PretrainSettings) -> None:
@@ -340,7 +345,9 @@ def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: P
     if not config.exists():
         versions = {name: metadata.version(name) for name in VERSIONS}
         versions |= {"python": platform.python_version(), "dystress_plugin": __version__}
-        record = OmegaConf.create({"settings": asdict(settings), "versions": versions})
+        record = OmegaConf.create({"settings": recorded(settings), "versions": versions})
+        if settings.indices is not None:
+            record[long_tail.DIGEST] = long_tail.digest(settings.indices)
         try:
             out.mkdir(parents=True, exist_ok=True)
             files.write_text(config, OmegaConf.to_yaml(record))
@@ -352,7 +359,9 @@ def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: P
 def check_settings(out: Path, settings: PretrainSettings) -> None:
     """Raises a ValueError if `out` holds a run with other settings than these, which `resolve` has completed."""
     if (config := out / "config.yaml").exists():
-        _check_same(comparable(settings), comparable(read_config(config)), f"out={out} holds a run")
+        _check_same(comparable(settings), comparable(read_config(config, settings)), f"out={out} holds a run")
+        if settings.indices is not None:
+            long_tail.check_unchanged(out, settings.indices)
 
 
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
@@ -367,7 +376,8 @@ def _check_checkpoint(last: Path, module: PretrainModule) -> None:
     if missing := [key for key in ("state_dict", "epoch", "settings") if key not in checkpoint]:
         raise ValueError(f"{last} is no checkpoint of this command: it has no {missing[0]}. {files.NO_CHECKPOINT}")
     files.check_state(module, checkpoint["state_dict"], last, files.NO_CHECKPOINT)
-    _check_same(comparable(module.settings), checkpoint["settings"], f"{last} belongs to a run")
+    found = recorded_settings(checkpoint["settings"], last.parent.parent, module.settings)
+    _check_same(comparable(module.settings), comparable(found), f"{last} belongs to a run")
 
 
 def scan_images(settings: PretrainSettings, out: Path) -> images.Scan | None:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import files, images
+from dystress_plugin.experiment import files
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data import Views, load_for
+from dystress_plugin.experiment.data import Views, load_for_run
 from dystress_plugin.experiment.evaluation import extract, knn_classes, linear_classes, trained_backbone
 from dystress_plugin.experiment.settings import PROTOCOLS, PretrainSettings, read_config
 from dystress_plugin.experiment.transforms import plain_transform
@@ -213,12 +213,11 @@ def untrained_backbone(settings: PretrainSettings) -> nn.Module:
 
 def features_of(backbone: nn.Module, settings: PretrainSettings, run: Path) -> Features:
     """The features of a run's data, of every image once."""
-    without = images.left_out(run, settings.data)
-    data = load_for(settings, without=without)
+    data = load_for_run(run, settings).data
     cut = settings.long_tail is not None or settings.indices is not None
     cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     transform = plain_transform(settings.image_size or data.image_size, data.normalize)
-    parts = [data.train, data.test, *([load_for(settings, without=without, whole=True).train] if cut else [])]
+    parts = [data.train, data.test, *([load_for_run(run, settings, whole=True).data.train] if cut else [])]
     taken = [
         extract(
             backbone,

@@ -16,8 +16,9 @@ from scipy import stats
 from dystress_plugin import recipes
 from dystress_plugin.experiment import files, report_figures
 from dystress_plugin.experiment.cost import costs
+from dystress_plugin.experiment.folders import check_outside
 from dystress_plugin.experiment.protocols import Score, protocol, score_run, score_untrained, write_table
-from dystress_plugin.experiment.settings import PretrainSettings, ReportSettings, read_config
+from dystress_plugin.experiment.settings import PretrainSettings, ReportSettings, comparable, read_config
 from dystress_plugin.temperature import Constant
 
 LEVEL = 0.95
@@ -136,13 +137,13 @@ def report(settings: ReportSettings) -> dict[str, str]:
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
-    """The runs among folders of runs, folders that hold them, or of `dystress compare`; files are passed over.
+    """The runs, each once, among folders of runs, that hold runs, or of `dystress compare`; files are passed over.
 
     Raises:
         ValueError: for a path that is not there, or none with a run.
     """
     found = []
-    for path in paths:
+    for path in (path.expanduser() for path in paths):
         if not path.exists():
             raise ValueError(f"There is no folder {path}.")
         if (path / "config.yaml").exists():
@@ -151,14 +152,13 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
             found += sorted(config.parent for part in ("*", "runs/*") for config in path.glob(f"{part}/config.yaml"))
     if not found:
         raise ValueError("None of these folders holds a run of `dystress pretrain` or `dystress compare`.")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(folder.resolve() for folder in found))
 
 
 def _beside(folders: Sequence[Path]) -> Path:
-    parents = {folder.resolve().parent for folder in folders}
-    if len(parents) > 1:
-        raise ValueError(f"The runs are in {len(parents)} folders: say where the report goes, out=FOLDER.")
-    parent = folders[0].parent
+    parent, *others = {folder.resolve().parent for folder in folders}
+    if others:
+        raise ValueError(f"The runs are in {1 + len(others)} folders: say where the report goes, out=FOLDER.")
     return parent.parent if parent.name == "runs" and (parent.parent / "compare.yaml").exists() else parent
 
 
@@ -184,6 +184,7 @@ def write(
     missing = dict.fromkeys(f.name for f in folders if not (f / "summary.json").exists()) if failures is None else {}
     runs = _in_order(runs)
     _check(runs)
+    check_outside(out, runs[0].settings.data)
     first_seed = min(run.settings.seed for run in runs)
     rows = [row for run in runs for row in _rows(run, score_run(run.folder, names, with_map=_mapped(run, runs)))]
     for run in _one_per(runs, lambda run: run.settings.seed):
@@ -275,7 +276,7 @@ def _check(runs: Sequence[Run]) -> None:
         if other is not run:
             raise ValueError(f"{other.folder} and {run.folder} are both {run.name} with seed {run.settings.seed}.")
     for key in ("data", "long_tail", "long_tail_profile", "indices"):
-        values = {str(getattr(run.settings, key)) for run in runs}
+        values = {str(comparable(run.settings)[key]) for run in runs}
         if len(values) > 1:
             raise ValueError(f"The runs differ in {key}: {', '.join(sorted(values))}. A report is of one data set.")
 
@@ -375,7 +376,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
 
 def _unequal(runs: Sequence[Run]) -> list[str]:
     """Keys that differ between the runs although they should not."""
-    keys = [f.name for f in fields(PretrainSettings) if f.name not in OF_A_RUN]
-    keys = [key for key in keys if len({str(getattr(run.settings, key)) for run in runs}) > 1]
+    values = [comparable(run.settings) for run in runs]
+    keys = [key for key in values[0] if key not in OF_A_RUN and len({str(its[key]) for its in values}) > 1]
     queue = ("queue_size", "momentum_encoder") if len({family(run.settings.method) for run in runs}) > 1 else ()
     return [key for key in keys if key not in queue]

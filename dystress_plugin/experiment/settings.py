@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment import folders
 
 T = TypeVar("T")
 PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"]
+PATHS = ("data", "indices", "data_root", "out", "checkpoint")
 
 
 # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
@@ -85,7 +88,7 @@ class PretrainSettings:
 
     def on(self, data: str | None, data_root: str | None, download: bool) -> PretrainSettings:
         """The same with other data, whose tail nobody cut; None: its own."""
-        own = data in (None, self.data)
+        own = data is None or folders.same(data, self.data)
         return replace(
             self,
             data=data or self.data,
@@ -216,20 +219,84 @@ def _parsed(token: str, texts: Sequence[str]) -> Any:
     key, _, value = token.partition("=")
     # A folder may have a name such as 'a #1' or 'a: b', which means something else in YAML.
     if key in texts and value != "null":
-        return OmegaConf.create({key: value})
+        # bash expands the ~ of key=~/x, other shells do not.
+        return OmegaConf.create({key: os.path.expanduser(value) if key in PATHS else value})
     try:
         return OmegaConf.from_dotlist([token])
     except YAMLError as error:
         raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
 
 
+def output_folder(settings: PretrainSettings) -> Path:
+    """Where a run leaves its results."""
+    return Path(settings.out or f"runs/{settings.method}-{folders.name_of(settings.data)}-{settings.seed}")
+
+
 def comparable(settings: PretrainSettings) -> dict[str, Any]:
-    """What makes two runs the same: every setting as a plain value, but where the results go."""
-    return {name: value for name, value in asdict(settings).items() if name != "out"}
+    """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
+    nor where CIFAR, which is the same everywhere, comes from.
+    """
+    values = asdict(settings)
+    for key in ("out", "data_root", "download"):
+        del values[key]
+    indices = None if settings.indices is None else folders.place(settings.indices)
+    return values | {"data": folders.place(settings.data), "indices": indices}
 
 
-def read_config(path: Path) -> PretrainSettings:
-    """The `settings` of a run's `config.yaml`, with its default for a key that is newer than the file.
+def recorded(settings: PretrainSettings) -> dict[str, Any]:
+    """Every setting as a plain value, as a run keeps them: paths hold from every working directory."""
+    values = asdict(settings) | {"out": str(output_folder(settings))}
+    # Links stay in them: a disk may be exchanged under its name.
+    absolute = {key: os.path.join(os.getcwd(), path) for key, path in _paths(values).items()}
+    return values | absolute
+
+
+def located(settings: PretrainSettings, run: Path, given: PretrainSettings | None = None) -> PretrainSettings:
+    """Settings as recorded with the paths of here and now: where they were, else at the same place beside the run.
+
+    The second is for a run and its data that were moved together, and for version 0.1.0, which kept relative paths.
+
+    Args:
+        settings: as recorded.
+        run: the folder they are from.
+        given: settings whose choice it is where both places are there, as in a copy of run and data.
+    """
+    out = str(output_folder(settings))
+    found: dict[str, Any] = {}
+    for key, path in _paths(asdict(settings)).items():
+        here = os.path.join(os.getcwd(), path)
+        tried = [here]
+        if os.path.isabs(path) == os.path.isabs(out):
+            tried.append(os.path.normpath(run.resolve() / _way(out, path)))
+        if not os.path.isabs(path):
+            tried.reverse()
+        if given is not None and (wanted := getattr(given, key)) is not None:
+            tried.sort(key=lambda path: not folders.same(path, wanted))
+        found[key] = next(filter(os.path.exists, tried), here)
+    return replace(settings, **found | {"out": str(run.absolute())})
+
+
+def recorded_settings(values: dict[str, Any], run: Path, given: PretrainSettings) -> PretrainSettings:
+    """Settings from what a checkpoint keeps of them, `located`, with its default for a key that is newer."""
+    known = {f.name for f in fields(PretrainSettings)}
+    return located(PretrainSettings(**{key: value for key, value in values.items() if key in known}), run, given)
+
+
+def _way(start: str, path: str) -> str:
+    """The relative path between two places; as it is where there is none, such as to another drive."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return path
+
+
+def _paths(values: dict[str, Any]) -> dict[str, str]:
+    """The settings that are paths."""
+    return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in folders.NAMED}
+
+
+def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSettings:
+    """The `settings` of a run's `config.yaml`, `located`, with its default for a key that is newer than the file.
 
     Raises:
         ValueError: for a file that is damaged or another program's.
@@ -241,7 +308,7 @@ def read_config(path: Path) -> PretrainSettings:
         if not isinstance(settings, DictConfig):
             raise ValueError(f"{path} is no config.yaml of `dystress pretrain`: it has no settings. {remedy}")
         found: PretrainSettings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainSettings), settings))
-        return found
+        return located(found, path.parent, given)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dystress_plugin.experiment import images as images_module
 from dystress_plugin.experiment.data import load
-from dystress_plugin.experiment.images import fault, left_out, scan_folder
+from dystress_plugin.experiment.images import fault, read, scan_folder
 
 
 def png(size=12):
@@ -90,9 +90,7 @@ def test_training_goes_on_with_the_rest_and_remembers_which(mixed, tiny, capsys,
     settings = tiny | {"on_bad_image": "skip", "epochs": 1, "batch_size": 9}
     assert dystress("pretrain", settings) == 0
     assert f"7 of 32 files in {mixed} cannot be used and are left out" in capsys.readouterr().err
-    data = load(
-        str(mixed), root="", download=False, long_tail=None, seed=0, without=left_out(Path(tiny["out"]), str(mixed))
-    )
+    data = load(str(mixed), root="", download=False, long_tail=None, seed=0, without=read(Path(tiny["out"])).left_out)
     used = [str(Path(file).relative_to(mixed)) for part in (data.train, data.test) for file in part.files]
     assert len(used) == len(set(used)) == 25
     assert not set(used) & set(BAD)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, describe, parse
@@ -45,7 +47,7 @@ def test_help_lists_every_key_with_its_default(structure):
     "text", ["a #1", "a: b", "[a", "{a}", "01", "1e3", "off", "- a", "~", "'a'", "a | b", "$(a) `b`; c"]
 )
 def test_a_text_is_taken_as_it_stands(text):
-    assert parse(PretrainSettings, [f"data={text}"]).data == text
+    assert parse(PretrainSettings, [f"data={text}"]).data == os.path.expanduser(text)
 
 
 def test_null_is_none_and_what_is_no_yaml_is_an_error():
