@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
 
 from dystress_plugin.experiment import long_tail as tails
-from dystress_plugin.experiment.images import parts
+from dystress_plugin.experiment import pictures
+from dystress_plugin.experiment.images import class_files, named_as_image, parts
 from dystress_plugin.experiment.settings import PretrainSettings
 
 Picture: TypeAlias = Any  # PIL.Image.Image
@@ -132,7 +133,7 @@ def load(
             that is neither there nor to be downloaded, a `long_tail` outside of (0, 1], or an index file that
             does not fit.
     """
-    data = _folder(Path(name)) if name not in BUILTIN else BUILTIN[name](root, download)
+    data = _folder(Path(name), without) if name not in BUILTIN else BUILTIN[name](root, download)
     labels = data.train.labels
     chosen = tails.select(labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
     if chosen is not None:
@@ -221,14 +222,14 @@ def is_folder(name: str) -> bool:
     return name not in BUILTIN and Path(name).is_dir()
 
 
-def _folder(path: Path) -> Data:
+def _folder(path: Path, without: Collection[str]) -> Data:
     if not path.is_dir():
         raise ValueError(f"data={path} is neither a folder nor one of {', '.join(BUILTIN)}.")
     first, *held_out = parts(path)
-    images, classes = _image_folder(first)
+    images, classes = _image_folder(first, without)
     if held_out:
         train = images
-        test, test_classes = _image_folder(held_out[0])
+        test, test_classes = _image_folder(held_out[0], without)
         if classes != test_classes:
             raise ValueError(
                 f"{first} and {held_out[0]} have different class folders: "
@@ -240,17 +241,23 @@ def _folder(path: Path) -> Data:
     return Data(train, test, 224, IMAGENET_NORMALIZE, {}, tuple(classes))
 
 
-def _image_folder(path: Path) -> tuple[Images, list[str]]:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        folder = ImageFolder(str(path))
-    except (FileNotFoundError, PermissionError) as error:
-        raise ValueError(f"{path} is no readable folder of class folders with images: {error}") from None
-    if len(folder.classes) < 2:
-        raise ValueError(f"{path} has the single class '{folder.classes[0]}'; accuracies need at least two.")
-    files = np.asarray([file for file, _ in folder.samples])
-    return Images(lambda i: _picture(files[i]), np.asarray(folder.targets, dtype=np.int64), files), folder.classes
+def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[str]]:
+    listed, faults = class_files(str(path))
+    if place := next((place for place in faults if place not in without), None):
+        raise ValueError(f"{place} cannot be listed: {faults[place]}. Fix or remove it.")
+    found = {name: list(filter(named_as_image, files)) for name, files in listed.items()}
+    if not found or not all(found.values()):
+        empty = ", ".join(name for name, files in found.items() if not files)
+        raise ValueError(
+            f"{path} is no readable folder of class folders with images: "
+            + (f"no image in {empty}; remove what is no class." if empty else "there are no folders in it.")
+        )
+    classes = list(found)
+    if len(classes) < 2:
+        raise ValueError(f"{path} has the single class '{classes[0]}'; accuracies need at least two.")
+    files = np.asarray([file for files in found.values() for file in files])
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in found.values()])
+    return Images(lambda i: pictures.read(str(files[i])), labels, files), classes
 
 
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:
@@ -264,15 +271,7 @@ def _usable(images: Images, without: Collection[str], data: Data) -> Images:
             folder = Path(images.files[np.argmax(images.labels == label)]).parent
             raise ValueError(
                 f"Class '{data.classes[label]}' has no image left: none of those in {folder} can be used. "
-                "Mend them, or remove the folder."
+                "Fix them, or remove the folder."
             )
-        _picture(kept.files[positions[0]])
+        pictures.read(str(kept.files[positions[0]]))
     return kept
-
-
-def _picture(file: str) -> Picture:
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None

@@ -6,18 +6,17 @@ import hashlib
 import json
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import files
+from dystress_plugin.experiment import files, pictures
 
 ON_BAD_IMAGE = ("stop", "skip")
 RECORD = "images.json"
@@ -33,7 +32,8 @@ class Scan:
         good: number of files that can be used.
         bad: path below the folder → why it cannot be used.
         names: digest of the paths of the good files.
-        state: digest of path, size and time of every file; the same, and nothing has to be decoded again.
+        state: digest of path, size and time of every file, or of what hides them; the same, and nothing has to be
+            decoded again.
     """
 
     folder: str
@@ -85,18 +85,18 @@ def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, 
 
     Raises:
         ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
-            are not those the run began with.
+            are not those the run began with; for a folder that cannot be listed.
     """
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(unknown_name("value of on_bad_image", on_bad_image, ON_BAD_IMAGE))
-    found = list(_files(folder))
-    state = _digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
+    states, unlisted = _files(folder)
+    state = _digest(f"{name} {value}" for name, value in (states | unlisted).items())
     before = read(out)
     if before is not None and (before.folder, before.state) == (folder, state):
         scan = before
     else:
-        bad = _bad(folder, [name for name, _ in found], num_workers, progress)
-        good = [name for name, _ in found if name not in bad and name.lower().endswith(IMG_EXTENSIONS)]
+        bad = unlisted | _bad(folder, list(states), num_workers, progress)
+        good = [name for name in states if name not in bad and named_as_image(name)]
         scan = Scan(folder, len(good), bad, _digest(good), state)
         if before is not None and (out / "config.yaml").exists() and before.names != scan.names:
             raise ValueError(
@@ -114,27 +114,85 @@ def parts(folder: Path) -> list[Path]:
     return [folder / "train", held_out] if held_out is not None and (folder / "train").is_dir() else [folder]
 
 
+def named_as_image(file: str) -> bool:
+    """Whether a name ends like that of an image, in either case."""
+    return file.lower().endswith(IMG_EXTENSIONS)
+
+
+def class_files(part: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The files of every class folder, in the order of torchvision's ImageFolder; and what cannot be listed, with why.
+
+    Raises:
+        ValueError: for a folder that cannot be listed itself.
+    """
+    places, faults = _walk(part)
+    if part in faults:
+        raise ValueError(f"{part} is no readable folder of class folders with images: {faults[part]}")
+    found: dict[str, list[str]] = {}
+    for folder, names in places:
+        if folder != part:
+            of_class = found.setdefault(os.path.relpath(folder, part).split(os.sep)[0], [])
+            of_class += [os.path.join(folder, name) for name in names]
+            continue
+        for file in [os.path.join(part, name) for name in names if not name.startswith(".")]:
+            if not os.path.exists(file):  # it may stand for a class, which would be missed
+                faults[file] = _state(file)
+    return dict(sorted(found.items())), faults
+
+
+def _walk(top: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
+    """Every folder with the names of its files, sorted, and path → why for those that cannot be listed.
+
+    Links are followed, but for those to a folder that they lie in: below them every image would be found once more,
+    and where there are two of them without end.
+    """
+    places: list[tuple[str, list[str]]] = []
+    faults: dict[str, str] = {}
+    around = {top: _with_parents(top)}
+    for folder, inner, names in os.walk(top, onerror=lambda error: faults.update(_told(error)), followlinks=True):
+        places.append((folder, sorted(names)))
+        for name in inner.copy():
+            place = os.path.join(folder, name)
+            if os.path.realpath(place) in around[folder]:
+                faults[place] = "a link to a folder that it lies in"
+                inner.remove(name)
+            else:
+                around[place] = around[folder] | _with_parents(place)
+    return sorted(places), faults
+
+
+def _told(error: OSError) -> dict[str, str]:
+    return {error.filename: pictures.reason(error)}
+
+
+def _with_parents(folder: str) -> frozenset[str]:
+    """Where a folder really is, and the folders that it really lies in."""
+    real = Path(os.path.realpath(folder))
+    return frozenset(map(str, (real, *real.parents)))
+
+
+def _state(file: str) -> str:
+    """Size and time of a file, or why there are none."""
+    try:
+        state = os.stat(file)
+    except OSError as error:
+        return pictures.reason(error)
+    return f"{state.st_size} {state.st_mtime_ns}"
+
+
 def fault(file: str) -> str | None:
-    """Why a file cannot be used, None if it can."""
-    named = file.lower().endswith(IMG_EXTENSIONS)
-    if os.path.getsize(file) == 0:
-        return "empty file" if named else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(file) as picture:
-                if not named:
-                    return f"a {picture.format} image whose name does not end like one"
-                picture.verify()
-            with Image.open(file) as picture:  # verify leaves nothing to load
-                picture.convert("RGB")
-        except UnidentifiedImageError:
-            return "no image" if named else None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb, as far as Pillow can tell"
-        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
-            return f"damaged: {error}" if named else None
+    """Why a file cannot be used, None if it can or does not pretend to be an image."""
+    named = named_as_image(file)
+    try:
+        with pictures.opened(file) as picture:
+            if not named:
+                return f"a {picture.format} image whose name does not end like one"
+            picture.verify()
+        pictures.decode(file)  # anew: verify leaves nothing to load
+    except Exception as error:  # as in pictures.read
+        # What is not there may stand for a folder of images, whatever its name; and only an image is a bomb.
+        told = named or isinstance(error, pictures.BOMBS) or not os.path.exists(file)
+        return pictures.reason(error) if told else None
     return None
 
 
@@ -160,22 +218,22 @@ def _bad(folder: str, names: Sequence[str], num_workers: int, progress: bool) ->
     return {name: reason for batch in bar for name, reason in batch if reason}
 
 
-def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Path below the folder and state of every file in its class folders, in a fixed order; hidden ones only if named
-    like images, as torchvision takes those.
+def _files(folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Path below the folder → state of every file in its class folders, in a fixed order; → why for what cannot be
+    listed. Hidden files only if named like images, as torchvision takes those.
     """
+    states: dict[str, str] = {}
+    unlisted: dict[str, str] = {}
     for part in parts(Path(folder)):
-        classes = sorted(entry.path for entry in os.scandir(part) if entry.is_dir())
-        for place in classes:
-            for root, _, names in sorted(os.walk(place, followlinks=True)):
-                for name in sorted(names):
-                    if name.startswith(".") and not name.lower().endswith(IMG_EXTENSIONS):
-                        continue
-                    file = os.path.join(root, name)
-                    yield os.path.relpath(file, folder), os.stat(file)
+        found, faults = class_files(str(part))
+        unlisted |= {os.path.relpath(place, folder): why for place, why in faults.items()}
+        for file in chain.from_iterable(found.values()):
+            if named_as_image(file) or not os.path.basename(file).startswith("."):
+                states[os.path.relpath(file, folder)] = _state(file)
+    return states, unlisted
 
 
-def _digest(lines: Sequence[str] | Iterator[str]) -> str:
+def _digest(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(os.fsencode(line) + b"\n")
@@ -188,9 +246,9 @@ def _report(scan: Scan, out: Path, on_bad_image: str) -> None:
     which = f"{len(scan.bad)} of {scan.good + len(scan.bad)} files in {scan.folder} cannot be used"
     if on_bad_image == "stop":
         out.mkdir(parents=True, exist_ok=True)
-        scan.write(out)
+        replace(scan, state="").write(out)  # not to be believed again: what was wrong may be fixed with the same state
         raise ValueError(
             f"{which}, all of them listed in {out / RECORD}:{some}{more}\n"
-            "Mend or remove them, or leave them out with on_bad_image=skip."
+            "Fix or remove them, or leave them out with on_bad_image=skip."
         )
     print(f"dystress: {which} and are left out, all of them listed in {out / RECORD}:{some}{more}", file=sys.stderr)

@@ -131,7 +131,7 @@ def test_a_disk_that_fills_in_the_middle_ends_clearly_and_keeps_the_checkpoint(t
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
-    assert "What was written before is whole. When that is mended: the same command again goes on" in said
+    assert "What was written before is whole. When that is fixed: The same command again goes on" in said
     assert epoch_of(tiny["out"]) == 0
     assert [path.name for path in last(tiny["out"]).parent.iterdir()] == ["last.ckpt"]
     assert dystress("pretrain", tiny) == 0
