@@ -59,8 +59,9 @@ def decode(file: str) -> Image.Image:
         picture.load()
         with suppress(Exception):  # a picture is good whatever is the matter with its metadata
             ImageOps.exif_transpose(picture, in_place=True)
-        picture.info.clear()  # of no use any more, and what a saved copy would go on claiming, such as a CMYK profile
-        return _eight_bits(picture).convert("RGB")
+        converted = _eight_bits(picture).convert("RGB")
+    converted.info.clear()  # a saved copy would go on claiming it, such as a profile for CMYK
+    return converted
 
 
 @contextmanager
@@ -74,7 +75,8 @@ def opened(file: str) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as picture:
+        # Not by its name, which Pillow would map into memory: so it scrambles TIFFs that are turned by 90 degrees.
+        with open(file, "rb") as stream, Image.open(stream) as picture:
             yield picture
 
 
