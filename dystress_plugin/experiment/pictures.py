@@ -88,7 +88,7 @@ def reason(error: Exception) -> str:
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb, as far as Pillow can tell"
     if isinstance(error, _Refused):
         return str(error)
-    if isinstance(error, FileNotFoundError) and os.path.islink(error.filename):
+    if isinstance(error, FileNotFoundError) and os.path.islink(error.filename or ""):
         return "a link to what is not there"
     if isinstance(error, OSError) and error.errno is not None:  # the system's; a decoder's has no number
         return os.strerror(error.errno)

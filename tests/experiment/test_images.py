@@ -14,8 +14,8 @@ from conftest import dystress, write_images  # beside this file
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from dystress_plugin.experiment import files, pictures
 from dystress_plugin.experiment import images as images_module
-from dystress_plugin.experiment import pictures
 from dystress_plugin.experiment.data import load
 from dystress_plugin.experiment.images import class_files, fault, left_out, scan_folder
 
@@ -290,6 +290,18 @@ def test_the_files_are_those_of_torchvision_in_its_order(images):
     files = np.concatenate([data.train.files, data.test.files])
     labels = np.concatenate([data.train.labels, data.test.labels])
     assert sorted(zip(files.tolist(), labels.tolist(), strict=True)) == sorted(reference.samples)
+
+
+def test_folders_may_have_names_in_another_encoding(images, tmp_path):
+    os.rename(images / "class1", os.fsencode(images) + b"/caf\xe9")
+    data = os.fsdecode(os.fsencode(images) + b"\xe9")
+    images.rename(data)
+    network = {"backbone": "test_resnet", "image_size": 12, "methods": "[]", "constants": "[0.1]"}
+    assert dystress("inspect", {"data": data, "out": tmp_path / "inspect", **network}) == 0
+    assert dystress("long-tail", {"data": data, "long_tail": 1, "out": tmp_path / "tail"}) == 0
+    assert b"caf\xe9" in os.listdir(os.fsencode(tmp_path / "tail" / "train"))
+    files.write_text(tmp_path / "table.csv", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "table.csv").read_text() == r"caf\udce9"
 
 
 @pytest.mark.parametrize("links", [{"loop": "."}, {"a": ".", "b": "."}, {"a": "../class1"}])
