@@ -18,7 +18,7 @@ EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings."""
+    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings or files."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["methods"]:  # needs torch alone
         print(methods_table())
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"dystress: {EXTRA.format(error=error)}", file=sys.stderr)
         return 2
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:  # of the system: a file that cannot be read or written
         print(f"dystress: {error}", file=sys.stderr)
         return 2
     except RunStopped as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,9 +15,8 @@ import torch
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dystress_plugin.experiment import folders
+from dystress_plugin.experiment import folders, pictures
 from dystress_plugin.experiment import long_tail as tails
 from dystress_plugin.experiment.images import read as read_scan
 from dystress_plugin.experiment.settings import PretrainSettings
@@ -138,7 +136,7 @@ def load(
             that is neither there nor to be downloaded, a `long_tail` outside of (0, 1], or an index file that
             does not fit.
     """
-    data = _folder(Path(name)) if name not in BUILTIN else BUILTIN[name](root, download)
+    data = _folder(Path(name), without) if name not in BUILTIN else BUILTIN[name](root, download)
     labels = data.train.labels
     chosen = tails.select(labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
     if chosen is not None:
@@ -296,14 +294,15 @@ def is_folder(name: str) -> bool:
     return name not in folders.NAMED and Path(name).is_dir()
 
 
-def _folder(path: Path) -> Data:
+def _folder(path: Path, without: Collection[str]) -> Data:
     if not path.is_dir():
         raise ValueError(f"data={path} is neither a folder nor one of {', '.join(BUILTIN)}.")
     layout = folders.read(path)
-    images, classes = _image_folder(layout.train)
+    without = {str(path / name) for name in without}
+    images, classes = _image_folder(layout.train, without)
     if layout.held_out is not None:
         train = images
-        test, test_classes = _image_folder(layout.held_out)
+        test, test_classes = _image_folder(layout.held_out, without)
         if classes != test_classes:
             raise ValueError(
                 f"{layout.train} and {layout.held_out} have different class folders: "
@@ -316,34 +315,28 @@ def _folder(path: Path) -> Data:
     return Data(train, test, 224, IMAGENET_NORMALIZE, {}, tuple(classes))
 
 
-def _image_folder(path: Path) -> tuple[Images, list[str]]:
+def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[str]]:
     """What torchvision's ImageFolder finds, without hidden folders, and the names of the classes."""
-    classes = folders.visible(path)
-    found = [_image_files(path / name) for name in classes]
-    empty = [name for name, its in zip(classes, found, strict=True) if not its]
-    if not classes or empty:
-        reason = f"no images in {', '.join(empty)}" if empty else "it has no class folders"
+    listed, faults = folders.class_files(path)
+    if place := next((place for place in faults if place not in without), None):
+        raise ValueError(f"{place} cannot be listed: {faults[place]}. Fix or remove it.")
+    found = {name: list(filter(folders.named_as_image, files)) for name, files in listed.items()}
+    if not found or not all(found.values()):
+        empty = ", ".join(name for name, files in found.items() if not files)
+        reason = f"no images in {empty}; remove what is no class" if empty else "it has no class folders"
         raise ValueError(
             f"{path} is no readable folder of class folders with images: {reason}. Names of images end in "
-            f"{', '.join(IMG_EXTENSIONS)}."
+            f"{', '.join(folders.IMG_EXTENSIONS)}."
         )
+    classes = list(found)
     if len(classes) < 2:
         raise ValueError(
             f"{path} has the single class '{classes[0]}'; accuracies need at least two. If the classes are in there, "
             f"give data={path / classes[0]}"
         )
-    labels = np.repeat(np.arange(len(classes)), [len(its) for its in found])
-    files = np.asarray([file for its in found for file in its])
-    return Images(lambda i: _picture(files[i]), labels, files), classes
-
-
-def _image_files(folder: Path) -> list[str]:
-    return [
-        os.path.join(root, name)
-        for root, names in folders.walk(folder)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    ]
+    files = np.asarray([file for files in found.values() for file in files])
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in found.values()])
+    return Images(lambda i: pictures.read(str(files[i])), labels, files), classes
 
 
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:
@@ -357,15 +350,7 @@ def _usable(images: Images, without: Collection[str], data: Data) -> Images:
             folder = Path(images.files[np.argmax(images.labels == label)]).parent
             raise ValueError(
                 f"Class '{data.classes[label]}' has no image left: none of those in {folder} can be used. "
-                "Mend them, or remove the folder."
+                "Fix them, or remove the folder."
             )
-        _picture(kept.files[positions[0]])
+        pictures.read(str(kept.files[positions[0]]))
     return kept
-
-
-def _picture(file: str) -> Picture:
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None

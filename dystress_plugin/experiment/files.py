@@ -40,8 +40,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write` in UTF-8."""
-    write(path, text.encode())
+    """`write` in UTF-8; what has no place in it, of a folder's name in another encoding, as an escape."""
+    write(path, text.encode(errors="backslashreplace"))
 
 
 def save(path: Path, content: Any) -> None:

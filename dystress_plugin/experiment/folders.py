@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from dystress_plugin.experiment import pictures
 
 NAMED = ("cifar10", "cifar100", "digits")  # data that is no folder
 
@@ -86,17 +90,44 @@ def read(folder: Path) -> Layout:
 
 def visible(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted as torchvision sorts classes, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _hidden(entry.name))
+    return sorted(name for name in os.listdir(folder) if os.path.isdir(folder / name) and not _hidden(name))
 
 
-def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) for a class folder and all below, in torchvision's order, without hidden folders.
+def named_as_image(file: str) -> bool:
+    """Whether a name ends like that of an image, in either case."""
+    return file.lower().endswith(IMG_EXTENSIONS)
+
+
+def class_files(part: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The files of every class folder, in the order of torchvision's ImageFolder; and what cannot be listed, with why.
 
     Raises:
-        ValueError: for a folder that cannot be read, that a command wrote results to, or that is divided into splits.
+        ValueError: for a folder that cannot be listed itself, or with one below that a command wrote results to or that
+            is divided into splits.
     """
-    for root, names in sorted(_walk(folder)):
-        yield root, sorted(names)
+    top = str(part)
+    places, faults = _walk(top)
+    if top in faults:
+        raise ValueError(f"{top} is no readable folder of class folders with images: {faults[top]}")
+    found: dict[str, list[str]] = {}
+    for folder, names in places:
+        if folder != top:
+            of_class = found.setdefault(os.path.relpath(folder, top).split(os.sep)[0], [])
+            of_class += [str(Path(folder, name)) for name in names]
+            continue
+        for file in [os.path.join(top, name) for name in names if not name.startswith(".")]:
+            if not os.path.exists(file):  # it may stand for a class, which would be missed
+                faults[file] = state(file)
+    return dict(sorted(found.items())), {str(Path(place)): why for place, why in faults.items()}
+
+
+def state(file: str) -> str:
+    """Size and time of a file, or why there are none."""
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        return pictures.reason(error)
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def same(one: str | Path, other: str | Path) -> bool:
@@ -161,24 +192,53 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HIDDEN
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    for root, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
-        if writer := _writer(names):
-            raise ValueError(
-                f"{root} holds results of {writer}, which are no images, but lies in a folder of images. Move it out."
-            )
-        folders[:] = [name for name in folders if not _hidden(name)]
-        inner = {name: found[0] for name in folders if (found := _split(name)) and not found[1]}
-        if _complete(inner.values()):
-            raise ValueError(
-                f"{root} is read as a class, but has the splits {_listed(sorted(inner))}; all would be trained on. Put "
-                f"class folders into train and val, not these into class folders, or give data={root}"
-            )
-        yield root, names
+def _walk(top: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
+    """Every folder that is not hidden, with the names of its files, sorted; and path → why for those that cannot be
+    listed.
+
+    Links are followed, but for those to a folder that they lie in: below them every image would be found once more,
+    and where there are two of them without end.
+    """
+    places: list[tuple[str, list[str]]] = []
+    faults: dict[str, str] = {}
+    around = {top: _with_parents(top)}
+    for folder, inner, names in os.walk(top, onerror=lambda error: faults.update(_told(error)), followlinks=True):
+        inner[:] = sorted(name for name in inner if not _hidden(name))
+        if folder != top:
+            _check_class(folder, inner, names)
+        places.append((folder, sorted(names)))
+        for name in inner.copy():
+            place = os.path.join(folder, name)
+            if os.path.realpath(place) in around[folder]:
+                faults[place] = "a link to a folder that it lies in"
+                inner.remove(name)
+            else:
+                around[place] = around[folder] | _with_parents(place)
+    return sorted(places), faults
 
 
-def _unreadable(error: OSError) -> None:
-    raise ValueError(f"{error.filename} in a folder of images cannot be read: {error.strerror}") from None
+def _check_class(folder: str, inner: Sequence[str], names: Sequence[str]) -> None:
+    """Raises a ValueError for a folder of a class that holds something else."""
+    if writer := _writer(names):
+        raise ValueError(
+            f"{folder} holds results of {writer}, which are no images, but lies in a folder of images. Move it out."
+        )
+    splits = {name: found[0] for name in inner if (found := _split(name)) and not found[1]}
+    if _complete(splits.values()):
+        raise ValueError(
+            f"{folder} is read as a class, but has the splits {_listed(sorted(splits))}; all would be trained on. Put "
+            f"class folders into train and val, not these into class folders, or give data={folder}"
+        )
+
+
+def _told(error: OSError) -> dict[str, str]:
+    return {error.filename: pictures.reason(error)}
+
+
+def _with_parents(folder: str) -> frozenset[str]:
+    """Where a folder really is, and the folders that it really lies in."""
+    real = Path(os.path.realpath(folder))
+    return frozenset(map(str, (real, *real.parents)))
 
 
 def _writer(names: Sequence[str]) -> str | None:

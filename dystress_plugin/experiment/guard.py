@@ -88,11 +88,13 @@ class NanGuard(Callback):
             f"\n  {name}: mean {s['mean']:.4g}, min {s['min']:.4g}, max {s['max']:.4g}"
             for name, s in statistics.items()
         )
+        finished = (self.out / "checkpoints" / "last.ckpt").exists()
+        kept = "The checkpoint of the last finished epoch is as it was. " if finished else ""
         raise RunStopped(
             f"{what} is not finite: epoch {trainer.current_epoch}, step {trainer.global_step}, images {images}; all in "
             f"{self.out / REPORT}. What is finite of the batch:{lines or ' nothing'}\n"
-            f"The checkpoint of the last finished epoch is as it was. A smaller lr, a longer warmup_epochs or a larger "
-            "temperature may help, in another out; nan_guard=false goes on all the same."
+            f"{kept}A smaller lr, a longer warmup_epochs or a larger temperature may help, in another out; "
+            "nan_guard=false goes on all the same."
         )
 
 

@@ -6,18 +6,17 @@ import hashlib
 import json
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import files, folders
+from dystress_plugin.experiment import files, folders, pictures
+from dystress_plugin.experiment.folders import named_as_image
 
 ON_BAD_IMAGE = ("stop", "skip")
 RECORD = "images.json"
@@ -33,7 +32,8 @@ class Scan:
         good: number of files that can be used.
         bad: path below the folder → why it cannot be used.
         names: digest of the paths of the good files.
-        state: digest of path, size and time of every file; the same, and nothing has to be decoded again.
+        state: digest of path, size and time of every file, or of what hides them; the same, and nothing has to be
+            decoded again.
         splits: paths of the folders below that are trained on and held out; none where there are class folders; None
             in a file of version 0.1.0, which knew `train` with `val` or `test` alone.
     """
@@ -53,8 +53,8 @@ class Scan:
     def fits(self, folder: str) -> bool:
         """Whether a folder, here or moved, still has the files that can be used, read in the same way."""
         layout = folders.read(Path(folder))
-        named = [name for name, _ in _files(layout) if name.lower().endswith(IMG_EXTENSIONS)]
-        return self.names == _digest(name for name in named if name not in self.bad) and self.splits_fit(layout)
+        good = [name for name in _files(layout)[0] if named_as_image(name) and name not in self.bad]
+        return self.names == _digest(good) and self.splits_fit(layout)
 
     def splits_fit(self, layout: folders.Layout) -> bool:
         """Whether the same folders as now were trained on and held out."""
@@ -101,8 +101,8 @@ def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, 
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(unknown_name("value of on_bad_image", on_bad_image, ON_BAD_IMAGE))
     layout = folders.read(Path(folder))
-    found = list(_files(layout))
-    state = _digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
+    states, unlisted = _files(layout)
+    state = _digest(f"{name} {value}" for name, value in (states | unlisted).items())
     before = read(out)
     begun = before if (out / "config.yaml").exists() else None
     if begun is not None and not begun.splits_fit(layout):
@@ -114,8 +114,8 @@ def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, 
     if before is not None and before.state == state:
         scan = replace(before, folder=folder, splits=layout.splits)  # wherever it is now
     else:
-        bad = _bad(folder, [name for name, _ in found], num_workers, progress)
-        good = [name for name, _ in found if name not in bad and name.lower().endswith(IMG_EXTENSIONS)]
+        bad = unlisted | _bad(folder, list(states), num_workers, progress)
+        good = [name for name in states if name not in bad and named_as_image(name)]
         scan = Scan(folder, len(good), bad, _digest(good), state, layout.splits)
         if begun is not None and begun.names != scan.names:
             raise ValueError(
@@ -128,26 +128,18 @@ def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, 
 
 
 def fault(file: str) -> str | None:
-    """Why a file cannot be used, None if it can."""
-    named = file.lower().endswith(IMG_EXTENSIONS)
-    if os.path.getsize(file) == 0:
-        return "empty file" if named else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(file) as picture:
-                if not named:
-                    return f"a {picture.format} image whose name does not end like one"
-                picture.verify()
-            with Image.open(file) as picture:  # verify leaves nothing to load
-                picture.convert("RGB")
-        except UnidentifiedImageError:
-            return "no image" if named else None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb, as far as Pillow can tell"
-        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
-            return f"damaged: {error}" if named else None
+    """Why a file cannot be used, None if it can or does not pretend to be an image."""
+    named = named_as_image(file)
+    try:
+        with pictures.opened(file) as picture:
+            if not named:
+                return f"a {picture.format} image whose name does not end like one"
+            picture.verify()
+        pictures.decode(file)  # anew: verify leaves nothing to load
+    except Exception as error:  # as in pictures.read
+        # What is not there may stand for a folder of images, whatever its name; and only an image is a bomb.
+        told = named or isinstance(error, pictures.BOMBS) or not os.path.exists(file)
+        return pictures.reason(error) if told else None
     return None
 
 
@@ -173,21 +165,22 @@ def _bad(folder: str, names: Sequence[str], num_workers: int, progress: bool) ->
     return {name: reason for batch in bar for name, reason in batch if reason}
 
 
-def _files(layout: folders.Layout) -> Iterator[tuple[str, os.stat_result]]:
-    """Path below the folder and state of every file in its class folders, in a fixed order; hidden ones only if named
-    like images, as torchvision takes those.
+def _files(layout: folders.Layout) -> tuple[dict[str, str], dict[str, str]]:
+    """Path below the folder → state of every file in its class folders, in a fixed order; → why for what cannot be
+    listed. Hidden files only if named like images, as torchvision takes those.
     """
+    states: dict[str, str] = {}
+    unlisted: dict[str, str] = {}
     for part in layout.parts:
-        for name in folders.visible(part):
-            for root, names in folders.walk(part / name):
-                for file in names:
-                    if file.startswith(".") and not file.lower().endswith(IMG_EXTENSIONS):
-                        continue
-                    path = os.path.join(root, file)
-                    yield os.path.relpath(path, layout.folder), os.stat(path)
+        found, faults = folders.class_files(part)
+        unlisted |= {os.path.relpath(place, layout.folder): why for place, why in faults.items()}
+        for file in chain.from_iterable(found.values()):
+            if named_as_image(file) or not os.path.basename(file).startswith("."):
+                states[os.path.relpath(file, layout.folder)] = folders.state(file)
+    return states, unlisted
 
 
-def _digest(lines: Sequence[str] | Iterator[str]) -> str:
+def _digest(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(os.fsencode(line) + b"\n")
@@ -200,9 +193,9 @@ def _report(scan: Scan, out: Path, on_bad_image: str) -> None:
     which = f"{len(scan.bad)} of {scan.good + len(scan.bad)} files in {scan.folder} cannot be used"
     if on_bad_image == "stop":
         out.mkdir(parents=True, exist_ok=True)
-        scan.write(out)
+        replace(scan, state="").write(out)  # not to be believed again: what was wrong may be fixed with the same state
         raise ValueError(
             f"{which}, all of them listed in {out / RECORD}:{some}{more}\n"
-            "Mend or remove them, or leave them out with on_bad_image=skip."
+            "Fix or remove them, or leave them out with on_bad_image=skip."
         )
     print(f"dystress: {which} and are left out, all of them listed in {out / RECORD}:{some}{more}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -130,7 +131,8 @@ def _look(settings: InspectSettings, out: Path) -> Seen:
         z = module.train().embed(pictures)  # in train mode, as the loss sees the embeddings
     title = "untrained" if fresh else f"{recipes.recipe(shown.method).title}, trained for {shown.epochs} epochs:"
     return Seen(
-        name=f"{title} {shown.backbone} on {shown.data}",
+        # A folder's name need not be UTF-8, which is all that figures take.
+        name=f"{title} {shown.backbone} on {os.fsencode(shown.data).decode(errors='backslashreplace')}",
         z=z,
         numbers=index,
         samples=len(data.train.labels),

@@ -194,15 +194,17 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
     order, or for a folder that of torchvision's ImageFolder, sorted by class and name.
 
     Raises:
-        ValueError: for an `out` that is not empty or lies in the data, settings that do not fit the data, or none that
-            choose a part.
+        ValueError: for an `out` that is not empty, cannot be written or lies in the data, settings that do not fit the
+            data, or none that choose a part.
     """
     from dystress_plugin.experiment import data as data_module
+    from dystress_plugin.experiment import files
 
     out = Path(settings.out)
     folders.check_apart(out, settings.data)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
+    files.check_place(out)
     if settings.indices_by not in ("position", "number"):
         raise ValueError(unknown_name("indices_by", settings.indices_by, ["position", "number"]))
     if settings.long_tail is None and settings.indices is None:
@@ -233,8 +235,10 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
         part.chmod(0o755)
         _write_files(part, data, positions, record, images=settings.images)
         part.replace(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"out={out} cannot be written: {error}. Nothing was left there.") from None
         raise
     return record
 

@@ -29,7 +29,7 @@ from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
 from dystress_plugin.experiment.evaluation import evaluate
 from dystress_plugin.experiment.guard import NanGuard
-from dystress_plugin.experiment.interruption import resumable
+from dystress_plugin.experiment.interruption import Progress, resumable
 from dystress_plugin.experiment.module import MODULES, MOMENTUM, OPTIMIZERS, PretrainModule
 from dystress_plugin.experiment.settings import (
     PretrainSettings,
@@ -67,14 +67,14 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
 
     Raises:
         ValueError: before any training, for settings, data, an output folder or files in it that do not fit.
-        RunStopped: for a disk that is full, or a loss that is not finite.
+        RunStopped: for a disk that is full, an image that can no longer be read, or a loss that is not finite.
         SystemExit: after SIGTERM, with status 143.
     """
-    with resumable(output_folder(settings)):
-        return _run(settings)
+    with resumable(output_folder(settings)) as progress:
+        return _run(settings, progress)
 
 
-def _run(settings: PretrainSettings) -> dict[str, Any]:
+def _run(settings: PretrainSettings, progress: Progress) -> dict[str, Any]:
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
     files.check_place(out)
@@ -101,6 +101,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
             return finished
         if scan is not None:
             scan.write(out)
+    progress.begun = True
     started = time.monotonic()
     untrained = None
     options: dict[str, Any] = {

@@ -13,13 +13,13 @@ from dystress_plugin.experiment.module import PretrainModule
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Lets something go wrong in the second step of the second epoch, the fifth of all."""
+    """Lets something go wrong in the second step of the second epoch, the fifth of all, or of another epoch."""
 
-    def at_step(poison):
+    def at_step(poison, epoch=1):
         training_step = PretrainModule.training_step
 
         def step(self, batch, batch_idx):
-            here = self.current_epoch == 1 and batch_idx == 1
+            here = self.current_epoch == epoch and batch_idx == 1
             return poison(training_step, self, batch, batch_idx) if here else training_step(self, batch, batch_idx)
 
         monkeypatch.setattr(PretrainModule, "training_step", step)
@@ -50,6 +50,14 @@ def embedding_is_nan(step, self, batch, number):
 def weight_is_nan(step, self, batch, number):
     next(self.backbone.parameters()).data.fill_(torch.nan)
     return step(self, batch, number)
+
+
+def test_in_the_first_epoch_there_is_no_checkpoint_to_speak_of(tiny, poisoned, capsys, quick):
+    poisoned(loss_is_nan, epoch=0)
+    assert dystress("pretrain", tiny) == 1
+    said = capsys.readouterr().err
+    assert "the loss, nan, is not finite: epoch 0, step 1" in said
+    assert "last finished epoch" not in said
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import numpy as np
@@ -216,6 +217,18 @@ def test_nothing_is_written_where_something_is_wrong(settings, message, source, 
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "kept"]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["letter.txt"]
+
+
+def test_a_disk_that_fills_leaves_no_half_folder_and_is_told(source, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    out = tmp_path / "tail"
+    assert long_tail(data=source, long_tail=0.25, out=out) == 2
+    told = f"dystress: out={out} cannot be written: [Errno 28] No space left on device. Nothing was left there.\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_an_interrupted_command_leaves_no_half_folder(source, tmp_path, monkeypatch):
