@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from dystress_plugin.experiment import files, images
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data import Data, Views, load_for
-from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, read_config
+from dystress_plugin.experiment.devices import torch_device
+from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, checked, read_config
 from dystress_plugin.experiment.transforms import plain_transform
 
 QUERIES = 1024  # at a time, against the whole memory
@@ -120,13 +121,15 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     """`knn_top1` and `linear_top1` of the backbone that `dystress pretrain` left in a folder.
 
     Raises:
-        ValueError: for a folder without a finished run, or data whose images do not fit.
+        ValueError: for a folder without a finished run, data whose images do not fit, or an accelerator that is not
+            there.
     """
+    settings = checked(settings)
+    device = torch_device(settings.accelerator)
     trained, backbone = trained_backbone(Path(settings.checkpoint))
     shown = trained.on(settings.data, settings.data_root, settings.download)
     data = load_for(shown, without=images.left_out(Path(settings.checkpoint), shown.data))
     assert trained.image_size is not None  # as above
-    cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(
         backbone,
         data,
@@ -135,5 +138,5 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         num_workers=settings.num_workers,
         knn_k=settings.knn_k,
         knn_t=settings.knn_t,
-        device="cuda" if cuda else "cpu",
+        device=device,
     )
