@@ -45,7 +45,7 @@ def build_trainer(settings: PretrainSettings, **options: Any) -> Trainer:
     devices = _devices(settings.devices, cpu)
     known = ["auto", *(name for name in StrategyRegistry.available_strategies() if name.startswith(STRATEGIES))]
     if settings.strategy not in known:
-        raise ValueError(unknown_name("strategy", settings.strategy, known))
+        raise ValueError(unknown_name("strategy", settings.strategy, known, choices="auto, ddp, or Lightning's others"))
     if cpu and settings.precision in ("16", "16-mixed"):
         raise ValueError(f"precision={settings.precision} needs a GPU; on the CPU it is bf16-mixed.")
     keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -89,7 +89,7 @@ def _devices(text: str, cpu: bool) -> str | int:
     if text == "auto" or (not cpu and re.fullmatch(r"-1|\d+,(\d+(,\d+)*,?)?", text)):
         return -1 if text == "-1" else text
     forms = (
-        f"auto or 1 to {limit} processes on the CPU" if cpu else "auto, -1, a number of GPUs, or a list such as '0,1'"
+        f"auto, or 1 to {limit} processes on the CPU" if cpu else "auto, -1, a number of GPUs, or a list such as '0,1'"
     )
     raise ValueError(f"devices={text} must be {forms}.")
 

@@ -218,6 +218,8 @@ def _losses(settings: InspectSettings, seen: Seen) -> dict[str, ContrastiveLoss]
             own = {"num_samples": seen.samples} | own
         word = name.partition("-")[2]
         losses[f"{recipe.title} ({word})" if word else recipe.title] = ContrastiveLoss(recipe.name, **own)
+    if not losses:
+        raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
     return losses
 
 

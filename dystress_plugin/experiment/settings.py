@@ -23,7 +23,9 @@ BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 LARGEST_SEED = 2**32 - 1  # of NumPy, and so of Lightning
 
 
-def _key(default: Any, help_: str, *, words: Sequence[str] = (), some: bool = False, **bounds: float) -> Any:
+def _key(
+    default: Any, help_: str, *, words: Sequence[str] = (), some: bool = False, once: bool = False, **bounds: float
+) -> Any:
     """A key and what it can have.
 
     Args:
@@ -31,9 +33,10 @@ def _key(default: Any, help_: str, *, words: Sequence[str] = (), some: bool = Fa
         help_: what it is, up to a semicolon, and more.
         words: all that a text can be.
         some: whether a list must have something.
+        once: whether a list may have nothing twice.
         **bounds: of a number or of each number in a list, by the names in `BOUNDS`.
     """
-    metadata = {"help": help_, "words": words, "some": some, "bounds": bounds}
+    metadata = {"help": help_, "words": words, "some": some, "once": once, "bounds": bounds}
     # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
@@ -204,10 +207,13 @@ class CompareSettings:
     """Keys of `dystress compare` beside those of `dystress pretrain`."""
 
     methods: list[str] = _key(
-        "???", "such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own", some=True
+        "???",
+        "what is compared, such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own",
+        some=True,
+        once=True,
     )
     seeds: list[int] = _key(
-        [0, 1, 2], "each method is trained once with each", some=True, at_least=0, at_most=LARGEST_SEED
+        [0, 1, 2], "each method is trained once with each", some=True, once=True, at_least=0, at_most=LARGEST_SEED
     )
     out: str = _key("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
     method_kwargs: dict[str, Any] = _key({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
@@ -221,6 +227,7 @@ class CompareSettings:
         PROTOCOLS,
         "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers",
         some=True,
+        once=True,
     )
     jobs: int = _key(1, "runs at once, each a process of its own; several GPUs are dealt out", at_least=1, at_most=1024)
     diagnostics_every_n_steps: int | None = _key(
@@ -239,7 +246,10 @@ class ReportSettings:
     runs: list[str] = _key([], "folders of finished runs, or that hold them; the same as naming them without a key")
     out: str | None = _key(None, "where results.csv and report.html go; null: beside the runs, or where compare put it")
     protocols: list[str] = _key(
-        PROTOCOLS, "how backbones are scored; what a run's protocols.csv has already is not computed again", some=True
+        PROTOCOLS,
+        "how backbones are scored; what a run's protocols.csv has already is not computed again",
+        some=True,
+        once=True,
     )
 
 
@@ -249,7 +259,7 @@ class InspectSettings:
 
     checkpoint: str | None = _key(None, "folder that `dystress pretrain` wrote; null: an untrained network")
     data: str | None = _key(None, "as for `dystress pretrain`; null: the run's, or digits")
-    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`")
+    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True)
     method_kwargs: dict[str, Any] = _key({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
     constants: list[float] = _key(
         [0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with", above=0, at_most=1_000_000
@@ -295,7 +305,8 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
             raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
         if key.split(".")[0] not in known:
             raise ValueError(unknown_name("key", key, known))
-    return _merged(structure, *(_parsed(token, texts) for token in tokens))
+    settings: T = _merged(structure, *(_parsed(token, texts) for token in tokens))
+    return settings
 
 
 def checked(settings: T) -> T:
@@ -304,20 +315,21 @@ def checked(settings: T) -> T:
     Raises:
         ValueError: for one that is not.
     """
-    return _merged(settings)
+    same: T = _merged(settings)
+    return same
 
 
-def _merged(base: T | type[T], *changes: Any) -> T:
+def _merged(base: Any, *changes: Any) -> Any:
     try:
         config = OmegaConf.merge(OmegaConf.structured(base), *changes)
         missing = OmegaConf.missing_keys(config)
         if missing:
             raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
         OmegaConf.resolve(config)
-        settings: T = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
+        settings = OmegaConf.to_object(config)
+    except (OmegaConfBaseException, OverflowError) as error:
         key = getattr(error, "full_key", None) or "setting"
-        wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])  # type: ignore[arg-type]
+        wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
         hint = f"; it must be {wanted}" if wanted else ""
         raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
     _check_values(settings)
@@ -326,26 +338,30 @@ def _merged(base: T | type[T], *changes: Any) -> T:
 
 def _check_values(settings: Any) -> None:
     for f in fields(settings):
-        value = getattr(settings, f.name)
-        what = f.metadata["help"].partition(";")[0]
-        if value == "":
-            raise ValueError(f"{f.name}= is empty: {what}.")
-        if f.metadata["words"] and value not in f.metadata["words"]:
-            raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
-        if isinstance(value, list) and (len(set(value)) < len(value) or (f.metadata["some"] and not value)):
-            raise ValueError(f"{f.name}={value} must be {'at least one, ' * f.metadata['some']}each once: {what}.")
-        for number in value if isinstance(value, list) else [value]:
-            # Not `any(outside)`: NaN is on neither side of a bound.
-            if number is not None and not all(
-                BOUNDS[side](number, bound) for side, bound in f.metadata["bounds"].items()
-            ):
-                which = f": {number}" if isinstance(value, list) else ""
-                raise ValueError(f"{f.name}={value}{which} must be {range_of(f)}: {what}.")
+        _check_value(f, getattr(settings, f.name))
     constants = getattr(settings, "constants", None) or []
     if len({f"{tau:g}" for tau in constants}) < len(constants):
         raise ValueError(f"constants={constants} must be different in six digits, by which they are named.")
     if isinstance(settings, PretrainSettings) and (settings.warmup_epochs or 0) > settings.epochs:
         raise ValueError(f"warmup_epochs={settings.warmup_epochs:g} must lie between 0 and epochs={settings.epochs}.")
+
+
+def _check_value(f: Field[Any], value: Any) -> None:
+    what = f.metadata["help"].partition(";")[0]
+    if value == "":
+        raise ValueError(f"{f.name}= is empty: {what}.")
+    if f.metadata["words"] and value not in f.metadata["words"]:
+        raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
+    if f.metadata["some"] and not value:
+        raise ValueError(f"{f.name}={value} must be at least one: {what}.")
+    if f.metadata["once"] and len(set(value)) < len(value):
+        raise ValueError(f"{f.name}={value} must be each once: {what}.")
+    bounds = f.metadata["bounds"].items()
+    for number in value if isinstance(value, list) else [value]:
+        # Inside all, not outside of any: NaN is on neither side of a bound.
+        if number is not None and not all(BOUNDS[side](number, bound) for side, bound in bounds):
+            which = f": {number}" if isinstance(value, list) else ""
+            raise ValueError(f"{f.name}={value}{which} must be {range_of(f)}: {what}.")
 
 
 def range_of(f: Field[Any]) -> str:
@@ -361,7 +377,7 @@ def _parsed(token: str, texts: Sequence[str]) -> Any:
         return OmegaConf.create({key: value})
     try:
         return OmegaConf.from_dotlist([token])
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: of a number with thousands of digits
         raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
 
 
@@ -382,7 +398,8 @@ def read_config(path: Path) -> PretrainSettings:
         settings = config.get("settings") if isinstance(config, DictConfig) else None
         if not isinstance(settings, DictConfig):
             raise ValueError("it has no settings.")
-        return _merged(PretrainSettings, settings)
+        found: PretrainSettings = _merged(PretrainSettings, settings)
+        return found
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

@@ -55,7 +55,7 @@ def test_a_method_can_be_compared_with_itself():
     ("arguments", "message"),
     [
         (["methods=[dystres]"], "Unknown method 'dystres'. Did you mean 'dystress'?"),
-        (["methods=[macl,macl]"], "methods=['macl', 'macl'] must be at least one, each once"),
+        (["methods=[macl,macl]"], "methods=['macl', 'macl'] must be each once"),
         (["methods=[macl]", "seeds=[]"], "seeds=[] must be at least one"),
         (["methods=[macl]", "method_kwargs.tau=0.3"], "method_kwargs.tau: say whose, such as method_kwargs.macl.tau="),
         (["methods=[macl]", "method_kwargs.dystress.tau_max=0.3"], "Unknown method in method_kwargs 'dystress'"),
