@@ -320,15 +320,18 @@ def checked(settings: T) -> T:
 
 
 def _merged(base: Any, *changes: Any) -> Any:
+    change: Any = {}
     try:
-        config = OmegaConf.merge(OmegaConf.structured(base), *changes)
+        config = OmegaConf.structured(base)
+        for change in changes:
+            config = OmegaConf.merge(config, change)
         missing = OmegaConf.missing_keys(config)
         if missing:
             raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
         OmegaConf.resolve(config)
         settings = OmegaConf.to_object(config)
     except (OmegaConfBaseException, OverflowError) as error:
-        key = getattr(error, "full_key", None) or "setting"
+        key = getattr(error, "full_key", None) or ", ".join(change) or "setting"
         wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
         hint = f"; it must be {wanted}" if wanted else ""
         raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
@@ -350,6 +353,8 @@ def _check_value(f: Field[Any], value: Any) -> None:
     what = f.metadata["help"].partition(";")[0]
     if value == "":
         raise ValueError(f"{f.name}= is empty: {what}.")
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        raise ValueError(f"{f.name}={value} must be a list of plain values: {what}.")
     if f.metadata["words"] and value not in f.metadata["words"]:
         raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
     if f.metadata["some"] and not value:
