@@ -143,5 +143,5 @@ def _holder(path: Path) -> str:
     try:
         found = json.loads(path.read_text())
         return f"process {found['pid']} on {found['host']} since {found['since']}"
-    except (OSError, ValueError, KeyError):  # it has just begun, or ended
+    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or ended
         return "another process"

@@ -355,7 +355,7 @@ def _check_value(f: Field[Any], value: Any) -> None:
         raise ValueError(f"{f.name}= is empty: {what}.")
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         raise ValueError(f"{f.name}={value} must be a list of plain values: {what}.")
-    if f.metadata["words"] and value not in f.metadata["words"]:
+    if f.metadata["words"] and value is not None and value not in f.metadata["words"]:
         raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
     if f.metadata["some"] and not value:
         raise ValueError(f"{f.name}={value} must be at least one: {what}.")
