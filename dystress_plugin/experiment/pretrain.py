@@ -159,7 +159,7 @@ def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devi
     """The settings with a value for every key that they leave open: what `config.yaml` records.
 
     Raises:
-        ValueError: for a parameter that the method does not have.
+        ValueError: for a parameter that the method does not have, or a table that is not of the data's size.
     """
     parameters = recipe.parameters
     for name in settings.method_kwargs:
@@ -167,7 +167,9 @@ def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devi
             raise ValueError(unknown_name(f"parameter of method '{recipe.name}'", name, parameters))
     own = {name: None if value is inspect.Parameter.empty else value for name, value in parameters.items()}
     if "num_samples" in own:
-        own["num_samples"] = len(data.train.labels)
+        own["num_samples"] = size = len(data.train.labels)
+        if (given := settings.method_kwargs.get("num_samples", size)) != size:
+            raise ValueError(f"num_samples={given} must be that of the training images, {size}; leave it out.")
     lr, weight_decay = OPTIMIZERS[settings.optimizer]
     image_size = settings.image_size or data.image_size
     defaults = {

@@ -154,6 +154,10 @@ def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, cap
         ({"method_kwargs.tau_mx": 1}, "Did you mean 'tau_max'?"),
         ({"method_kwargs.tau_min": 0.5}, "tau_min=0.5 is above tau_max=0.2"),
         ({"method_kwargs.tau_min": 0}, "tau_min=0.0 must be above 0"),
+        *(
+            ({"method": "isogclr", "method_kwargs.num_samples": n}, f"num_samples={n} must be that of the training")
+            for n in (5, 10**14, "abc")
+        ),
         ({"backbone": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet1"),
         ({"optimizer": "adm"}, "Unknown optimizer 'adm'"),
         ({"data": "cifar1"}, "data=cifar1 is neither a folder nor one of cifar10"),
