@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from dystress_plugin import __version__
@@ -89,10 +89,11 @@ def _methods(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.pretrain import pretrain
     from dystress_plugin.experiment.settings import PretrainSettings, output_folder, parse
 
-    settings = parse(PretrainSettings, tokens)
+    settings = parse(PretrainSettings, tokens)  # before the imports that take seconds, as for every command
+    from dystress_plugin.experiment.pretrain import pretrain
+
     summary = pretrain(settings)
     if summary:
         print(summary_table(summary))
@@ -102,10 +103,12 @@ def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.evaluation import evaluate_run
     from dystress_plugin.experiment.settings import EvaluateSettings, parse
 
-    return evaluate_run(parse(EvaluateSettings, tokens))
+    settings = parse(EvaluateSettings, tokens)
+    from dystress_plugin.experiment.evaluation import evaluate_run
+
+    return evaluate_run(settings)
 
 
 def _long_tail(tokens: Sequence[str]) -> dict[str, Any]:
@@ -116,10 +119,11 @@ def _long_tail(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.inspection import inspect_temperatures, output_folder, table
     from dystress_plugin.experiment.settings import InspectSettings, parse
 
     settings = parse(InspectSettings, tokens)
+    from dystress_plugin.experiment.inspection import inspect_temperatures, output_folder, table
+
     report = inspect_temperatures(settings)
     print("\n".join([report["network"], "", *_columns(table(report)), ""]))
     print("\n".join(found["advice"] for found in report["temperatures"].values()))
@@ -135,12 +139,13 @@ def _compare(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _report(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.report import report
     from dystress_plugin.experiment.settings import ReportSettings, parse
 
-    folders = [token for token in tokens if Path(token).exists() or not ("=" in token or token.startswith("-"))]
+    folders = [token for token in tokens if os.path.exists(token) or not ("=" in token or token.startswith("-"))]
     settings = parse(ReportSettings, [token for token in tokens if token not in folders])
     settings.runs += folders
+    from dystress_plugin.experiment.report import report
+
     return dict(report(settings))
 
 

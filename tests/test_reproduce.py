@@ -118,7 +118,7 @@ def test_without_splits_three_are_drawn(tmp_path):
     ids=lambda path: path.stem,
 )
 def test_settings_of_ones_own_win(script, tmp_path):
-    found = commands(script, tmp_path, ["epochs=1", "seeds=[7]"], SPLITS="a.npy")
+    found = commands(script, tmp_path, ["epochs=1", "warmup_epochs=0", "seeds=[7]"], SPLITS="a.npy")
     for command in found:
         settings, common = parse_compare(command[2:])
         assert (settings.seeds, common.epochs) == ([7], 1)

@@ -25,16 +25,18 @@ from dystress_plugin import recipes
 from dystress_plugin.errors import RunStopped, unknown_name
 from dystress_plugin.experiment import files, folders, report
 from dystress_plugin.experiment.data import load_for
+from dystress_plugin.experiment.devices import build_trainer
+from dystress_plugin.experiment.lock import alone
 from dystress_plugin.experiment.pretrain import (
     build_module,
-    check_epochs,
+    check_batch,
     check_settings,
     pretrain,
     resolve,
     scan_images,
 )
 from dystress_plugin.experiment.protocols import protocol, score_run
-from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, parse
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, checked, parse
 from dystress_plugin.temperature import DySTreSS
 
 LOOKS = 40  # of the diagnostics in a run, unless set
@@ -87,19 +89,24 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
     Raises:
         ValueError: before any training, for settings that do not fit; or after it, where runs have failed.
     """
+    settings, common = checked(settings), checked(common)
     arms = plan(settings)
+    for name in settings.protocols:
+        protocol(name)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    devices = build_trainer(common, logger=False, enable_checkpointing=False).world_size
     out = Path(settings.out)
     runs = _runs(settings, common, arms)
     folders.check_apart(out, common.data)
-    with _alone(out) as lock:
-        _prepare(settings, runs, len(arms))
+    with alone(out, wait=True) as lock:
+        _prepare(settings, runs, len(arms), devices)
         files.write_text(out / "compare.yaml", OmegaConf.to_yaml({"command": command, "settings": asdict(settings)}))
         with _bar(runs, settings.progress):
             failures = _work(settings, runs, lock)
-    finished = [Path(run.out or "") for run in runs if _finished(run)]
-    if not finished:
-        raise ValueError(f"All {len(runs)} runs failed: {_lines(failures)}")
-    paths = report.write(finished, out, settings.protocols, failures=failures)
+        finished = [Path(run.out or "") for run in runs if _finished(run)]
+        if not finished:
+            raise ValueError(f"All {len(runs)} runs failed: {_lines(failures)}")
+        paths = report.write(finished, out, settings.protocols, failures=failures)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries them again, and {paths['report']} "
@@ -112,17 +119,16 @@ def plan(settings: CompareSettings) -> list[Arm]:
     """The methods in the order given, then the fixed temperatures that are not among them.
 
     Raises:
-        ValueError: for no or repeated methods or seeds, an unknown method, settings of a method that is not compared,
-            or a temperature that is not positive.
+        ValueError: for an unknown method, a name with a slash, or settings of a method that is not compared.
     """
-    for key, values in (("methods", settings.methods), ("seeds", settings.seeds)):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{key}={values} must be at least one, each once.")
     for name, kwargs in settings.method_kwargs.items():
         if not isinstance(kwargs, dict):
             raise ValueError(f"method_kwargs.{name}: say whose, such as method_kwargs.{settings.methods[0]}.{name}=...")
         if name not in settings.methods:
             raise ValueError(unknown_name("method in method_kwargs", name, settings.methods))
+    for name in settings.methods:
+        if Path(name).name != name:
+            raise ValueError(f"methods={settings.methods}: the folders of {name}'s runs are named by it; no slashes.")
     arms = [
         Arm(name, recipes.recipe(name.partition("-")[0]).name, settings.method_kwargs.get(name, {}))
         for name in settings.methods
@@ -136,11 +142,9 @@ def _constants(family: str, arms: Sequence[Arm], chosen: Sequence[float] | None)
     method = f"simclr_{family}" if family else "simclr"
     own = [arm for arm in arms if report.family(arm.method) == family]
     taus = list(chosen) if chosen is not None else _range_of(own)
-    if bad := [tau for tau in taus if not tau > 0]:
-        raise ValueError(f"constants={list(taus)}: {bad[0]} must be above 0.")
     there = {_parameters(arm)["tau"] for arm in own if arm.method == method}
     prefix = f"constant_{family}" if family else "constant"
-    return [Arm(f"{prefix}-{tau:g}", method, {"tau": tau}) for tau in dict.fromkeys(taus) if tau not in there]
+    return [Arm(f"{prefix}-{tau:g}", method, {"tau": tau}) for tau in taus if tau not in there]
 
 
 def _range_of(arms: Sequence[Arm]) -> list[float]:
@@ -178,13 +182,8 @@ def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Ar
     return runs
 
 
-def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int) -> None:
+def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int, devices: int) -> None:
     """Finds what is wrong with any method before the first one has trained for an hour; sets the diagnostics."""
-    if settings.jobs < 1:
-        raise ValueError(f"jobs={settings.jobs} must be at least 1.")
-    for name in settings.protocols:
-        protocol(name)
-    check_epochs(runs[0])
     scan = scan_images(runs[0], Path(settings.out))  # once: the runs find what it found
     if scan is not None:
         scan.write(Path(settings.out))
@@ -196,8 +195,9 @@ def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int)
             scan.write(folder)
         if number == 0 or (run.long_tail is not None and run.seed != runs[number - 1].seed):
             data = load_for(run, without=scan.left_out if scan is not None else ())
+            check_batch(run, data, devices)
         if looks is None:
-            looks = max(1, run.epochs * (len(data.train.labels) // max(1, run.batch_size)) // LOOKS)
+            looks = max(1, run.epochs * (len(data.train.labels) // run.batch_size) // LOOKS)
         run.diagnostics_every_n_steps = looks
         recipe = recipes.recipe(run.method)
         resolved = resolve(run, recipe, data, 1)
@@ -222,7 +222,6 @@ def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int
                 raise  # it never began, and the others would not either
             failures[folder.name] = f"{type(error).__name__}: {error}"
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for run in filter(_finished, runs):
         pretrain(run)  # which only checks that it was with these settings
     if settings.jobs == 1 and runs[0].devices == "1" and runs[0].num_nodes == 1:
@@ -260,6 +259,8 @@ class _Children:
 
     def __exit__(self, *exception: Any) -> None:
         self.stop()
+        for process in self.processes:  # or they would still write when the lock is gone
+            process.wait()
 
     def stop(self) -> None:
         self.stopped = True
@@ -318,24 +319,6 @@ def _finished(run: PretrainSettings) -> bool:
 
 def _lines(failures: dict[str, str]) -> str:
     return "; ".join(f"{name}: {error}" for name, error in failures.items())
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[int | None]:
-    """Waits until no other comparison, nor a run left over from a killed one, writes to the folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    if os.name != "posix":
-        yield None
-        return
-    import fcntl
-
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"dystress: waiting for another `dystress compare`, or runs it left, in {out}.", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dystress_plugin.experiment import folders, pictures
 from dystress_plugin.experiment import long_tail as tails
@@ -326,7 +327,7 @@ def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[st
         reason = f"no images in {empty}; remove what is no class" if empty else "it has no class folders"
         raise ValueError(
             f"{path} is no readable folder of class folders with images: {reason}. Names of images end in "
-            f"{', '.join(folders.IMG_EXTENSIONS)}."
+            f"{', '.join(IMG_EXTENSIONS)}."
         )
     classes = list(found)
     if len(classes) < 2:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from dystress_plugin.experiment import files
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data import Data, Views, load_for_run
-from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, read_config
+from dystress_plugin.experiment.devices import torch_device
+from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, checked, read_config
 from dystress_plugin.experiment.transforms import plain_transform
 
 QUERIES = 1024  # at a time, against the whole memory
@@ -120,8 +121,11 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     """`knn_top1` and `linear_top1` of the backbone that `dystress pretrain` left in a folder.
 
     Raises:
-        ValueError: for a folder without a finished run, or data whose images do not fit.
+        ValueError: for a folder without a finished run, data whose images do not fit, or an accelerator that is not
+            there.
     """
+    settings = checked(settings)
+    device = torch_device(settings.accelerator)
     trained, backbone = trained_backbone(Path(settings.checkpoint))
     shown = load_for_run(
         Path(settings.checkpoint),
@@ -131,7 +135,6 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         download=settings.download,
     )
     assert trained.image_size is not None  # as above
-    cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return evaluate(
         backbone,
         shown.data,
@@ -140,5 +143,5 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         num_workers=settings.num_workers,
         knn_k=settings.knn_k,
         knn_t=settings.knn_t,
-        device="cuda" if cuda else "cpu",
+        device=device,
     )

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from dystress_plugin import metrics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import advisor, advisor_figures, files, folders
+from dystress_plugin.experiment import advisor, advisor_figures, files, folders, lock
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Shown, Views, load_for, load_for_run
 from dystress_plugin.experiment.module import ViewsModule
 from dystress_plugin.experiment.pretrain import resolve
-from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings, read_config
+from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings, checked, read_config
 from dystress_plugin.experiment.transforms import view_transform
 from dystress_plugin.temperature import Constant
 
@@ -56,8 +56,16 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
     Raises:
         ValueError: for a checkpoint, data, methods or an output folder that do not fit.
     """
-    out = output_folder(settings)
+    settings = checked(settings)
     _check_methods(settings)
+    out = output_folder(settings)
+    with lock.alone(out):
+        return _inspect(settings, out)
+
+
+def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
+    if {path.name for path in out.iterdir()} - {lock.NAME} and not (out / "inspect.json").exists():
+        raise ValueError(f"out={out} is not empty and holds no results of this command. Choose another out.")
     seen = _look(settings, out)
     losses = _losses(settings, seen)
     pairs = advisor.similarities(*seen.z, index=seen.numbers, epoch=seen.epoch)
@@ -80,23 +88,15 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
             for name, found in effects.items()
         },
     }
-    out.mkdir(parents=True, exist_ok=True)
     advisor_figures.draw(effects, pairs, out, f"{seen.name}, {pairs.images} images in two views")
     (out / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
 def output_folder(settings: InspectSettings) -> Path:
-    """Where the results go.
-
-    Raises:
-        ValueError: for a folder with other files in it.
-    """
+    """Where the results go."""
     inside = f"{settings.checkpoint}/inspect" if settings.checkpoint else None
-    out = Path(settings.out or inside or f"runs/inspect-{folders.name_of(settings.data or 'digits')}")
-    if out.exists() and any(out.iterdir()) and not (out / "inspect.json").exists():
-        raise ValueError(f"out={out} is not empty and holds no results of this command. Choose another out.")
-    return out
+    return Path(settings.out or inside or f"runs/inspect-{folders.name_of(settings.data or 'digits')}")
 
 
 def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -225,6 +225,8 @@ def _losses(settings: InspectSettings, seen: Seen) -> dict[str, ContrastiveLoss]
             own = {"num_samples": seen.samples} | own
         word = name.partition("-")[2]
         losses[f"{recipe.title} ({word})" if word else recipe.title] = ContrastiveLoss(recipe.name, **own)
+    if not losses:
+        raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
     return losses
 
 

@@ -16,10 +16,11 @@ from omegaconf import OmegaConf
 
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import folders
+from dystress_plugin.experiment.lock import alone
+from dystress_plugin.experiment.settings import LongTailSettings, checked
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.data import Data, Images
-    from dystress_plugin.experiment.settings import LongTailSettings
 
 DIGEST = "indices_sha256"  # in config.yaml
 # From the rank of a class among C and the ratio to its share of the largest class.
@@ -197,18 +198,24 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
         ValueError: for an `out` that is not empty, cannot be written or lies in the data, settings that do not fit the
             data, or none that choose a part.
     """
-    from dystress_plugin.experiment import data as data_module
     from dystress_plugin.experiment import files
 
+    settings = checked(settings)
     out = Path(settings.out)
     folders.check_apart(out, settings.data)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
     files.check_place(out)
-    if settings.indices_by not in ("position", "number"):
-        raise ValueError(unknown_name("indices_by", settings.indices_by, ["position", "number"]))
     if settings.long_tail is None and settings.indices is None:
         raise ValueError("Give long_tail=RATIO, such as 0.01, or indices=FILE: else all images would stay.")
+    # Beside the folder, which is put in its place at once.
+    with alone(out, file=out.absolute().with_name(f".{out.name}.lock")):
+        return _write(settings, out)
+
+
+def _write(settings: LongTailSettings, out: Path) -> dict[str, Any]:
+    from dystress_plugin.experiment import data as data_module
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
     data = data_module.load(
         settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
     )
@@ -228,7 +235,6 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
         "images": len(positions),
         "class_sizes": dict(zip(data.classes, sizes, strict=True)),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: a killed command leaves a folder of another name.
     part = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
     try:

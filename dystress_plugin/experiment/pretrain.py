@@ -7,6 +7,7 @@ import json
 import platform
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,15 +25,17 @@ from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import figures, files, folders, images, long_tail
+from dystress_plugin.experiment import figures, files, folders, images, lock, long_tail
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
+from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.evaluation import evaluate
 from dystress_plugin.experiment.guard import NanGuard
 from dystress_plugin.experiment.interruption import Progress, resumable
 from dystress_plugin.experiment.module import MODULES, MOMENTUM, OPTIMIZERS, PretrainModule
 from dystress_plugin.experiment.settings import (
     PretrainSettings,
+    checked,
     comparable,
     output_folder,
     read_config,
@@ -66,30 +69,29 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Trains, evaluates and writes everything to `settings.out`; returns what `summary.json` holds.
 
     Raises:
-        ValueError: before any training, for settings, data, an output folder or files in it that do not fit.
+        ValueError: before any training, for settings, devices, data, an output folder or files in it that do not fit,
+            or a folder that another process writes to.
         RunStopped: for a disk that is full, an image that can no longer be read, or a loss that is not finite.
         SystemExit: after SIGTERM, with status 143.
     """
-    with resumable(output_folder(settings)) as progress:
-        return _run(settings, progress)
-
-
-def _run(settings: PretrainSettings, progress: Progress) -> dict[str, Any]:
+    settings = checked(settings)
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
-    files.check_place(out)
-    folders.check_apart(out, settings.data)
-    check_epochs(settings)
+    with resumable(out) as progress:
+        files.check_place(out)
+        folders.check_apart(out, settings.data)
+        trainer = _trainer(settings, out)
+        # The first process holds the folder for all: the others of a training are no strangers to it.
+        with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
+            return _run(settings, recipe, trainer, out, progress)
+
+
+def _run(
+    settings: PretrainSettings, recipe: recipes.Recipe, trainer: Trainer, out: Path, progress: Progress
+) -> dict[str, Any]:
     scan = scan_images(settings, out)
     data = data_module.load_for(settings, without=scan.left_out if scan is not None else ())
-    trainer = _trainer(settings, out)
-    share = len(data.train.labels) // trainer.world_size
-    if not 2 <= settings.batch_size <= share:
-        each = f", {share} for each of {trainer.world_size} devices" if trainer.world_size > 1 else ""
-        raise ValueError(
-            f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images"
-            f"{each}."
-        )
+    check_batch(settings, data, trainer.world_size)
     settings = resolve(settings, recipe, data, trainer.world_size)
     image_size = settings.image_size or data.image_size
     module = build_module(settings, recipe, data, image_size)
@@ -151,20 +153,22 @@ def _run(settings: PretrainSettings, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def check_epochs(settings: PretrainSettings) -> None:
-    """A ValueError for no epochs, or a warm-up that is longer than the training."""
-    warmup = settings.warmup_epochs
-    if settings.epochs < 1:
-        raise ValueError(f"epochs={settings.epochs} must be at least 1.")
-    if warmup is not None and not 0 <= warmup <= settings.epochs:
-        raise ValueError(f"warmup_epochs={warmup:g} must lie between 0 and epochs={settings.epochs}.")
+def check_batch(settings: PretrainSettings, data: Data, devices: int) -> None:
+    """A ValueError for batches that the data cannot fill."""
+    share = len(data.train.labels) // devices
+    if settings.batch_size > share:
+        each = f", {share} for each of {devices} devices" if devices > 1 else ""
+        raise ValueError(
+            f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images"
+            f"{each}."
+        )
 
 
 def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devices: int) -> PretrainSettings:
     """The settings with a value for every key that they leave open: what `config.yaml` records.
 
     Raises:
-        ValueError: for a parameter that the method does not have, or an unknown optimizer.
+        ValueError: for a parameter that the method does not have, or a table that is not of the data's size.
     """
     parameters = recipe.parameters
     for name in settings.method_kwargs:
@@ -172,9 +176,9 @@ def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devi
             raise ValueError(unknown_name(f"parameter of method '{recipe.name}'", name, parameters))
     own = {name: None if value is inspect.Parameter.empty else value for name, value in parameters.items()}
     if "num_samples" in own:
-        own["num_samples"] = len(data.train.labels)
-    if settings.optimizer not in OPTIMIZERS:
-        raise ValueError(unknown_name("optimizer", settings.optimizer, OPTIMIZERS))
+        own["num_samples"] = size = len(data.train.labels)
+        if (given := settings.method_kwargs.get("num_samples", size)) != size:
+            raise ValueError(f"num_samples={given} must be that of the training images, {size}; leave it out.")
     lr, weight_decay = OPTIMIZERS[settings.optimizer]
     image_size = settings.image_size or data.image_size
     defaults = {
@@ -234,7 +238,6 @@ def _loaders(
 
 
 def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
-    devices: str | int = int(settings.devices) if settings.devices.isdigit() else settings.devices
     callbacks: list[Callback] = [
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
@@ -244,13 +247,9 @@ def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
     ]
     if settings.progress:
         callbacks.append(TQDMProgressBar())
-    return Trainer(
+    return build_trainer(
+        settings,
         max_epochs=settings.epochs,
-        accelerator=settings.accelerator,
-        devices=devices,
-        num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
         sync_batchnorm=settings.accelerator != "cpu" and torch.cuda.is_available(),
         callbacks=callbacks,
         plugins=_plugins(),
@@ -273,8 +272,6 @@ def _plugins() -> list[Any]:
 
 def _diagnostics(settings: PretrainSettings, out: Path) -> list[Callback]:
     every = settings.diagnostics_every_n_steps
-    if every < 0:
-        raise ValueError(f"diagnostics_every_n_steps={every} must be at least 1, or 0 for none.")
     return [diagnostics.callback(out / "diagnostics.csv", every_n_steps=every)] if every else []
 
 
@@ -284,8 +281,6 @@ def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:
     loggers: list[Logger] = []
     if settings.tensorboard:
         loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
-    if settings.wandb not in ("off", "offline", "online"):
-        raise ValueError(f"wandb={settings.wandb} must be off, offline or online.")
     if settings.wandb != "off":
         name = f"{settings.method}-{settings.data}-{settings.seed}"
         offline = settings.wandb == "offline"
@@ -340,7 +335,7 @@ def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: P
         if last.exists():
             _check_checkpoint(last, module)
     # What an interruption leaves before config.yaml is there, and a scan that found bad images.
-    elif out.exists() and {path.name for path in out.iterdir()} - {"config.yaml.part", images.RECORD}:
+    elif out.exists() and {path.name for path in out.iterdir()} - {"config.yaml.part", images.RECORD, lock.NAME}:
         raise ValueError(f"out={out} is not empty and holds no run of this command. Choose another out.")
     files.check_room(out, module, have=int(last.exists()))
     if not config.exists():

@@ -22,6 +22,7 @@ from dystress_plugin.experiment import files
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data import Views, load_for_run
 from dystress_plugin.experiment.evaluation import extract, knn_classes, linear_classes, trained_backbone
+from dystress_plugin.experiment.lock import alone
 from dystress_plugin.experiment.settings import PROTOCOLS, PretrainSettings, read_config
 from dystress_plugin.experiment.transforms import plain_transform
 
@@ -29,7 +30,7 @@ DRAWS = 5  # of the few labelled images, with the seeds 0 to 4, the same for eve
 MAP_IMAGES = 1000  # of the embedding map
 IMBALANCED = 2.0  # largest class / smallest class, from which classes are grouped by frequency
 COUNT_GROUPS = (("over 100 images", 101, None), ("20 to 100 images", 20, 100), ("under 20 images", 0, 19))
-KNOWN = "weighted_knn, knn_K, linear, few_shot_N (images of each class) and few_shot_Npct, with numbers for K and N"
+KNOWN = "weighted_knn, knn_K, linear, few_shot_N (images of each class) and few_shot_Npct, with K and N at least 1"
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,19 @@ def protocol(name: str) -> Protocol:
     if name == "linear":
         text = "Logistic regression (scikit-learn, C=1) on the standardised features of all training images."
         return Protocol(name, "linear probe", text, _linear)
-    if match := re.fullmatch(r"knn_([1-9]\d*)", name):
+    if match := re.fullmatch(r"knn_([1-9]\d{0,8})", name):
         k = int(match[1])
         nearest = "nearest training image" if k == 1 else f"{k} nearest training images, ties to the lower number"
         text = f"The most frequent class of the {nearest}, by cosine; the mean over classes of their accuracies."
         return Protocol(name, f"kNN@{k}, mean of classes", text, lambda f: _majority_knn(f, k), per_class_mean=True)
-    if match := re.fullmatch(r"few_shot_([1-9]\d*)(pct)?", name):
-        amount = int(match[1])
-        each = f"{amount} %" if match[2] else f"{amount} images"
+    if match := re.fullmatch(r"few_shot_([1-9]\d{0,8}|[1-9]\d?pct|100pct)", name):
+        percent = name.endswith("pct")
+        amount = int(match[1].removesuffix("pct"))
+        each = f"{amount} %" if percent else f"{amount} images"
         text = (
             f"Logistic regression on few labels: {each} of every class, as many of each, drawn {DRAWS} times with the "
             f"seeds 0 to {DRAWS - 1}, the same images for every run; the mean over the draws."
         )
-        percent = bool(match[2])
         return Protocol(name, f"few-shot linear, {each} per class", text, lambda f: _few_shot(f, amount, percent))
     raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN))
 
@@ -266,16 +267,21 @@ def _score(
 ) -> list[Score]:
     for name in names:
         protocol(name)
-    found = read(table) if _current(table, newer_than) else []
-    there = {each.protocol for each in found}
-    missing = [name for name in names if name not in there]
-    map_ = None if map_ is None or _current(map_, newer_than) else map_
-    if missing or map_:
-        features = features_of(backbone(), settings, table.parent)
-        found += score(features, missing)
-        write_table(table, [f.name for f in fields(Score)], map(vars, found))
-        if map_:
-            _write_map(map_, features)
+
+    def state() -> tuple[list[Score], list[str], bool]:
+        found = read(table) if _current(table, newer_than) else []
+        there = {each.protocol for each in found}
+        return found, [name for name in names if name not in there], map_ is not None and not _current(map_, newer_than)
+
+    found, missing, no_map = state()
+    if missing or no_map:
+        with alone(table.parent, wait=True):
+            found, missing, no_map = state()  # another report may have scored it meanwhile
+            features = features_of(backbone(), settings, table.parent)
+            found += score(features, missing)
+            write_table(table, [f.name for f in fields(Score)], map(vars, found))
+            if map_ and no_map:
+                _write_map(map_, features)
     return [each for name in names for each in found if each.protocol == name]
 
 

@@ -17,8 +17,9 @@ from dystress_plugin import recipes
 from dystress_plugin.experiment import files, report_figures
 from dystress_plugin.experiment.cost import costs
 from dystress_plugin.experiment.folders import check_outside
+from dystress_plugin.experiment.lock import alone
 from dystress_plugin.experiment.protocols import Score, protocol, score_run, score_untrained, write_table
-from dystress_plugin.experiment.settings import PretrainSettings, ReportSettings, comparable, read_config
+from dystress_plugin.experiment.settings import PretrainSettings, ReportSettings, checked, comparable, read_config
 from dystress_plugin.temperature import Constant
 
 LEVEL = 0.95
@@ -130,10 +131,15 @@ def report(settings: ReportSettings) -> dict[str, str]:
     Raises:
         ValueError: for folders without a finished run, or runs that do not belong on one page.
     """
+    settings = checked(settings)
     if not settings.runs:
         raise ValueError("Name the folders of the runs: dystress report runs/*")
+    for name in settings.protocols:
+        protocol(name)
     folders = run_folders(map(Path, settings.runs))
-    return write(folders, Path(settings.out) if settings.out else _beside(folders), settings.protocols)
+    out = Path(settings.out) if settings.out else _beside(folders)
+    with alone(out):
+        return write(folders, out, settings.protocols)
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
@@ -176,8 +182,6 @@ def write(
     Raises:
         ValueError: for no finished run, or runs that do not belong on one page.
     """
-    for name in names:
-        protocol(name)
     runs = [_read(folder) for folder in folders if (folder / "summary.json").exists()]
     if not runs:
         raise ValueError(f"None of the {len(folders)} runs has been run to the end: there is nothing to report.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -18,13 +20,30 @@ from dystress_plugin.experiment import folders
 T = TypeVar("T")
 PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"]
 PATHS = ("data", "indices", "data_root", "out", "checkpoint")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+LARGEST_SEED = 2**32 - 1  # of NumPy, and so of Lightning
 
 
-# RUF009: dataclasses.field behind a shorter name, and each call makes its own.
-def _key(default: Any, help_: str) -> Any:
+def _key(
+    default: Any, help_: str, *, words: Sequence[str] = (), some: bool = False, once: bool = False, **bounds: float
+) -> Any:
+    """A key and what it can have.
+
+    Args:
+        default: its value unless given.
+        help_: what it is, up to a semicolon, and more.
+        words: all that a text can be.
+        some: whether a list must have something.
+        once: whether a list may have nothing twice.
+        **bounds: of a number or of each number in a list, by the names in `BOUNDS`.
+    """
+    metadata = {"help": help_, "words": words, "some": some, "once": once, "bounds": bounds}
+    # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: default.copy(), metadata={"help": help_})
-    return field(default=default, metadata={"help": help_})
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -35,54 +54,101 @@ class PretrainSettings:
     method_kwargs: dict[str, Any] = _key({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
     data: str = _key("digits", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
     out: str | None = _key(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
-    epochs: int = _key(20, "passes over the training images")
-    seed: int = _key(0, "of weights, data order, augmentation and the long tail")
+    epochs: int = _key(20, "passes over the training images", at_least=1, at_most=1_000_000)
+    seed: int = _key(
+        0,
+        "number that weights, data order, augmentation and the long tail are drawn from",
+        at_least=0,
+        at_most=LARGEST_SEED,
+    )
 
     data_root: str = _key("datasets", "where cifar10 and cifar100 are")
     download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
-    long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
+    long_tail: float | None = _key(
+        None, "keep fewer images of each class: last class / first class, such as 0.01", above=0, at_most=1
+    )
+    long_tail_profile: str = _key(
+        "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
+    )
     indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
-    image_size: int | None = _key(None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders")
-    batch_size: int = _key(256, "images per step and device; the rest of an epoch is dropped")
-    num_workers: int = _key(0, "processes that load images; 0 loads in the training process")
+    image_size: int | None = _key(
+        None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders", at_least=1, at_most=4096
+    )
+    batch_size: int = _key(
+        256, "images per step and device; the rest of an epoch is dropped", at_least=2, at_most=1_000_000
+    )
+    num_workers: int = _key(0, "processes that load images; 0 loads in the training process", at_least=0, at_most=1024)
 
     backbone: str | None = _key(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
-    hidden_dim: int = _key(512, "hidden width of the projection head")
-    projection_dim: int = _key(128, "numbers per embedding")
-    queue_size: int | None = _key(None, "negatives in the queue of a *_moco method; null: 4096")
-    momentum_encoder: float | None = _key(None, "of a *_moco method, at the start; rises to 1; null: 0.99")
+    hidden_dim: int = _key(512, "hidden width of the projection head", at_least=1, at_most=65_536)
+    projection_dim: int = _key(128, "numbers per embedding", at_least=1, at_most=65_536)
+    queue_size: int | None = _key(
+        None, "negatives in the queue of a *_moco method; null: 4096", at_least=1, at_most=10_000_000
+    )
+    momentum_encoder: float | None = _key(
+        None,
+        "share of the past in the keys' encoder of a *_moco method, at the start; rises to 1; null: 0.99",
+        at_least=0,
+        at_most=1,
+    )
 
-    optimizer: str = _key("lars", "lars | sgd")
-    lr: float | None = _key(None, "null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices")
-    momentum: float = _key(0.9, "of the optimizer")
-    weight_decay: float | None = _key(None, "null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases")
-    warmup_epochs: float | None = _key(None, "linear warm-up; null: a tenth of the epochs, at most 10; then a cosine")
+    optimizer: str = _key("lars", "what the weights are trained with", words=("lars", "sgd"))
+    lr: float | None = _key(
+        None,
+        "learning rate; null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices",
+        above=0,
+        at_most=1_000_000,
+    )
+    momentum: float = _key(0.9, "of the optimizer, the share of the past", at_least=0, below=1)
+    weight_decay: float | None = _key(
+        None, "of the optimizer; null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases", at_least=0, at_most=1000
+    )
+    warmup_epochs: float | None = _key(
+        None,
+        "epochs of linear warm-up, at most all; null: a tenth, at most 10; then a cosine",
+        at_least=0,
+        at_most=1_000_000,
+    )
 
-    min_scale: float | None = _key(None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2")
-    jitter: float | None = _key(None, "strength of colour jitter; null: 0.5, 1.0 above 64 px")
-    grayscale: float | None = _key(None, "probability of a grey view; null: 0 for digits, else 0.2")
-    blur: float | None = _key(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px")
-    flip: float | None = _key(None, "probability of a horizontal flip; null: 0 for digits, else 0.5")
-    rotate: float | None = _key(None, "degrees of random rotation; null: 15 for digits, else 0")
+    min_scale: float | None = _key(
+        None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2", above=0, at_most=1
+    )
+    jitter: float | None = _key(None, "strength of colour jitter; null: 0.5, 1.0 above 64 px", at_least=0, at_most=2.5)
+    grayscale: float | None = _key(
+        None, "probability of a grey view; null: 0 for digits, else 0.2", at_least=0, at_most=1
+    )
+    blur: float | None = _key(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px", at_least=0, at_most=1)
+    flip: float | None = _key(
+        None, "probability of a horizontal flip; null: 0 for digits, else 0.5", at_least=0, at_most=1
+    )
+    rotate: float | None = _key(
+        None, "degrees of random rotation; null: 15 for digits, else 0", at_least=0, at_most=180
+    )
 
-    on_bad_image: str = _key("stop", "stop | skip, before training, for files in a folder that cannot be used")
+    on_bad_image: str = _key(
+        "stop", "what to do before training about files in a folder that cannot be used", words=("stop", "skip")
+    )
     nan_guard: bool = _key(True, "stop at the first loss or gradient that is not finite, and say what was there")
 
-    knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
-    knn_t: float = _key(0.1, "temperature of the weighted kNN")
+    knn_k: int = _key(
+        200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
+    )
+    knn_t: float = _key(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
     gather_distributed: bool = _key(True, "compare with the batches of all devices")
 
-    accelerator: str = _key("auto", "auto | cpu | gpu | mps")
-    devices: str = _key("1", "number of devices, auto, or a list such as '0,1'")
-    num_nodes: int = _key(1, "machines")
+    accelerator: str = _key("auto", "what it runs on", words=ACCELERATORS)
+    devices: str = _key("1", "number of devices, auto, -1 for all GPUs, or a list of GPUs such as '0,1'")
+    num_nodes: int = _key(1, "machines; several need a launcher such as srun or torchrun", at_least=1, at_most=10_000)
     strategy: str = _key("auto", "Lightning's strategy, such as ddp")
-    precision: str = _key("32-true", "Lightning's precision, such as 16-mixed or bf16-mixed")
+    precision: str = _key("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
     progress: bool = _key(True, "show a progress bar")
     diagnostics_every_n_steps: int = _key(
-        50, "steps between two looks at similarities and temperatures, into diagnostics.csv; 0: none"
+        50,
+        "steps between two looks at similarities and temperatures, into diagnostics.csv; 0: none",
+        at_least=0,
+        at_most=1_000_000_000,
     )
-    wandb: str = _key("off", "off | offline | online")
+    wandb: str = _key("off", "logging to wandb", words=("off", "offline", "online"))
     wandb_project: str = _key("dystress", "project in wandb")
     tensorboard: bool = _key(False, "write TensorBoard events to `out`")
 
@@ -107,11 +173,13 @@ class EvaluateSettings:
     data: str | None = _key(None, "other data than it was trained on; null: the same")
     data_root: str | None = _key(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    batch_size: int = _key(512, "images per step")
-    num_workers: int = _key(0, "processes that load images")
-    knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
-    knn_t: float = _key(0.1, "temperature of the weighted kNN")
-    accelerator: str = _key("auto", "auto | cpu | gpu | mps")
+    batch_size: int = _key(512, "images per step", at_least=1, at_most=1_000_000)
+    num_workers: int = _key(0, "processes that load images", at_least=0, at_most=1024)
+    knn_k: int = _key(
+        200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
+    )
+    knn_t: float = _key(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    accelerator: str = _key("auto", "what it runs on", words=ACCELERATORS)
 
 
 @dataclass
@@ -120,12 +188,18 @@ class LongTailSettings:
 
     data: str = _key("???", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
     out: str = _key("???", "new folder for train/CLASS/*.png, val/CLASS/*.png, indices.npy and long_tail.json")
-    long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
-    long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
+    long_tail: float | None = _key(
+        None, "keep fewer images of each class: last class / first class, such as 0.01", above=0, at_most=1
+    )
+    long_tail_profile: str = _key(
+        "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
+    )
     shuffle_classes: bool = _key(False, "draw which classes are frequent; else the first ones are")
     indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
-    indices_by: str = _key("position", "position | number: what indices mean, the number being that in the file's name")
-    seed: int = _key(0, "of the draw")
+    indices_by: str = _key(
+        "position", "what indices mean; number: that in the file's name", words=("position", "number")
+    )
+    seed: int = _key(0, "number that the images are drawn from", at_least=0, at_most=LARGEST_SEED)
     images: bool = _key(True, "write the images; false writes the index file alone")
     data_root: str = _key("datasets", "where cifar10 and cifar100 are")
     download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
@@ -136,20 +210,34 @@ class CompareSettings:
     """Keys of `dystress compare` beside those of `dystress pretrain`."""
 
     methods: list[str] = _key(
-        "???", "such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own"
+        "???",
+        "what is compared, such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own",
+        some=True,
+        once=True,
     )
-    seeds: list[int] = _key([0, 1, 2], "each method is trained once with each")
+    seeds: list[int] = _key(
+        [0, 1, 2], "each method is trained once with each", some=True, once=True, at_least=0, at_most=LARGEST_SEED
+    )
     out: str = _key("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
     method_kwargs: dict[str, Any] = _key({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
     constants: list[float] | None = _key(
-        None, "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none"
+        None,
+        "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none",
+        above=0,
+        at_most=1_000_000,
     )
     protocols: list[str] = _key(
-        PROTOCOLS, "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers"
+        PROTOCOLS,
+        "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers",
+        some=True,
+        once=True,
     )
-    jobs: int = _key(1, "runs at once, each a process of its own; several GPUs are dealt out")
+    jobs: int = _key(1, "runs at once, each a process of its own; several GPUs are dealt out", at_least=1, at_most=1024)
     diagnostics_every_n_steps: int | None = _key(
-        None, "steps between two looks at similarities and temperatures; null: forty looks in a run; 0: none"
+        None,
+        "steps between two looks at similarities and temperatures; null: forty looks in a run; 0: none",
+        at_least=0,
+        at_most=1_000_000_000,
     )
     progress: bool = _key(True, "show a progress bar over all runs")
 
@@ -161,7 +249,10 @@ class ReportSettings:
     runs: list[str] = _key([], "folders of finished runs, or that hold them; the same as naming them without a key")
     out: str | None = _key(None, "where results.csv and report.html go; null: beside the runs, or where compare put it")
     protocols: list[str] = _key(
-        PROTOCOLS, "how backbones are scored; what a run's protocols.csv has already is not computed again"
+        PROTOCOLS,
+        "how backbones are scored; what a run's protocols.csv has already is not computed again",
+        some=True,
+        once=True,
     )
 
 
@@ -171,27 +262,43 @@ class InspectSettings:
 
     checkpoint: str | None = _key(None, "folder that `dystress pretrain` wrote; null: an untrained network")
     data: str | None = _key(None, "as for `dystress pretrain`; null: the run's, or digits")
-    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`")
+    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True)
     method_kwargs: dict[str, Any] = _key({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
-    constants: list[float] = _key([0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with")
+    constants: list[float] = _key(
+        [0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with", above=0, at_most=1_000_000
+    )
     out: str | None = _key(None, "folder of the results; null: CHECKPOINT/inspect, or runs/inspect-DATA")
     untrained: bool = _key(False, "the run's network as it was before training")
-    epoch: float | None = _key(None, "for scheduled temperatures, 0 first; null: the run's last, or 0")
-    images: int | None = _key(None, "in the batch that is looked at; null: the run's batch_size, at most 512")
-    seed: int = _key(0, "of the choice of images, of their views and of an untrained network")
+    epoch: float | None = _key(
+        None,
+        "what scheduled temperatures are shown at, 0 first; null: the run's last, or 0",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    images: int | None = _key(
+        None,
+        "images that are compared with each other, all where there are fewer; null: the run's batch_size, at most 512",
+        at_least=2,
+        at_most=4096,
+    )
+    seed: int = _key(
+        0, "number that images, their views and an untrained network are drawn from", at_least=0, at_most=LARGEST_SEED
+    )
     backbone: str | None = _key(None, "of an untrained network, as for `dystress pretrain`")
-    image_size: int | None = _key(None, "of an untrained network, as for `dystress pretrain`")
+    image_size: int | None = _key(
+        None, "pixels of a view for an untrained network, as for `dystress pretrain`", at_least=1, at_most=4096
+    )
     data_root: str | None = _key(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    num_workers: int = _key(0, "processes that load images")
+    num_workers: int = _key(0, "processes that load images", at_least=0, at_most=1024)
 
 
 def parse(structure: type[T], tokens: Sequence[str]) -> T:
     """`key=value` tokens merged into a typed structure.
 
     Raises:
-        ValueError: for a token without `=`, an unknown key (with the nearest one), a value of the wrong type, or a
-            key without default that is missing.
+        ValueError: for a token without `=`, an unknown key (with the nearest one), a value of the wrong type or out of
+            its range, or a key without default that is missing.
     """
     known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
     texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
@@ -201,17 +308,73 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
             raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
         if key.split(".")[0] not in known:
             raise ValueError(unknown_name("key", key, known))
+    settings: T = _merged(structure, *(_parsed(token, texts) for token in tokens))
+    return settings
+
+
+def checked(settings: T) -> T:
+    """Settings that a program has made, as `parse` would have: each value of its key's type and in its range.
+
+    Raises:
+        ValueError: for one that is not.
+    """
+    same: T = _merged(settings)
+    return same
+
+
+def _merged(base: Any, *changes: Any) -> Any:
+    change: Any = {}
     try:
-        config = OmegaConf.merge(OmegaConf.structured(structure), *(_parsed(token, texts) for token in tokens))
+        config = OmegaConf.structured(base)
+        for change in changes:
+            config = OmegaConf.merge(config, change)
         missing = OmegaConf.missing_keys(config)
         if missing:
             raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
         OmegaConf.resolve(config)
-        settings: T = OmegaConf.to_object(config)
-        return settings
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "setting"
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
+        settings = OmegaConf.to_object(config)
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = getattr(error, "full_key", None) or ", ".join(change) or "setting"
+        wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
+        hint = f"; it must be {wanted}" if wanted else ""
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
+    _check_values(settings)
+    return settings
+
+
+def _check_values(settings: Any) -> None:
+    for f in fields(settings):
+        _check_value(f, getattr(settings, f.name))
+    constants = getattr(settings, "constants", None) or []
+    if len({f"{tau:g}" for tau in constants}) < len(constants):
+        raise ValueError(f"constants={constants} must be different in six digits, by which they are named.")
+    if isinstance(settings, PretrainSettings) and (settings.warmup_epochs or 0) > settings.epochs:
+        raise ValueError(f"warmup_epochs={settings.warmup_epochs:g} must lie between 0 and epochs={settings.epochs}.")
+
+
+def _check_value(f: Field[Any], value: Any) -> None:
+    what = f.metadata["help"].partition(";")[0]
+    if value == "":
+        raise ValueError(f"{f.name}= is empty: {what}.")
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        raise ValueError(f"{f.name}={value} must be a list of plain values: {what}.")
+    if f.metadata["words"] and value is not None and value not in f.metadata["words"]:
+        raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
+    if f.metadata["some"] and not value:
+        raise ValueError(f"{f.name}={value} must be at least one: {what}.")
+    if f.metadata["once"] and len(set(value)) < len(value):
+        raise ValueError(f"{f.name}={value} must be each once: {what}.")
+    bounds = f.metadata["bounds"].items()
+    for number in value if isinstance(value, list) else [value]:
+        # Inside all, not outside of any: NaN is on neither side of a bound.
+        if number is not None and not all(BOUNDS[side](number, bound) for side, bound in bounds):
+            which = f": {number}" if isinstance(value, list) else ""
+            raise ValueError(f"{f.name}={value}{which} must be {range_of(f)}: {what}.")
+
+
+def range_of(f: Field[Any]) -> str:
+    """What numbers a key can be, in words; nothing where it is none."""
+    return " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in f.metadata["bounds"].items())
 
 
 def _parsed(token: str, texts: Sequence[str]) -> Any:
@@ -223,7 +386,7 @@ def _parsed(token: str, texts: Sequence[str]) -> Any:
         return OmegaConf.create({key: os.path.expanduser(value) if key in PATHS else value})
     try:
         return OmegaConf.from_dotlist([token])
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: of a number with thousands of digits
         raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
 
 
@@ -306,21 +469,23 @@ def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSe
         config = OmegaConf.load(path)
         settings = config.get("settings") if isinstance(config, DictConfig) else None
         if not isinstance(settings, DictConfig):
-            raise ValueError(f"{path} is no config.yaml of `dystress pretrain`: it has no settings. {remedy}")
-        found: PretrainSettings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainSettings), settings))
-        return located(found, path.parent, given)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+            raise ValueError("it has no settings.")
+        return located(_merged(PretrainSettings, settings), path.parent, given)
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None
 
 
 def describe(structure: type) -> str:
-    """A line per key: name, default, help."""
+    """A line per key: name, default, the words or the help, the range."""
     lines = []
     for f in fields(structure):
         default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
         shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
             default if isinstance(default, (str, bool, type(None))) else "", default
         )
-        lines.append(f"  {f.name}={shown}".ljust(32) + f"  {f.metadata['help']}")
+        words = " | ".join(f.metadata["words"])
+        help_ = f"{words}: {f.metadata['help']}" if words else f.metadata["help"]
+        numbers = f" [{range_of(f)}]" if f.metadata["bounds"] else ""
+        lines.append(f"  {f.name}={shown}".ljust(32) + f"  {help_}{numbers}")
     return "\n".join(lines)

@@ -149,7 +149,7 @@ def test_an_empty_class_folder_is_an_error(images, tiny, capsys):
 
 def test_an_unknown_choice_is_an_error(tiny, capsys):
     assert dystress("pretrain", tiny | {"on_bad_image": "skp"}) == 2
-    assert "Unknown value of on_bad_image 'skp'. Did you mean 'skip'?" in capsys.readouterr().err
+    assert "Unknown on_bad_image 'skp'. Did you mean 'skip'?" in capsys.readouterr().err
 
 
 def bind(path):

@@ -200,8 +200,8 @@ def test_names_that_are_no_different_numbers_have_none(source, tmp_path, capsys)
         ({"long_tail": 0.25}, "is not empty; nothing is ever overwritten"),
         ({"out": "fresh"}, "Give long_tail=RATIO"),
         ({"out": "fresh", "long_tail": 0.1, "indices_by": "names"}, "Unknown indices_by 'names'."),
-        ({"out": "fresh", "long_tail": 2}, "long_tail=2.0 must lie in (0, 1]"),
-        ({"out": "fresh", "long_tail": 0}, "long_tail=0.0 must lie in (0, 1]"),
+        ({"out": "fresh", "long_tail": 2}, "long_tail=2.0 must be above 0 and at most 1"),
+        ({"out": "fresh", "long_tail": 0}, "long_tail=0.0 must be above 0 and at most 1"),
         (
             {"out": "fresh", "long_tail": 0.1, "long_tail_profile": "steps"},
             "Unknown long_tail_profile 'steps'. Did you mean 'step'?",

@@ -1,7 +1,9 @@
 import csv
+import dataclasses
 import importlib.util
 import json
 import math
+import typing
 from functools import partial
 from pathlib import Path
 
@@ -528,3 +530,15 @@ def test_the_script_says_what_is_wrong(script, tokens, message, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     assert script.main(tokens) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_number_of_the_script_has_a_range(script, capsys):
+    hints = typing.get_type_hints(script.Settings)
+    numbers = [
+        f for f in dataclasses.fields(script.Settings) if "int" in str(hints[f.name]) or "float" in str(hints[f.name])
+    ]
+    for f in numbers:
+        assert len(f.metadata["bounds"]) == 2, f.name
+        for bound in (min(f.metadata["bounds"].values()) - 1, max(f.metadata["bounds"].values()) + 1, "nan"):
+            assert script.main([f"{f.name}={bound}"]) == 2
+            assert capsys.readouterr().err.startswith(f"simcse.py: {f.name}"), f.name
