@@ -303,7 +303,7 @@ def test_a_branch_appears_as_a_whole_or_not_at_all(host):
 
 
 def test_the_command_says_what_is_missing(host, capsys):
-    main = importlib.import_module("export_upstream").main
+    main = importlib.import_module("upstream.export").main
     root = host({"setup.py": "from setuptools import setup\n"})
     assert main(["solo-learn", "--repo", str(root), "--method", "fix-setup"]) == 1
     assert "setup.py no longer has 'from pkg_resources" in capsys.readouterr().err
@@ -332,7 +332,7 @@ def clone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["dystress", "macl", "fix-knn", "fix-auto-resume", "fix-setup", "fix-custom-size"])
 def test_solo_learn_takes_the_branch(clone, method):
-    export = importlib.import_module("export_upstream").export
+    export = importlib.import_module("upstream.export").export
     root = clone("SOLO_LEARN_HOME")
     branch, commit, text = export("solo-learn", method, root)
     changed = git(root, "diff", "--name-only", "HEAD~1").splitlines()
@@ -387,7 +387,7 @@ print(losses[1] < losses[0], "dystress_plugin" in sys.modules, sys.modules["ligh
 def test_lightly_takes_the_branch(clone, method):
     pytest.importorskip("jupytext")
     pytest.importorskip("nbformat")
-    export = importlib.import_module("export_upstream").export
+    export = importlib.import_module("upstream.export").export
     root = clone("LIGHTLY_HOME")
     base = git(root, "rev-parse", "HEAD")[:8]
     _, _, text = export("lightly", method, root)
