@@ -3,9 +3,10 @@
 python scripts/upstream/export.py lightly --repo ../lightly --method dystress
 python scripts/upstream/export.py solo-learn --repo ../solo-learn --method dystress
 
-The formulas come from this package's source, everything else as far as possible from the host's own files at the
-commit that is checked out. Either the branch exists afterwards, or the clone is as before. The text of the pull request
-is written beside the clone; for the times of the new loss in it the host has to be importable.
+The formulas stand in templates, which a test compares with this package; everything else comes as far as possible from
+the host's own files at the commit that is checked out. Either the branch exists afterwards, or the clone is as before.
+The text of the pull request is written beside the clone; for the times of the new loss in it the host has to be
+importable.
 """
 
 import argparse
