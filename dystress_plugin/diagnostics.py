@@ -126,7 +126,7 @@ class Recorder:
         module: a `ContrastiveLoss`, or any module with one or more among its parts.
         path: the CSV; its folder is made. Anew from step 0, else rows before `first_step` stay.
         every_n_steps: steps between two looks; the first is at step 0. A look takes a few milliseconds, which over
-            50 steps of the demo is far below 1 % (`scripts/benchmark_diagnostics.py`).
+            50 steps of the demo is far below 1 % (`scripts/benchmarks/diagnostics.py`).
         max_images: images to look at.
         writer: a `torch.utils.tensorboard.SummaryWriter` to write to as well.
         first_step: step the loop starts or resumes at.

@@ -110,7 +110,7 @@ def test_the_state_of_every_version_loads_and_goes_on(version, name):
 
 
 def test_this_versions_state_is_on_file():
-    """Otherwise run scripts/make_state_dicts.py."""
+    """Otherwise run scripts/checks/make_state_dicts.py."""
     assert set(VERSIONS[dp.__version__]) == set(dp.recipes.METHODS)
     for name, entry in VERSIONS[dp.__version__].items():
         state = trained(name).state_dict()

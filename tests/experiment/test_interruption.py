@@ -20,7 +20,7 @@ from dystress_plugin.experiment import files, pretrain
 from dystress_plugin.experiment.interruption import resumable
 from dystress_plugin.experiment.pretrain import SeedEveryEpoch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "checks" / "kill_and_resume.py"
 
 
 def at_epoch(monkeypatch, epoch, act):
@@ -44,9 +44,9 @@ def epoch_of(out):
 
 
 def test_killed_at_random_and_started_again_it_ends_as_if_nothing_had_happened(tmp_path):
-    # A process of its own: forking one in which OpenMP has run hangs. scripts/kill_and_resume.py does 200 by default.
+    # A process of its own: forking one in which OpenMP has run hangs. By default the script does 200.
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "kill_and_resume.py", "--rounds", "5"],
+        [sys.executable, SCRIPT, "--rounds", "5"],
         capture_output=True,
         text=True,
         check=False,

@@ -448,7 +448,7 @@ def test_sts_files_that_do_not_fit_are_said(tmp_path):
 
 @pytest.fixture(scope="session")
 def script():
-    path = Path(__file__).parents[2] / "scripts" / "simcse.py"
+    path = Path(__file__).parents[2] / "scripts" / "examples" / "simcse.py"
     spec = importlib.util.spec_from_file_location("simcse", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """Draws random losses and batches and checks what tests/test_properties.py states, more often than the tests do.
 
-    python scripts/fuzz_loss.py [--cases 10000] [--seed 0]
+    python scripts/checks/fuzz_loss.py [--cases 10000] [--seed 0]
 
 Shapes, dtypes, lengths of rows, zero, identical and opposite rows x temperature x objective x layout x engine. Ends
 with the number of cases of each dtype, or with the smallest failing case that hypothesis finds and exit status 1.
@@ -17,7 +17,7 @@ from pathlib import Path
 import hypothesis
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from test_properties import check, scenarios
 

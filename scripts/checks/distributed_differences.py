@@ -1,6 +1,6 @@
 """Writes how far training on two processes is from training on one, for every cell of the grid, as CSV.
 
-    python scripts/distributed_differences.py [--out results/distributed.csv]
+    python scripts/checks/distributed_differences.py [--out results/distributed.csv]
 
 Temperature x objective x layout x batch sizes of the ranks, on gloo in float64; the cells are those of
 tests/test_distributed.py. "gradient": the largest difference, over two steps, between the mean over ranks of the
@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import gloo
 from test_distributed import GRID, SIZES, grid_on_a_rank, train

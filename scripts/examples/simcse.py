@@ -1,10 +1,10 @@
 """Unsupervised SimCSE with any method of the package, and its evaluation on semantic textual similarity.
 
-python scripts/simcse.py method=dystress model=bert-base-uncased sentences=wiki1m_for_simcse.txt \
+python scripts/examples/simcse.py method=dystress model=bert-base-uncased sentences=wiki1m_for_simcse.txt \
     dev=stsb-en-dev.csv sts=[stsb-en-test.csv,STS12-en-test,SICK_test_annotated.txt] seed=0 out=runs/x
-python scripts/simcse.py ... model=tiny          # a small BERT from random weights: nothing is downloaded
-python scripts/simcse.py table=[runs/a,runs/b]   # mean and standard deviation over seeds of runs that are there
-python scripts/simcse.py --help                  # every key with its default
+python scripts/examples/simcse.py ... model=tiny          # a small BERT from random weights: nothing is downloaded
+python scripts/examples/simcse.py table=[runs/a,runs/b]   # mean and standard deviation over seeds of finished runs
+python scripts/examples/simcse.py --help                  # every key with its default
 
 Defaults are those of the DySTreSS paper's code, except for model=tiny: one epoch, batches of 64, learning rate 3e-5, 32
 tokens, the first token's embedding under an MLP that only training has, and the best model by the Spearman correlation
@@ -59,7 +59,7 @@ class Settings:
     precision: str = _key("fp32", "numbers that are computed with", words=("fp32", "fp16", "bf16"))
     cpu: bool = _key(False, "leave a GPU alone")
     diagnostics_every_n_steps: int = _key(
-        50, "steps between two looks at similarities and temperatures; 0: none", at_least=0, at_most=1_000_000_000
+        50, "steps between two samples of similarities and temperatures; 0: none", at_least=0, at_most=1_000_000_000
     )
     progress: bool = _key(True, "show progress bars")
 

@@ -10,7 +10,7 @@ Each start is a process of its own, forked from one that has imported everything
 is a whole `dystress` command, without the seconds that its imports take and, unless --figures is given, without the
 figures at its end, which would take most of the time and nothing reads again.
 
-    python scripts/kill_and_resume.py --rounds 200
+    python scripts/checks/kill_and_resume.py --rounds 200
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Writes a method as a pull request for lightly or solo-learn: a branch of your clone, with one commit.
 
-python scripts/export_upstream.py lightly --repo ../lightly --method dystress
-python scripts/export_upstream.py solo-learn --repo ../solo-learn --method dystress
+python scripts/upstream/export.py lightly --repo ../lightly --method dystress
+python scripts/upstream/export.py solo-learn --repo ../solo-learn --method dystress
 
-The formulas come from this package's source, everything else as far as possible from the host's own files at the
-commit that is checked out. Either the branch exists afterwards, or the clone is as before. The text of the pull request
-is written beside the clone; for the times of the new loss in it the host has to be importable.
+The formulas stand in templates, which a test compares with this package; everything else comes as far as possible from
+the host's own files at the commit that is checked out. Either the branch exists afterwards, or the clone is as before.
+The text of the pull request is written beside the clone; for the times of the new loss in it the host has to be
+importable.
 """
 
 import argparse
@@ -13,10 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from upstream import benchmark, lightly, solo_learn
-from upstream.clone import Clone
+if __name__ == "__main__":
+    # Python looks for modules beside a script first, where lightly.py would hide the host.
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import dystress_plugin
+from upstream import benchmark, lightly, solo_learn
+from upstream.clone import Clone
 
 HOSTS = {"lightly": lightly, "solo-learn": solo_learn}
 
@@ -38,7 +42,7 @@ def export(host, method, folder):
     if method not in HOSTS[host].METHODS:
         raise ValueError(f"method={method!r}: {host} has an export of {', '.join(HOSTS[host].METHODS)}.")
     clone = Clone(folder)
-    command = f"python scripts/export_upstream.py {host} --repo {clone.folder.name} --method {method}"
+    command = f"python scripts/upstream/export.py {host} --repo {clone.folder.name} --method {method}"
     plan = HOSTS[host].plan(clone, method, command, (dystress_plugin.__version__, _own_commit()))
     commit = clone.commit(plan)
     text = clone.folder.with_name(f"{clone.folder.name}-{method}.PR.md")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Speed and memory of the loss against other implementations, forward and backward pass together.
 
-    python scripts/benchmark_loss.py --out results/loss-cpu                    # the README's table; about 10 minutes
-    python scripts/benchmark_loss.py --device cuda --batches 256 1024 4096 16384 65536 --out results/loss-cuda
-    python scripts/benchmark_loss.py --batches 65536 --only ours --repeats 0    # one huge batch, one step
+    python scripts/benchmarks/loss.py --out results/loss-cpu                    # the README's table; about 10 minutes
+    python scripts/benchmarks/loss.py --device cuda --batches 256 1024 4096 16384 65536 --out results/loss-cuda
+    python scripts/benchmarks/loss.py --batches 65536 --only ours --repeats 0    # one huge batch, one step
 
 Ours has DySTreSS' temperature per pair, the others a fixed one, except "dense PyTorch", which is a plain matrix with
 the same per-pair temperature. They run in turn in one process, so that the machine's ups and downs meet all of them;

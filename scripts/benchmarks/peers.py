@@ -1,6 +1,6 @@
 """Prints a Markdown table: how far our losses are from other people's, on random batches with a constant temperature.
 
-    python scripts/compare_with_peers.py [--batches 20]
+    python scripts/benchmarks/peers.py [--batches 20]
 
 Differences are relative to the largest entry (of the gradient with respect to both views; of the value, if above 1),
 the largest over all batches, sizes and temperatures. Peers that are not installed are listed as such.

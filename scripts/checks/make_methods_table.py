@@ -1,7 +1,7 @@
 """Writes METHODS.md from the recipe table and from what the adapters register.
 
-python scripts/make_methods_table.py            # writes it
-python scripts/make_methods_table.py --check    # exits with 1 if it is stale
+python scripts/checks/make_methods_table.py            # writes it
+python scripts/checks/make_methods_table.py --check    # exits with 1 if it is stale
 """
 
 import argparse
@@ -17,14 +17,15 @@ from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
 from dystress_plugin.recipes import METHODS
 
 PACKAGE = Path(dystress_plugin.__file__).parent
-TARGET = Path(__file__).parents[1] / "METHODS.md"
+TARGET = Path(__file__).parents[2] / "METHODS.md"
 LAYOUTS = {"views": "views of a batch", "queue": "queue of keys"}
 # solo-learn and LightlyTrain have a method of this name, which the registration leaves in place.
 HOSTS_OWN = {"simclr"}
 
 HEAD = """# Methods
 
-Generated from `dystress_plugin/recipes.py` by `python scripts/make_methods_table.py`; a test fails when it is stale.
+Generated from `dystress_plugin/recipes.py` by `python scripts/checks/make_methods_table.py`; a test fails when it is
+stale.
 
 A method is a point of the grid temperature × objective × layout. Every row works in one's own loop as
 `dystress_plugin.ContrastiveLoss("name")`; a queue of keys needs `queue_size=(keys, dim)` there, and a table of samples
@@ -120,7 +121,7 @@ def main(arguments=None, target=TARGET):
         return 0
     if target.exists() and target.read_text(encoding="utf-8") == table():
         return 0
-    print(f"{target.name} is stale: run python scripts/make_methods_table.py", file=sys.stderr)
+    print(f"{target.name} is stale: run python scripts/checks/make_methods_table.py", file=sys.stderr)
     return 1
 
 

@@ -4,7 +4,7 @@ Two loops, one after the other: the loss alone with its gradient, for every meth
 optimizer on a `Recorder`'s table. After a tenth of the time, in which allocators and caches fill, the resident memory
 is noted 200 times; the slope is that of a least-squares line, with a 95 % confidence interval from the residuals.
 
-    python scripts/memory_slope.py --minutes 5
+    python scripts/benchmarks/memory_slope.py --minutes 5
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What the diagnostics cost: steps of the demo with and without a look, in turn in one process.
+"""What the diagnostics cost: steps of the demo with and without a sample, in turn in one process.
 
-Every other step of `dystress pretrain method=dystress data=digits` is looked at, and the time of a step is taken around
-all of its callbacks, the data loading left out. With a and b the medians of the steps with and without a look, a look
+Every other step of `dystress pretrain method=dystress data=digits` is sampled, and the time of a step is taken around
+all of its callbacks, the data loading left out. With a and b the medians of the steps with and without a sample, one
 every n steps makes the mean step (n - 1 + a/b) / n times as long. On a busy machine that difference drowns in noise, so
-the time inside of the diagnostics' own functions is printed as well.
+the time inside of the diagnostics' own functions is printed as well. Keys are those of `dystress pretrain`.
 
-    python scripts/benchmark_diagnostics.py                      # CSV alone, as the demo has it
-    python scripts/benchmark_diagnostics.py method=dystress_moco tensorboard=true wandb=offline epochs=20
+    python scripts/benchmarks/diagnostics.py                      # CSV alone, as the demo has it
+    python scripts/benchmarks/diagnostics.py method=dystress_moco tensorboard=true wandb=offline epochs=20
 """
 
 import statistics
@@ -62,6 +62,9 @@ def timed(owner, name, seconds):
 
 
 def main(tokens):
+    if {"-h", "--help"} & set(tokens):
+        print(__doc__)
+        return
     fixed = ["progress=false", "diagnostics_every_n_steps=2"]
     with tempfile.TemporaryDirectory() as folder:
         settings = parse(PretrainSettings, ["epochs=12", *tokens, f"out={folder}", *fixed])
@@ -90,17 +93,16 @@ def main(tokens):
             warnings.simplefilter("ignore")
             trainer.fit(module, train)
     warm = 4  # the first steps allocate
-    looked, plain = (statistics.median(stop.seconds[first::2]) for first in (warm, warm + 1))
-    ratio = (EVERY_N_STEPS - 1 + looked / plain) / EVERY_N_STEPS
+    sampled, plain = (statistics.median(stop.seconds[first::2]) for first in (warm, warm + 1))
+    ratio = (EVERY_N_STEPS - 1 + sampled / plain) / EVERY_N_STEPS
     alone, idle = (statistics.median(start.inside[first::2]) for first in (warm, warm + 1))
     cost = (alone + (EVERY_N_STEPS - 1) * idle) / EVERY_N_STEPS
     print(f"{settings.method}, {len(stop.seconds) - warm} steps of {settings.batch_size} images")
+    longer = f"{sampled / plain:.4f} times as long"
+    print(f"median step: {1000 * plain:.2f} ms; with a sample: {1000 * sampled:.2f} ms, {longer}")
+    print(f"a sample every {EVERY_N_STEPS} steps (the default): {ratio:.5f}, overhead {100 * (ratio - 1):.3f} %")
     print(
-        f"median step: {1000 * plain:.2f} ms; with a look: {1000 * looked:.2f} ms, {looked / plain:.4f} times as long"
-    )
-    print(f"a look every {EVERY_N_STEPS} steps (the default): {ratio:.5f}, overhead {100 * (ratio - 1):.3f} %")
-    print(
-        f"timed alone: {1000 * alone:.2f} ms in a step with a look, {1e6 * idle:.0f} us in the others: "
+        f"timed alone: {1000 * alone:.2f} ms in a step with a sample, {1e6 * idle:.0f} us in the others: "
         f"{100 * cost / plain:.3f} %"
     )
 
