@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from dystress_plugin import distributed
+from dystress_plugin import checkpointing, distributed
 from dystress_plugin import layout as layouts
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
@@ -19,7 +21,7 @@ from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.queue import KeyQueue
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Individual, ModelAware, Temperature
-from dystress_plugin.temperature.base import Batch
+from dystress_plugin.temperature.base import Batch, LogitMaps
 
 
 class Pairs(NamedTuple):
@@ -38,6 +40,16 @@ class ContrastiveLoss(nn.Module):
     i runs over all views of all images (NT-Xent), s is the cosine similarity, p the other view of i's image, n all
     views of all other images. With several positives their exponentials are added. `objective` replaces the outer
     form, `temperature` the map a. With a queue, i runs over view 0, p is view 1 and n the keys in the queue.
+
+    State, which is a queue and tables of samples, moves with the batches that are learned from: in train mode, with
+    gradients enabled, where an embedding requires one. Keys need none beside queries that do. A batch under `no_grad`
+    or `inference_mode`, or of a frozen encoder, is compared and leaves no trace. Within `torch.utils.checkpoint` a
+    batch is learned from once; what a loss with state saves for the backward pass is kept rather than computed again,
+    as it would come from a later state.
+
+    Where torch.distributed runs, every rank begins with rank 0's state and parameters, takes in what all ranks learn,
+    and gets the mean over ranks of its parameters' gradients, outside of DistributedDataParallel as well. A loss that
+    has any of these, or gathers, is to be trained with equally often on every rank.
 
     Args:
         temperature: a method's name, from `dystress_plugin.recipes.METHODS`, or an instance of a class in
@@ -113,6 +125,8 @@ class ContrastiveLoss(nn.Module):
         self.layout = layout
         self.engine = engine
         self.gather_distributed = bool(gather_distributed)
+        self._passes = checkpointing.Passes()
+        self._begun = False
         self.queue = _queue(queue_size)
         if self.queue is not None and layout != "views":
             raise ValueError(f"layout='{layout}' takes no queue: leave queue_size out.")
@@ -137,16 +151,25 @@ class ContrastiveLoss(nn.Module):
                 embeddings that are not finite (on CUDA they propagate: looking would wait for the device).
         """
         units, index, epoch = self._checked(views, index, epoch)
-        if self.queue is not None and self.training:
-            self.queue.share()
-        with torch.autocast(views[0].device.type, enabled=False):
+        trains = self.training and torch.is_grad_enabled()
+        learns = trains and any(view.requires_grad for view in views)
+        if trains:
+            self._begin_as_rank_0(views)
+            self.temperature.hold_parameters()
+        compute = partial(self._value, units, index, epoch, learns=learns)
+        return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
+
+    def _value(self, units: Tensor, index: Tensor | None, epoch: float | None, *, learns: bool) -> Tensor:
+        with torch.autocast(units.device.type, enabled=False):
             stats, batch = self._row_stats(units, index, epoch)
-            stats = replace(stats, log_s=self.temperature.observe(stats, batch))
+            stats = replace(stats, log_s=self.temperature.running_mean(stats, batch))
             objective = OBJECTIVES[self.objective]
             rows = objective.row_loss(stats, **self.objective_settings)
             value = rows.mean() * (batch.views if objective.sum_over_views else 1)
-        if self.queue is not None and self.training:
-            self.queue.push(units[1])
+        if learns:
+            self.temperature.update(stats, batch)
+            if self.queue is not None:
+                self.queue.push(units[1])
         return value * self._share(len(rows), rows.device)
 
     @torch.no_grad()
@@ -176,6 +199,13 @@ class ContrastiveLoss(nn.Module):
                 taus.append(maps.negative.rows(rows).temperature(cosine)[negative])
             return Pairs(batch.positive_cosine.flatten(), positive_tau.flatten(), torch.cat(cosines), torch.cat(taus))
 
+    def _begin_as_rank_0(self, views: Sequence[Tensor]) -> None:
+        """Once: ranks may have been seeded differently, as data loading wants it, and so hold different queues."""
+        trained = any(tensor.requires_grad for tensor in (*views, *self.parameters()))
+        if trained and not self._begun and distributed.world_size() > 1:
+            distributed.from_rank_0(*self.parameters(), *self.buffers())
+            self._begun = True
+
     def _blocks(self, units: Tensor, *, gather: bool) -> list[Block]:
         if self.queue is not None:
             return layouts.queue(units, self.queue.read())
@@ -195,9 +225,10 @@ class ContrastiveLoss(nn.Module):
         )
 
     def _row_stats(self, units: Tensor, index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
+        units, parameters = self._with_mean_gradients(units)
         blocks = self._blocks(units, gather=self.gather_distributed)
         batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
-        maps = self.temperature.prepare(batch)
+        maps: LogitMaps = functional_call(self.temperature, parameters, (batch,))
         want_cosine = self._counts_negatives
         negatives = [
             ENGINES[self.engine](
@@ -220,6 +251,14 @@ class ContrastiveLoss(nn.Module):
             mean=batch.mean,
         )
         return stats, batch
+
+    def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The temperature's parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
+        trained: dict[str, Tensor] = {name: p for name, p in self.temperature.named_parameters() if p.requires_grad}
+        if not (self.training and torch.is_grad_enabled()):
+            return units, trained
+        units, *parameters = distributed.with_mean_gradients(units, *trained.values())
+        return units, dict(zip(trained, parameters, strict=True))
 
     def _share(self, rows: int, device: torch.device) -> float:
         """Rows of this rank over the mean of all ranks', so that ranks of different batches weigh by their rows."""

@@ -15,8 +15,7 @@ class KeyQueue(nn.Module):
     """The last `size` keys, oldest overwritten first; a batch that does not fit at the end goes on at the start.
 
     It begins full of random directions, as MoCo's does, so that the number of negatives never changes. Where
-    torch.distributed runs, the keys of all ranks enter in order of rank, and every rank holds the same queue: rank 0's
-    random directions at the start.
+    torch.distributed runs, the keys of all ranks enter in order of rank, so that every rank holds the same queue.
 
     MoCo, 2020, https://arxiv.org/abs/1911.05722 (65536 keys of 128 numbers).
 
@@ -42,13 +41,6 @@ class KeyQueue(nn.Module):
                 raise ValueError(f"queue_size=({size!r}, {dim!r}): {name} must be an int of at least 1.")
         self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
-        self._shared = False
-
-    def share(self) -> None:
-        """Gives every rank rank 0's queue, once: ranks may have been seeded differently, as data loading wants it."""
-        if not self._shared and distributed.world_size() > 1:
-            distributed.from_rank_0(self.keys, self.position)
-            self._shared = True
 
     def read(self) -> Tensor:
         """A copy of the keys: the queue may be written to before the backward pass reads them."""

@@ -17,6 +17,7 @@ from grid import (
     embeddings,
     indices,
     tolerance,
+    trained_on,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -336,10 +337,10 @@ def test_every_loss_survives_pickling_and_deepcopy(name):
 @pytest.mark.parametrize("queue_size", [None, (7, 4)])
 def test_eval_mode_changes_no_state(name, objective, queue_size):
     loss = Pair(name, objective, queue_size=queue_size).loss
-    loss(*embeddings(5, 4), index=indices(5), epoch=EPOCH)
+    loss(*trained_on(embeddings(5, 4)), index=indices(5), epoch=EPOCH)
     loss.eval()
     before = copy.deepcopy(loss.state_dict())
-    values = [loss(*embeddings(5, 4, seed=1), index=indices(5), epoch=EPOCH) for _ in range(2)]
+    values = [loss(*trained_on(embeddings(5, 4, seed=1)), index=indices(5), epoch=EPOCH) for _ in range(2)]
     assert torch.equal(*values)
     assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from grid import trained_on
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,7 +41,7 @@ CONTEXT = {"index": torch.arange(BATCH) + 3, "epoch": 5.0}
 @pytest.mark.parametrize("name", NAMES)
 def test_a_look_shows_the_pairs_as_the_loss_has_them(name):
     loss = make_loss(name)
-    loss(*batch(1), **CONTEXT)
+    loss(*trained_on(batch(1)), **CONTEXT)
     expected = loss.pairs(*batch(2), **CONTEXT)
     found = summaries(loss, *batch(2), **CONTEXT)
     assert [(s.pairs, s.quantity) for s in found] == [
@@ -114,8 +115,8 @@ def test_a_loop_of_ones_own_gets_its_rows_and_resumes(tmp_path):
             for step in range(start, stop):
                 expected[step] = loss.pairs(*batch(step))
                 assert bool(loss._forward_pre_hooks) == (step % 2 == 0)
-                loss(*batch(step))
-                loss(*batch(step + 100))  # a second call in a step is not looked at
+                loss(*trained_on(batch(step)))
+                loss(*trained_on(batch(step + 100)))  # a second call in a step is not looked at
                 recorder.step(epoch=step // 3)
 
     expected = {}

@@ -91,7 +91,7 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
         loss: its engine, layout and queue play no part.
         seen: the pairs.
     """
-    training, batch = loss.temperature.training, seen.batch
+    batch = seen.batch
     maps = loss.temperature.prepare(batch)
     positive, negative = (cosine.detach().requires_grad_() for cosine in (seen.positive, seen.negative))
     logits = maps.negative.logit(negative)
@@ -103,11 +103,7 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
         negative_cosine=(weight * negative).sum(dim=1),
         num_negatives=negative.shape[1],
     )
-    try:
-        # In eval mode it reads its tables and leaves them alone.
-        stats = replace(stats, log_s=loss.temperature.eval().observe(stats, batch))
-    finally:
-        loss.temperature.train(training)
+    stats = replace(stats, log_s=loss.temperature.running_mean(stats, batch))
     rows = OBJECTIVES[loss.objective].row_loss(stats, **loss.objective_settings)
     pull, push = torch.autograd.grad(rows.sum(), (positive, negative))
     return Effect(maps, weight, push, pull, measure(maps, weight, push, seen))

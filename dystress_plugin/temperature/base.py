@@ -171,7 +171,7 @@ class Temperature(nn.Module, ABC):
     Attributes:
         needs_index: the loss must be given `index`.
         needs_epoch: the loss must be given `epoch`.
-        needs_negative_cosine: `observe` reads `RowStats.negative_cosine`.
+        needs_negative_cosine: `running_mean` and `update` read `RowStats.negative_cosine`.
         per_step: adapters pass the epoch with the fraction of it that is over, not the whole number.
     """
 
@@ -184,14 +184,24 @@ class Temperature(nn.Module, ABC):
     def prepare(self, batch: Batch) -> LogitMaps:
         """The maps for this batch, from state as it was before the batch. Changes nothing."""
 
-    def observe(self, stats: RowStats, batch: Batch) -> Tensor | None:
-        """Called once after the row statistics; a temperature that learns from them updates its state here.
+    def forward(self, batch: Batch) -> LogitMaps:
+        """`prepare`, by the name that `torch.func.functional_call` knows."""
+        return self.prepare(batch)
 
-        Returns:
-            (rows,) log of the running mean of the negatives' exponentials that SogCLR divides by, or None where
-            there is none, which means the batch's own.
+    def hold_parameters(self) -> None:
+        """Moves parameters back into their range, out of which the optimizer may have carried them."""
+        return
+
+    def running_mean(self, stats: RowStats, batch: Batch) -> Tensor | None:
+        """Log of the running mean of the negatives' exponentials that SogCLR divides by, (rows,). Changes nothing.
+
+        None where there is none, which means the batch's own.
         """
         return None
+
+    def update(self, stats: RowStats, batch: Batch) -> None:
+        """Moves the temperature's state; called once a batch, after its loss, and only for one that is learned from."""
+        return
 
     def clock(self, epoch: int, batch: int, batches: int) -> float:
         """What an adapter passes as the epoch at batch `batch` of the `batches` of an epoch, both 0 first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -25,11 +25,21 @@ from dystress_plugin.temperature.base import (
 )
 
 
+class _Seen(NamedTuple):
+    """What a batch shows of its samples, (rows,) each, in the letters of `Individual`; `log_s` is its new s_v."""
+
+    sample: Tensor
+    tau: Tensor
+    positive: Tensor
+    log_g: Tensor
+    log_s: Tensor
+
+
 @final
 class Individual(Temperature):
     """a(s) = s / tau_i, with tau_i learned for sample i from the distribution of its negatives.
 
-    After each batch in train mode, for image i with views v (anchors), n negatives s_j each:
+    After each batch that is learned from, for image i with views v (anchors), n negatives s_j each:
 
         g_v   = mean_j exp(s_j / tau_i)
         s_v   = (1 - gamma) S_i + gamma g_v, but g_v at the first visit
@@ -141,32 +151,41 @@ class Individual(Temperature):
         return LogitMaps(map_, map_)
 
     @torch.no_grad()
-    def observe(self, stats: RowStats, batch: Batch) -> Tensor:
-        index = self._checked(batch.index)
-        log_n = math.log(stats.num_negatives)
-        if not self._rho_checked:
-            self._rho_checked = True
-            if self.rho >= log_n:
-                warnings.warn(
-                    f"rho={self.rho} is at least log(n) = {log_n:.3f} for n={stats.num_negatives} negatives: no "
-                    f"weights over them are that far from uniform, so every temperature sinks to tau_min="
-                    f"{self.tau_min}. Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch.",
-                    stacklevel=2,
-                )
-        tau, visited = self.tau[index], self.visited[index]
+    def running_mean(self, stats: RowStats, batch: Batch) -> Tensor:
+        self._check_rho(stats.num_negatives)
+        seen = self._seen(stats, batch)
+        return (seen.log_s + seen.positive / seen.tau).to(stats.negative.dtype)
+
+    @torch.no_grad()
+    def update(self, stats: RowStats, batch: Batch) -> None:
+        seen = self._seen(stats, batch)
         assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
+        weight = torch.exp(seen.log_g - seen.log_s)
+        gradient = seen.log_s + self.rho - weight * (stats.negative_cosine.double() - seen.positive) / seen.tau
+        self._write(seen.sample, seen.log_s, gradient, batch.views)
+
+    def _seen(self, stats: RowStats, batch: Batch) -> _Seen:
+        index = self._checked(batch.index)
+        tau = self.tau[index]
         # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves.
         positive = stats.positive_cosine.double() if self.gradient == "difference" else torch.zeros_like(tau)
-        log_g = stats.negative.double() - log_n - positive / tau
+        log_g = stats.negative.double() - math.log(stats.num_negatives) - positive / tau
         moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
-        log_s = torch.where(visited, moved, log_g)
-        if self.training:
-            weight = torch.exp(log_g - log_s)
-            gradient = log_s + self.rho - weight * (stats.negative_cosine.double() - positive) / tau
-            self._update(index, log_s, gradient, batch.views)
-        return (log_s + positive / tau).to(stats.negative.dtype)
+        return _Seen(index, tau, positive, log_g, torch.where(self.visited[index], moved, log_g))
 
-    def _update(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
+    def _check_rho(self, num_negatives: int) -> None:
+        if self._rho_checked:
+            return
+        self._rho_checked = True
+        if self.rho >= (log_n := math.log(num_negatives)):
+            warnings.warn(
+                f"rho={self.rho} is at least log(n) = {log_n:.3f} for n={num_negatives} negatives: no "
+                f"weights over them are that far from uniform, so every temperature sinks to tau_min="
+                f"{self.tau_min}. Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch.",
+                stacklevel=2,
+            )
+
+    def _write(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
         images = index.view(views, -1)[0]
         log_s = torch.logsumexp(log_s.view(views, -1), 0) - math.log(views)
         gradient = gradient.view(views, -1).mean(0).clamp(-self.clip, self.clip)

@@ -6,7 +6,7 @@ import math
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
 
@@ -38,12 +38,18 @@ class Learnable(Temperature):
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        with torch.no_grad():
-            # The parameter itself is moved back, as in CLIP: a clamp in the graph would leave it without gradient
-            # outside of the range, for good.
-            self.log_tau.clamp_(math.log(self.tau_min), math.log(self.tau_max))
-        map_ = Scaled(self.log_tau.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
+        # Held in its range by value alone: a clamp in the graph would leave it without gradient outside, for good.
+        held = self._held() + (self.log_tau - self.log_tau.detach())
+        map_ = Scaled(held.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
         return LogitMaps(map_, map_)
+
+    @torch.no_grad()
+    def hold_parameters(self) -> None:
+        # As in CLIP; else it would go on outside, and be long on its way back.
+        self.log_tau.copy_(self._held())
+
+    def _held(self) -> Tensor:
+        return self.log_tau.detach().clamp(math.log(self.tau_min), math.log(self.tau_max))
 
     def extra_repr(self) -> str:
         return f"tau={math.exp(float(self.log_tau.detach())):.4g}, tau_min={self.tau_min}, tau_max={self.tau_max}"

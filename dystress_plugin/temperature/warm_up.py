@@ -100,10 +100,18 @@ class WarmUp(Temperature):
         positive, negative = (MixedMap(Scaled(self.tau), map_, share) for map_ in maps)
         return LogitMaps(positive, negative)
 
-    def observe(self, stats: RowStats, batch: Batch) -> Tensor | None:
-        if batch.epoch is None or batch.epoch < self.epochs:
-            return None
-        return self.temperature.observe(stats, batch)
+    def hold_parameters(self) -> None:
+        self.temperature.hold_parameters()
+
+    def running_mean(self, stats: RowStats, batch: Batch) -> Tensor | None:
+        return self.temperature.running_mean(stats, batch) if self._has_arrived(batch) else None
+
+    def update(self, stats: RowStats, batch: Batch) -> None:
+        if self._has_arrived(batch):
+            self.temperature.update(stats, batch)
+
+    def _has_arrived(self, batch: Batch) -> bool:
+        return batch.epoch is not None and batch.epoch >= self.epochs
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, epochs={self.epochs}, per_step={self.per_step}"

@@ -1,4 +1,4 @@
-"""What the criteria share: lightly's argument names, and its rule of what enters a memory bank."""
+"""What the criteria share: lightly's argument names."""
 
 from __future__ import annotations
 
@@ -44,11 +44,6 @@ class Criterion(nn.Module, ABC):
         """The loss of a batch."""
 
     def _value(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
-        # As in lightly, a batch without gradient (a test set under no_grad) changes neither bank nor tables: a
-        # criterion outside of the model never hears of model.eval().
-        learn = self.training and z0.requires_grad
-        if self.loss.training != learn:
-            self.loss.train(learn)
         value: Tensor = self.loss(z0, z1, index=index, epoch=epoch)
         return value
 
