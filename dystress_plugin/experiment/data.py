@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
 
+from dystress_plugin import distributed
 from dystress_plugin.experiment import long_tail as tails
 from dystress_plugin.experiment.images import parts
 from dystress_plugin.experiment.settings import PretrainSettings
@@ -29,7 +31,8 @@ class Images:
     """Labelled images, loaded when asked for.
 
     Attributes:
-        load: from a position in `range(len(labels))` to an RGB picture.
+        load: from a position in `range(len(labels))` to an RGB picture; a function that can be pickled, as processes
+            that load images may be spawned.
         labels: (images,) int64, classes from 0.
         files: (images,) paths, where the images are files.
     """
@@ -40,9 +43,8 @@ class Images:
 
     def subset(self, positions: np.ndarray) -> Images:
         """Only some of the images, in the order given."""
-        load = self.load
         files = None if self.files is None else self.files[positions]
-        return Images(lambda i: load(int(positions[i])), self.labels[positions], files)
+        return Images(partial(_load_of_subset, self.load, positions), self.labels[positions], files)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,18 @@ class EpochOrder(DistributedSampler[int]):
     """A new order every epoch, from the seed and the epoch alone; its items tell `Views` the epoch."""
 
     def __iter__(self) -> Iterator[int]:
+        if distributed.world_size() > 1:
+            # A process that is spawned for training gets it from the first one, as that one's.
+            self.rank = distributed.rank()
         first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
         return (first + i for i in super().__iter__())
+
+
+class OwnGenerator(torch.Generator):
+    """A generator for a loader, which is pickled as a new one: torch's cannot be sent to a process that is spawned."""
+
+    def __reduce__(self) -> tuple[type[OwnGenerator], tuple[()]]:
+        return type(self), ()
 
 
 def seed_cpu(*words: int) -> None:
@@ -172,7 +184,7 @@ def _digits(_root: str, _download: bool) -> Data:
 
     pixels, labels = load_digits(return_X_y=True)
     gray = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = Images(lambda i: Image.fromarray(gray[i]).convert("RGB"), labels.astype(np.int64))
+    images = Images(partial(_pixels, gray), labels.astype(np.int64))
     train, test = split(images.labels)
     return Data(
         train=images.subset(train),
@@ -210,7 +222,7 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
 
 
 def _array(pixels: np.ndarray, labels: Sequence[int]) -> Images:
-    return Images(lambda i: Image.fromarray(pixels[i]), np.asarray(labels, dtype=np.int64))
+    return Images(partial(_pixels, pixels), np.asarray(labels, dtype=np.int64))
 
 
 BUILTIN = {"cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100"), "digits": _digits}
@@ -250,7 +262,7 @@ def _image_folder(path: Path) -> tuple[Images, list[str]]:
     if len(folder.classes) < 2:
         raise ValueError(f"{path} has the single class '{folder.classes[0]}'; accuracies need at least two.")
     files = np.asarray([file for file, _ in folder.samples])
-    return Images(lambda i: _picture(files[i]), np.asarray(folder.targets, dtype=np.int64), files), folder.classes
+    return Images(partial(_file, files), np.asarray(folder.targets, dtype=np.int64), files), folder.classes
 
 
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:
@@ -268,6 +280,18 @@ def _usable(images: Images, without: Collection[str], data: Data) -> Images:
             )
         _picture(kept.files[positions[0]])
     return kept
+
+
+def _load_of_subset(load: Load, positions: np.ndarray, i: int) -> Picture:
+    return load(int(positions[i]))
+
+
+def _pixels(pixels: np.ndarray, i: int) -> Picture:
+    return Image.fromarray(pixels[i]).convert("RGB")
+
+
+def _file(files: np.ndarray, i: int) -> Picture:
+    return _picture(files[i])
 
 
 def _picture(file: str) -> Picture:

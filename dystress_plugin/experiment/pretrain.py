@@ -24,9 +24,9 @@ from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import figures, files, images
+from dystress_plugin.experiment import figures, files, hardware, images
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
-from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
+from dystress_plugin.experiment.data import Data, EpochOrder, OwnGenerator, Views, seed_cpu
 from dystress_plugin.experiment.evaluation import evaluate
 from dystress_plugin.experiment.guard import NanGuard
 from dystress_plugin.experiment.interruption import resumable
@@ -70,6 +70,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     out = output_folder(settings)
     files.check_place(out)
     check_epochs(settings)
+    hardware.check(settings)
     scan = scan_images(settings, out)
     data = data_module.load_for(settings, without=scan.left_out if scan is not None else ())
     trainer = _trainer(settings, out)
@@ -83,6 +84,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     settings = resolve(settings, recipe, data, trainer.world_size)
     image_size = settings.image_size or data.image_size
     module = build_module(settings, recipe, data, image_size)
+    hardware.check_step(module.backbone, trainer, image_size)
     _warn_short_schedule(module.loss, settings.epochs)
 
     last = out / "checkpoints" / "last.ckpt"
@@ -103,11 +105,14 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
     if trainer.global_rank == 0:
         untrained = _untrained(out / "untrained.json", module, data, options)
     loaders = _loaders(settings, data, image_size, trainer)
+    # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
+    module = trainer.precision_plugin.convert_module(module)
     with warnings.catch_warnings():
         for message in HOST_NOISE:
             warnings.filterwarnings("ignore", message)
         try:
-            trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None)
+            with hardware.processes(trainer):
+                trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None)
         except ValueError:
             if settings.nan_guard:
                 NanGuard(out).explain(trainer, module)
@@ -120,6 +125,7 @@ def _run(settings: PretrainSettings) -> dict[str, Any]:
         wandb.finish()  # or the next run of this process would go on with it
 
     device = str(module.device)
+    module.float()
     trained = evaluate(module.backbone, data, device=device, **options)
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
     (out / "figures").mkdir(exist_ok=True)
@@ -217,7 +223,7 @@ def _loaders(
         "persistent_workers": settings.num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
         # Or every new iterator would take a number from the generator that dropout draws from.
-        "generator": torch.Generator(),
+        "generator": OwnGenerator(),
     }
     views = Views(data.train, view_transform(settings, data, image_size), settings.seed)
     # Not shuffle=True: the order of a resumed run must not depend on what was drawn before. Lightning sets the epoch.
