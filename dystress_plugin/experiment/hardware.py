@@ -22,7 +22,7 @@ NOT_ON_A_CPU = ("16-mixed", "16", "16-true")
 
 
 def check(settings: PretrainSettings) -> None:
-    """Raises a ValueError for a precision that a run cannot have, or not on a CPU, and for processes that are forked."""
+    """Raises a ValueError for processes that are forked, and a precision that no run, or none on a CPU, can have."""
     precision, strategy = settings.precision, settings.strategy
     if "fork" in strategy or "notebook" in strategy:
         raise ValueError(

@@ -2,11 +2,13 @@
 
     python scripts/checks/backbones.py [--sizes 32 64 224] [--timm families] [--out results/backbones.csv]
 
-A backbone at a size is `trained` (a step of the module of `dystress pretrain` on four images in two views, with finite
-loss, gradients and weights; features of one width in both modes; weights that load into a new one; copies as queues and
-spawned processes make them), `refused` by a ValueError of one line, `skipped` for its number of parameters, or `broken`,
-which must be none. The table is written as it grows, and small networks come first. Everything happens in another
-process, so that not even a crash stops it.
+A backbone at a size is `trained`, `refused` by a ValueError of one line, `skipped` for its number of parameters, or
+`broken`, which must be none. Trained is a step of the module of `dystress pretrain` on four images in two views, with
+finite loss, gradients, weights and features, weights that load into a new network, and copies as a queue and spawned
+processes make them. The column `unused` counts parameters without a gradient, which strategy=ddp does not take.
+
+The table is written as it grows, small networks first. All of it happens in another process, so that not even a crash
+stops it.
 """
 
 from __future__ import annotations
