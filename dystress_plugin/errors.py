@@ -17,3 +17,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str], *, choices: str 
 
 class RunStopped(RuntimeError):
     """A training that cannot go on, through no setting of its own; what it has written is whole."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line that ends with a full stop."""
+    line = str(error).strip().partition("\n")[0].strip() or type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dystress_plugin import distributed
 from dystress_plugin.experiment import folders, pictures
 from dystress_plugin.experiment import long_tail as tails
 from dystress_plugin.experiment.images import read as read_scan
@@ -33,7 +35,8 @@ class Images:
     """Labelled images, loaded when asked for.
 
     Attributes:
-        load: from a position in `range(len(labels))` to an RGB picture.
+        load: from a position in `range(len(labels))` to an RGB picture; a function that can be pickled, as processes
+            that load images may be spawned.
         labels: (images,) int64, classes from 0.
         files: (images,) paths, where the images are files.
     """
@@ -44,9 +47,8 @@ class Images:
 
     def subset(self, positions: np.ndarray) -> Images:
         """Only some of the images, in the order given."""
-        load = self.load
         files = None if self.files is None else self.files[positions]
-        return Images(lambda i: load(int(positions[i])), self.labels[positions], files)
+        return Images(partial(_load_of_subset, self.load, positions), self.labels[positions], files)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,18 @@ class EpochOrder(DistributedSampler[int]):
     """A new order every epoch, from the seed and the epoch alone; its items tell `Views` the epoch."""
 
     def __iter__(self) -> Iterator[int]:
+        if distributed.world_size() > 1:
+            # A process that is spawned for training gets it from the first one, as that one's.
+            self.rank = distributed.rank()
         first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
         return (first + i for i in super().__iter__())
+
+
+class OwnGenerator(torch.Generator):
+    """A generator for a loader, which is pickled as a new one: torch's cannot be sent to a process that is spawned."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
 
 def seed_cpu(*words: int) -> None:
@@ -246,7 +258,7 @@ def _digits(_root: str, _download: bool) -> Data:
 
     pixels, labels = load_digits(return_X_y=True)
     gray = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = Images(lambda i: Image.fromarray(gray[i]).convert("RGB"), labels.astype(np.int64))
+    images = Images(partial(_pixels, gray), labels.astype(np.int64))
     train, test = split(images.labels)
     return Data(
         train=images.subset(train),
@@ -284,7 +296,7 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
 
 
 def _array(pixels: np.ndarray, labels: Sequence[int]) -> Images:
-    return Images(lambda i: Image.fromarray(pixels[i]), np.asarray(labels, dtype=np.int64))
+    return Images(partial(_pixels, pixels), np.asarray(labels, dtype=np.int64))
 
 
 BUILTIN = {"cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100"), "digits": _digits}
@@ -337,7 +349,7 @@ def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[st
         )
     files = np.asarray([file for files in found.values() for file in files])
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in found.values()])
-    return Images(lambda i: pictures.read(str(files[i])), labels, files), classes
+    return Images(partial(_file, files), labels, files), classes
 
 
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:
@@ -355,3 +367,15 @@ def _usable(images: Images, without: Collection[str], data: Data) -> Images:
             )
         pictures.read(str(kept.files[positions[0]]))
     return kept
+
+
+def _load_of_subset(load: Load, positions: np.ndarray, i: int) -> Picture:
+    return load(int(positions[i]))
+
+
+def _pixels(pixels: np.ndarray, i: int) -> Picture:
+    return Image.fromarray(pixels[i]).convert("RGB")
+
+
+def _file(files: np.ndarray, i: int) -> Picture:
+    return pictures.read(str(files[i]))

@@ -23,9 +23,12 @@ QUERIES = 1024  # at a time, against the whole memory
 
 @torch.no_grad()
 def extract(backbone: nn.Module, loader: DataLoader[Any], device: str) -> tuple[Tensor, Tensor]:
-    """Features (images, features) in float32 and labels (images,), on the CPU; the backbone is left in eval mode."""
-    backbone.to(device).eval()
-    parts = [(backbone(images.to(device)).flatten(1).float().cpu(), labels) for images, labels, _ in loader]
+    """Features (images, features) and labels (images,), on the CPU, computed in float32 whatever it was trained in.
+
+    The backbone is left in float32 and in eval mode.
+    """
+    backbone.to(device, torch.float32).eval()
+    parts = [(backbone(images.to(device)).flatten(1).cpu(), labels) for images, labels, _ in loader]
     return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
 
 

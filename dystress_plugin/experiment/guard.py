@@ -42,8 +42,9 @@ class NanGuard(Callback):
         if step is None or step.loss is None:
             return
         # The largest entry, not the length: squares of finite entries may overflow.
-        peaks = [torch.linalg.vector_norm(g, torch.inf, dtype=torch.float32) for g in _gradients(pl_module).values()]
-        if bool(torch.isfinite(torch.stack([step.loss.float(), *peaks])).all()):
+        gradients = _gradients(pl_module).values()
+        peaks = [torch.linalg.vector_norm(g, torch.inf, dtype=_wide(g.dtype)) for g in gradients]
+        if bool(torch.isfinite(torch.stack([step.loss, *peaks])).all()):
             self._skipped = 0
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -98,6 +99,11 @@ class NanGuard(Callback):
         )
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where it is that, whose finite numbers may be infinite in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _gradients(module: PretrainModule) -> dict[str, Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
@@ -105,7 +111,7 @@ def _gradients(module: PretrainModule) -> dict[str, Tensor]:
 def _statistics(module: PretrainModule, step: Step) -> dict[str, dict[str, float]]:
     """Mean, min and max of the lengths of the embeddings, and of similarities and temperatures of their pairs."""
     rows = torch.stack([torch.isfinite(view).all(1) for view in step.z]).all(0)
-    z = [view[rows] for view in step.z]
+    z = [view[rows].to(_wide(view.dtype)) for view in step.z]
     if not len(z[0]):
         return {}
     length = torch.cat(z).norm(dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 class PretrainModule(LightningModule, ABC):
-    """Backbone, projection head and loss; a weighted kNN after every epoch.
+    """Backbone, projection head and loss; a weighted kNN after every epoch, in the precision of the training.
 
     Subclasses are final and say how the views of a batch become what the loss compares.
 
@@ -177,6 +177,19 @@ class QueueModule(PretrainModule):
         deactivate_requires_grad(self.key_backbone)
         deactivate_requires_grad(self.key_projection_head)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueueModule:
+        # The average moves in steps that half precision would round to nothing: precision="bf16-true" leaves it alone.
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device, torch.float32) if half else moved
+
+        average = (self.key_backbone, self.key_projection_head)
+        for part in self.children():
+            part._apply(at_least_float32 if part in average else fn)
+        super()._apply(fn, recurse=False)
+        return self
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         steps = int(self.trainer.estimated_stepping_batches)
         momentum = cosine_schedule(self.global_step, steps, self.momentum, 1.0)
@@ -186,7 +199,8 @@ class QueueModule(PretrainModule):
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         anchors = _project(self.backbone, self.projection_head, views[0])
         with torch.no_grad():
-            keys = _project(self.key_backbone, self.key_projection_head, views[1])
+            images = views[1].to(next(self.key_backbone.parameters()).dtype)
+            keys = _project(self.key_backbone, self.key_projection_head, images)
         return anchors, keys
 
 

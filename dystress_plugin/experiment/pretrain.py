@@ -25,9 +25,9 @@ from dystress_plugin import __version__, diagnostics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import figures, files, folders, images, lock, long_tail
+from dystress_plugin.experiment import figures, files, folders, hardware, images, lock, long_tail
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
-from dystress_plugin.experiment.data import Data, EpochOrder, Views, seed_cpu
+from dystress_plugin.experiment.data import Data, EpochOrder, OwnGenerator, Views, seed_cpu
 from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.evaluation import evaluate
 from dystress_plugin.experiment.guard import NanGuard
@@ -95,6 +95,7 @@ def _run(
     settings = resolve(settings, recipe, data, trainer.world_size)
     image_size = settings.image_size or data.image_size
     module = build_module(settings, recipe, data, image_size)
+    hardware.check_step(module.backbone, trainer, image_size)
     _warn_short_schedule(module.loss, settings.epochs)
 
     last = out / "checkpoints" / "last.ckpt"
@@ -116,11 +117,14 @@ def _run(
     if trainer.global_rank == 0:
         untrained = _untrained(out / "untrained.json", module, data, options)
     loaders = _loaders(settings, data, image_size, trainer)
+    # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
+    module = trainer.precision_plugin.convert_module(module)
     with warnings.catch_warnings():
         for message in HOST_NOISE:
             warnings.filterwarnings("ignore", message)
         try:
-            trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None)
+            with hardware.processes(trainer):
+                trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None)
         except ValueError:
             if settings.nan_guard:
                 NanGuard(out).explain(trainer, module)
@@ -133,6 +137,7 @@ def _run(
         wandb.finish()  # or the next run of this process would go on with it
 
     device = str(module.device)
+    module.float()
     trained = evaluate(module.backbone, data, device=device, **options)
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
     (out / "figures").mkdir(exist_ok=True)
@@ -227,7 +232,7 @@ def _loaders(
         "persistent_workers": settings.num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
         # Or every new iterator would take a number from the generator that dropout draws from.
-        "generator": torch.Generator(),
+        "generator": OwnGenerator(),
     }
     views = Views(data.train, view_transform(settings, data, image_size), settings.seed)
     # Not shuffle=True: the order of a resumed run must not depend on what was drawn before. Lightning sets the epoch.

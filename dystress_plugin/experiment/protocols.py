@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def protocol(name: str) -> Protocol:
         k = int(match[1])
         nearest = "nearest training image" if k == 1 else f"{k} nearest training images, ties to the lower number"
         text = f"The most frequent class of the {nearest}, by cosine; the mean over classes of their accuracies."
-        return Protocol(name, f"kNN@{k}, mean of classes", text, lambda f: _majority_knn(f, k), per_class_mean=True)
+        return Protocol(name, f"kNN@{k}, mean of classes", text, partial(_majority_knn, k=k), per_class_mean=True)
     if match := re.fullmatch(r"few_shot_([1-9]\d{0,8}|[1-9]\d?pct|100pct)", name):
         percent = name.endswith("pct")
         amount = int(match[1].removesuffix("pct"))
@@ -123,7 +124,8 @@ def protocol(name: str) -> Protocol:
             f"Logistic regression on few labels: {each} of every class, as many of each, drawn {DRAWS} times with the "
             f"seeds 0 to {DRAWS - 1}, the same images for every run; the mean over the draws."
         )
-        return Protocol(name, f"few-shot linear, {each} per class", text, lambda f: _few_shot(f, amount, percent))
+        classes = partial(_few_shot, amount=amount, percent=percent)
+        return Protocol(name, f"few-shot linear, {each} per class", text, classes)
     raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN))
 
 

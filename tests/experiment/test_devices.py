@@ -24,7 +24,7 @@ ON_THE_CPU = [
     ({"strategy": "xla"}, "Unknown strategy 'xla'."),
     ({"strategy": "fsdp"}, "strategy=fsdp precision=32-true: The strategy `fsdp` requires a GPU"),
     ({"strategy": "single_device", "devices": "2"}, "this strategy trains in 1 process, not in 2."),
-    ({"precision": "16-mixed"}, "precision=16-mixed needs a GPU; on the CPU it is bf16-mixed."),
+    ({"precision": "16-mixed"}, "precision=16-mixed needs a GPU; on the CPU it is bf16-mixed or bf16-true."),
     ({"precision": "16"}, "precision=16 needs a GPU"),
     ({"num_nodes": 2}, "num_nodes=2 needs a launcher on every machine, srun or torchrun"),
 ]

@@ -171,11 +171,14 @@ def test_steps_that_gradscaler_leaves_out_are_no_fault_until_there_are_too_many(
     assert stops == ["the gradient"]
 
 
-def test_finite_gradients_whose_squares_overflow_are_no_fault(stopped):
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(torch.float32, 1e38), (torch.float64, 1e300), (torch.bfloat16, 1e38), (torch.float16, 6e4)]
+)
+def test_finite_gradients_whose_squares_overflow_are_no_fault(dtype, large, stopped):
     watch, stops = stopped
-    module = torch.nn.Linear(2, 1)
-    step_of(module, 1.0)
-    module.weight.grad = torch.full((1, 2), 1e38)
+    module = torch.nn.Linear(2, 1, dtype=dtype)
+    module.last_step = SimpleNamespace(loss=torch.tensor(large, dtype=torch.promote_types(dtype, torch.float32)))
+    module.weight.grad = torch.full((1, 2), large, dtype=dtype)
     watch.on_before_optimizer_step(trainer(None), module, None)
     assert stops == []
     module.weight.grad[0, 1] = torch.nan

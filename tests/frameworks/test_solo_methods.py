@@ -1,6 +1,7 @@
 """Our classes within the real solo-learn, in this process."""
 
 import json
+import pickle
 import sys
 import types
 import warnings
@@ -95,6 +96,11 @@ def test_registration_leaves_solo_learn_as_it_is(solo):
     assert solo.unchanged
     assert set(solo.METHODS) == set(solo.own) | set(METHODS)
     assert solo.METHODS["simclr"].__module__ == "solo.methods.simclr"
+
+
+def test_classes_can_be_pickled_for_processes_that_are_spawned(solo):
+    classes = [solo.METHODS[name] for name in METHODS]
+    assert [pickle.loads(pickle.dumps(cls)) for cls in classes] == classes
 
 
 def test_diagnostics_are_written_where_asked_for(solo, tmp_path, monkeypatch):
