@@ -228,7 +228,7 @@ def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int
         for run in runs:
             one(run, pretrain)
         return failures
-    with _Children(settings, lock) as children, ThreadPoolExecutor(settings.jobs) as pool:
+    with Workers(settings, lock) as children, ThreadPoolExecutor(settings.jobs) as pool:
         futures = [pool.submit(one, run, children.train) for run in runs]
         try:
             for future in futures:
@@ -240,7 +240,7 @@ def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int
     return failures
 
 
-class _Children:
+class Workers:
     """Runs in processes of their own, which end with this one unless it is killed; then the lock stays with them."""
 
     def __init__(self, settings: CompareSettings, lock: int | None) -> None:
@@ -253,7 +253,7 @@ class _Children:
         for slot in range(settings.jobs):
             self.slots.put(slot)
 
-    def __enter__(self) -> _Children:
+    def __enter__(self) -> Workers:
         self.logs.mkdir(parents=True, exist_ok=True)
         return self
 

@@ -80,7 +80,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     with resumable(out) as progress:
         files.check_place(out)
         folders.check_apart(out, settings.data)
-        trainer = _trainer(settings, out)
+        trainer = make_trainer(settings, out)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
             return _run(settings, recipe, trainer, out, progress)
@@ -96,11 +96,11 @@ def _run(
     image_size = settings.image_size or data.image_size
     module = build_module(settings, recipe, data, image_size)
     hardware.check_step(module.backbone, trainer, image_size)
-    _warn_short_schedule(module.loss, settings.epochs)
+    warn_short_schedule(module.loss, settings.epochs)
 
     last = out / "checkpoints" / "last.ckpt"
     if trainer.global_rank == 0:
-        if (finished := _open(out, settings, module, last)) is not None:
+        if (finished := open_run(out, settings, module, last)) is not None:
             return finished
         if scan is not None:
             scan.write(out)
@@ -116,7 +116,7 @@ def _run(
     }
     if trainer.global_rank == 0:
         untrained = _untrained(out / "untrained.json", module, data, options)
-    loaders = _loaders(settings, data, image_size, trainer)
+    loaders = make_loaders(settings, data, image_size, trainer)
     # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
     module = trainer.precision_plugin.convert_module(module)
     with warnings.catch_warnings():
@@ -224,7 +224,7 @@ def _queue_size(settings: PretrainSettings, recipe: recipes.Recipe) -> tuple[int
     return None
 
 
-def _loaders(
+def make_loaders(
     settings: PretrainSettings, data: Data, image_size: int, trainer: Trainer
 ) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
     common: dict[str, Any] = {
@@ -242,7 +242,7 @@ def _loaders(
     return train, [DataLoader(Views(part, plain), settings.batch_size, **common) for part in (data.train, data.test)]
 
 
-def _trainer(settings: PretrainSettings, out: Path) -> Trainer:
+def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
     callbacks: list[Callback] = [
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
@@ -330,7 +330,7 @@ class EpochTable(Callback):
         self.rows = state_dict["rows"]
 
 
-def _open(out: Path, settings: PretrainSettings, module: PretrainModule, last: Path) -> dict[str, Any] | None:
+def open_run(out: Path, settings: PretrainSettings, module: PretrainModule, last: Path) -> dict[str, Any] | None:
     """Makes `out` ready for these settings; the summary if they have been run to the end already."""
     config = out / "config.yaml"
     if config.exists():
@@ -404,7 +404,7 @@ def _untrained(path: Path, module: PretrainModule, data: Data, options: dict[str
     return accuracies
 
 
-def _warn_short_schedule(loss: ContrastiveLoss, epochs: int) -> None:
+def warn_short_schedule(loss: ContrastiveLoss, epochs: int) -> None:
     schedule = loss.temperature
     if isinstance(schedule, CosineSchedule) and epochs <= schedule.period / 2:
         warnings.warn(

@@ -182,22 +182,22 @@ def write(
     Raises:
         ValueError: for no finished run, or runs that do not belong on one page.
     """
-    runs = [_read(folder) for folder in folders if (folder / "summary.json").exists()]
+    runs = [read_run(folder) for folder in folders if (folder / "summary.json").exists()]
     if not runs:
         raise ValueError(f"None of the {len(folders)} runs has been run to the end: there is nothing to report.")
     missing = dict.fromkeys(f.name for f in folders if not (f / "summary.json").exists()) if failures is None else {}
-    runs = _in_order(runs)
-    _check(runs)
+    runs = in_order(runs)
+    check_together(runs)
     check_outside(out, runs[0].settings.data)
     first_seed = min(run.settings.seed for run in runs)
-    rows = [row for run in runs for row in _rows(run, score_run(run.folder, names, with_map=_mapped(run, runs)))]
-    for run in _one_per(runs, lambda run: run.settings.seed):
+    rows = [row for run in runs for row in rows_of(run, score_run(run.folder, names, with_map=_mapped(run, runs)))]
+    for run in one_per(runs, lambda run: run.settings.seed):
         scores = score_untrained(run.folder, names, with_map=run.settings.seed == first_seed)
         rows += [Row(UNTRAINED, UNTRAINED, None, None, None, run.settings.seed, **asdict(score)) for score in scores]
     out.mkdir(parents=True, exist_ok=True)
     table, page = out / "results.csv", out / "report.html"
     write_table(table, [f.name for f in fields(Row)], map(vars, rows))
-    files.write_text(page, _page(runs, rows, names, out, {**missing, **(failures or {})}))
+    files.write_text(page, render(runs, rows, names, out, {**missing, **(failures or {})}))
     return {"results": str(table), "report": str(page)}
 
 
@@ -254,11 +254,11 @@ def sentence(title: str, found: Sequence[Difference]) -> str:
     return f"{title}: {', and '.join(parts)}."
 
 
-def _read(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
     return Run(folder, read_config(folder / "config.yaml"), dict(OmegaConf.load(folder / "config.yaml").versions))
 
 
-def _in_order(runs: Sequence[Run]) -> list[Run]:
+def in_order(runs: Sequence[Run]) -> list[Run]:
     """Adaptive methods in the table's order, then constants by temperature; seeds in order."""
     order = list(recipes.METHODS)
     return sorted(
@@ -273,7 +273,7 @@ def _in_order(runs: Sequence[Run]) -> list[Run]:
     )
 
 
-def _check(runs: Sequence[Run]) -> None:
+def check_together(runs: Sequence[Run]) -> None:
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
         other = seen.setdefault((run.name, run.settings.seed), run)
@@ -285,14 +285,14 @@ def _check(runs: Sequence[Run]) -> None:
             raise ValueError(f"The runs differ in {key}: {', '.join(sorted(values))}. A report is of one data set.")
 
 
-def _rows(run: Run, scores: Sequence[Score]) -> list[Row]:
+def rows_of(run: Run, scores: Sequence[Score]) -> list[Row]:
     kwargs = run.settings.method_kwargs
     tau, low, high = (kwargs.get(key) for key in ("tau", "tau_min", "tau_max"))
     name, method, seed = run.name, run.settings.method, run.settings.seed
     return [Row(name, method, tau, low, high, seed, **asdict(score)) for score in scores]
 
 
-def _one_per(runs: Sequence[Run], key: Any) -> list[Run]:
+def one_per(runs: Sequence[Run], key: Any) -> list[Run]:
     return list({key(run): run for run in reversed(runs)}.values())[::-1]
 
 
@@ -300,8 +300,8 @@ def _mapped(run: Run, runs: Sequence[Run]) -> bool:
     return run.settings.seed == min(other.settings.seed for other in runs if other.name == run.name)
 
 
-def _page(runs: Sequence[Run], rows: Sequence[Row], names: Sequence[str], out: Path, missing: Mapping[str, Any]) -> str:
-    arms = {run.name: run for run in _one_per(runs, lambda run: run.name)}
+def render(runs: Sequence[Run], rows: Sequence[Row], names: Sequence[str], out: Path, missing: Mapping[str, Any]) -> str:
+    arms = {run.name: run for run in one_per(runs, lambda run: run.name)}
     titles = {name: run.title for name, run in arms.items()} | {UNTRAINED: "untrained backbone"}
     constants = {name: family(run.settings.method) for name, run in arms.items() if run.constant is not None}
     found = differences(rows, constants, names)
@@ -340,7 +340,7 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], names: Sequence[str], out: P
         cost=cost,
         reference=reference,
         missing=missing,
-        unequal=_unequal(runs),
+        unequal=unequal(runs),
         command=OmegaConf.load(compared).command if compared.exists() else "",
         figures=report_figures.all_figures(runs, rows, found, titles, style),
     )
@@ -378,7 +378,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def _unequal(runs: Sequence[Run]) -> list[str]:
+def unequal(runs: Sequence[Run]) -> list[str]:
     """Keys that differ between the runs although they should not."""
     values = [comparable(run.settings) for run in runs]
     keys = [key for key in values[0] if key not in OF_A_RUN and len({str(its[key]) for its in values}) > 1]

@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment.settings import LARGEST_SEED, _key, describe, parse
+from dystress_plugin.experiment.settings import LARGEST_SEED, option, describe, parse
 from dystress_plugin.objectives import OBJECTIVES
 
 TINY = "tiny"
@@ -29,47 +29,47 @@ TINY = "tiny"
 
 @dataclass
 class Settings:
-    method: str = _key("dystress", "a method of `dystress methods` without a queue")
-    method_kwargs: dict[str, Any] = _key({}, "parameters of its temperature, beside the paper's for sentences")
-    objective: str | None = _key(None, "what a row is trained for; null: the method's own", words=tuple(OBJECTIVES))
-    layout: str = _key("one_way", "what is compared with what", words=("one_way", "both_ways", "views"))
-    model: str = _key(TINY, "tiny, or name or path of a released encoder, of which the transformer is read")
-    sentences: str | None = _key(None, "text file, a sentence a line; must be given")
-    max_sentences: int | None = _key(None, "read only the first ones", at_least=2, at_most=1_000_000_000)
-    dev: str | None = _key(None, "STS file that picks the best model; null: the last one")
-    sts: list[str] = _key([], "STS files, or folders of a year's files, to evaluate on before and after")
-    out: str | None = _key(None, "folder of the results; null: runs/simcse-METHOD-SEED")
-    seed: int = _key(0, "number that weights, order and dropout are drawn from", at_least=0, at_most=LARGEST_SEED)
+    method: str = option("dystress", "a method of `dystress methods` without a queue")
+    method_kwargs: dict[str, Any] = option({}, "parameters of its temperature, beside the paper's for sentences")
+    objective: str | None = option(None, "what a row is trained for; null: the method's own", words=tuple(OBJECTIVES))
+    layout: str = option("one_way", "what is compared with what", words=("one_way", "both_ways", "views"))
+    model: str = option(TINY, "tiny, or name or path of a released encoder, of which the transformer is read")
+    sentences: str | None = option(None, "text file, a sentence a line; must be given")
+    max_sentences: int | None = option(None, "read only the first ones", at_least=2, at_most=1_000_000_000)
+    dev: str | None = option(None, "STS file that picks the best model; null: the last one")
+    sts: list[str] = option([], "STS files, or folders of a year's files, to evaluate on before and after")
+    out: str | None = option(None, "folder of the results; null: runs/simcse-METHOD-SEED")
+    seed: int = option(0, "number that weights, order and dropout are drawn from", at_least=0, at_most=LARGEST_SEED)
 
-    epochs: float = _key(1.0, "passes over the sentences", above=0, at_most=1_000_000)
-    batch_size: int = _key(64, "sentences per step and device", at_least=2, at_most=1_000_000)
-    mini_batch_size: int | None = _key(
+    epochs: float = option(1.0, "passes over the sentences", above=0, at_most=1_000_000)
+    batch_size: int = option(64, "sentences per step and device", at_least=2, at_most=1_000_000)
+    mini_batch_size: int | None = option(
         None, "sentences embedded at a time, with cached gradients; null: all", at_least=1, at_most=1_000_000
     )
-    lr: float | None = _key(None, "learning rate; null: 3e-5, 5e-4 for tiny", above=0, at_most=1_000_000)
-    warmup: float = _key(
+    lr: float | None = option(None, "learning rate; null: 3e-5, 5e-4 for tiny", above=0, at_most=1_000_000)
+    warmup: float = option(
         0.0, "share of the steps in which the learning rate rises; it falls linearly to 0 then", at_least=0, below=1
     )
-    max_length: int = _key(32, "tokens that are read of a sentence", at_least=3, at_most=65_536)
-    pooling: str = _key(
+    max_length: int = option(32, "tokens that are read of a sentence", at_least=3, at_most=65_536)
+    pooling: str = option(
         "cls", "from tokens to a sentence, whatever the released encoder has", words=("cls", "mean", "max", "lasttoken")
     )
-    head: bool = _key(True, "train under an MLP that is thrown away")
-    eval_steps: int = _key(125, "steps between two evaluations on dev", at_least=1, at_most=1_000_000_000)
-    precision: str = _key("fp32", "numbers that are computed with", words=("fp32", "fp16", "bf16"))
-    cpu: bool = _key(False, "leave a GPU alone")
-    diagnostics_every_n_steps: int = _key(
+    head: bool = option(True, "train under an MLP that is thrown away")
+    eval_steps: int = option(125, "steps between two evaluations on dev", at_least=1, at_most=1_000_000_000)
+    precision: str = option("fp32", "numbers that are computed with", words=("fp32", "fp16", "bf16"))
+    cpu: bool = option(False, "leave a GPU alone")
+    diagnostics_every_n_steps: int = option(
         50, "steps between two samples of similarities and temperatures; 0: none", at_least=0, at_most=1_000_000_000
     )
-    progress: bool = _key(True, "show progress bars")
+    progress: bool = option(True, "show progress bars")
 
-    vocabulary: int = _key(8000, "word pieces of tiny", at_least=10, at_most=1_000_000)
-    dim: int = _key(128, "numbers per token of tiny", at_least=1, at_most=65_536)
-    layers: int = _key(2, "layers of tiny", at_least=1, at_most=1000)
-    heads: int = _key(4, "heads of tiny", at_least=1, at_most=1000)
-    dropout: float = _key(0.1, "dropout of tiny", at_least=0, below=1)
+    vocabulary: int = option(8000, "word pieces of tiny", at_least=10, at_most=1_000_000)
+    dim: int = option(128, "numbers per token of tiny", at_least=1, at_most=65_536)
+    layers: int = option(2, "layers of tiny", at_least=1, at_most=1000)
+    heads: int = option(4, "heads of tiny", at_least=1, at_most=1000)
+    dropout: float = option(0.1, "dropout of tiny", at_least=0, below=1)
 
-    table: list[str] = _key([], "train nothing: print the table of these runs, and of runs inside of these folders")
+    table: list[str] = option([], "train nothing: print the table of these runs, and of runs inside of these folders")
 
 
 def read_sentences(settings):
