@@ -89,10 +89,11 @@ def _methods(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.settings import PretrainSettings, output_folder, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import PretrainSettings, output_folder
 
     settings = parse(PretrainSettings, tokens)  # before the imports that take seconds, as for every command
-    from dystress_plugin.experiment.pretrain import pretrain
+    from dystress_plugin.experiment.pretrain.command import pretrain
 
     summary = pretrain(settings)
     if summary:
@@ -103,26 +104,29 @@ def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.settings import EvaluateSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import EvaluateSettings
 
     settings = parse(EvaluateSettings, tokens)
-    from dystress_plugin.experiment.evaluation import evaluate_run
+    from dystress_plugin.experiment.evaluate.command import evaluate_run
 
     return evaluate_run(settings)
 
 
 def _long_tail(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.long_tail import write_long_tail
-    from dystress_plugin.experiment.settings import LongTailSettings, parse
+    from dystress_plugin.experiment.data.export import write_long_tail
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import LongTailSettings
 
     return write_long_tail(parse(LongTailSettings, tokens))
 
 
 def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.settings import InspectSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import InspectSettings
 
     settings = parse(InspectSettings, tokens)
-    from dystress_plugin.experiment.inspection import inspect_temperatures, output_folder, table
+    from dystress_plugin.experiment.inspect.command import inspect_temperatures, output_folder, table
 
     report = inspect_temperatures(settings)
     print("\n".join([report["network"], "", *_columns(table(report)), ""]))
@@ -133,18 +137,20 @@ def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _compare(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.compare import command_line, compare, parse_compare
+    from dystress_plugin.experiment.compare.command import command_line, compare
+    from dystress_plugin.experiment.compare.plan import parse_compare
 
     return dict(compare(*parse_compare(tokens), command_line(tokens)))
 
 
 def _report(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.settings import ReportSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import ReportSettings
 
     folders = [token for token in tokens if os.path.exists(token) or not ("=" in token or token.startswith("-"))]
     settings = parse(ReportSettings, [token for token in tokens if token not in folders])
     settings.runs += folders
-    from dystress_plugin.experiment.report import report
+    from dystress_plugin.experiment.report.command import report
 
     return dict(report(settings))
 
@@ -163,6 +169,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dystress_plugin.experiment.keys import describe
     from dystress_plugin.experiment.settings import (
         CompareSettings,
         EvaluateSettings,
@@ -170,7 +177,6 @@ def _parser() -> argparse.ArgumentParser:
         LongTailSettings,
         PretrainSettings,
         ReportSettings,
-        describe,
     )
 
     parser = argparse.ArgumentParser(

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment.compare import parse_compare, plan
-from dystress_plugin.experiment.settings import LongTailSettings, PretrainSettings, parse
+from dystress_plugin.experiment.compare.plan import parse_compare, plan
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.settings import LongTailSettings, PretrainSettings
 from dystress_plugin.frameworks.lightly import __main__ as launcher
 from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
 from dystress_plugin.frameworks.solo.settings import complete

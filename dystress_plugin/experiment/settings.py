@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import operator
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.keys import option
 
-from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment import folders
-
-T = TypeVar("T")
 PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"]
-PATHS = ("data", "indices", "data_root", "out", "checkpoint")
+
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
 LARGEST_SEED = 2**32 - 1  # of NumPy, and so of Lightning
-
-
-def option(
-    default: Any, help_: str, *, words: Sequence[str] = (), some: bool = False, once: bool = False, **bounds: float
-) -> Any:
-    """A key and what it can have.
-
-    Args:
-        default: its value unless given.
-        help_: what it is, up to a semicolon, and more.
-        words: all that a text can be.
-        some: whether a list must have something.
-        once: whether a list may have nothing twice.
-        **bounds: of a number or of each number in a list, by the names in `BOUNDS`.
-    """
-    metadata = {"help": help_, "words": words, "some": some, "once": once, "bounds": bounds}
-    # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -77,7 +50,9 @@ class PretrainSettings:
     batch_size: int = option(
         256, "images per step and device; the rest of an epoch is dropped", at_least=2, at_most=1_000_000
     )
-    num_workers: int = option(0, "processes that load images; 0 loads in the training process", at_least=0, at_most=1024)
+    num_workers: int = option(
+        0, "processes that load images; 0 loads in the training process", at_least=0, at_most=1024
+    )
 
     backbone: str | None = option(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
     hidden_dim: int = option(512, "hidden width of the projection head", at_least=1, at_most=65_536)
@@ -113,7 +88,9 @@ class PretrainSettings:
     min_scale: float | None = option(
         None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2", above=0, at_most=1
     )
-    jitter: float | None = option(None, "strength of colour jitter; null: 0.5, 1.0 above 64 px", at_least=0, at_most=2.5)
+    jitter: float | None = option(
+        None, "strength of colour jitter; null: 0.5, 1.0 above 64 px", at_least=0, at_most=2.5
+    )
     grayscale: float | None = option(
         None, "probability of a grey view; null: 0 for digits, else 0.2", at_least=0, at_most=1
     )
@@ -152,9 +129,14 @@ class PretrainSettings:
     wandb_project: str = option("dystress", "project in wandb")
     tensorboard: bool = option(False, "write TensorBoard events to `out`")
 
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        if (self.warmup_epochs or 0) > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must lie between 0 and epochs={self.epochs}.")
+
     def on(self, data: str | None, data_root: str | None, download: bool) -> PretrainSettings:
         """The same with other data, whose tail nobody cut; None: its own."""
-        own = data is None or folders.same(data, self.data)
+        own = data is None or places.same(data, self.data)
         return replace(
             self,
             data=data or self.data,
@@ -232,7 +214,9 @@ class CompareSettings:
         some=True,
         once=True,
     )
-    jobs: int = option(1, "runs at once, each a process of its own; several GPUs are dealt out", at_least=1, at_most=1024)
+    jobs: int = option(
+        1, "runs at once, each a process of its own; several GPUs are dealt out", at_least=1, at_most=1024
+    )
     diagnostics_every_n_steps: int | None = option(
         None,
         "steps between two looks at similarities and temperatures; null: forty looks in a run; 0: none",
@@ -241,13 +225,19 @@ class CompareSettings:
     )
     progress: bool = option(True, "show a progress bar over all runs")
 
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        _check_names(self.constants or [])
+
 
 @dataclass
 class ReportSettings:
     """Keys of `dystress report` beside the folders."""
 
     runs: list[str] = option([], "folders of finished runs, or that hold them; the same as naming them without a key")
-    out: str | None = option(None, "where results.csv and report.html go; null: beside the runs, or where compare put it")
+    out: str | None = option(
+        None, "where results.csv and report.html go; null: beside the runs, or where compare put it"
+    )
     protocols: list[str] = option(
         PROTOCOLS,
         "how backbones are scored; what a run's protocols.csv has already is not computed again",
@@ -262,7 +252,9 @@ class InspectSettings:
 
     checkpoint: str | None = option(None, "folder that `dystress pretrain` wrote; null: an untrained network")
     data: str | None = option(None, "as for `dystress pretrain`; null: the run's, or digits")
-    methods: list[str] = option(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True)
+    methods: list[str] = option(
+        ["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True
+    )
     method_kwargs: dict[str, Any] = option({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
     constants: list[float] = option(
         [0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with", above=0, at_most=1_000_000
@@ -292,200 +284,16 @@ class InspectSettings:
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
     num_workers: int = option(0, "processes that load images", at_least=0, at_most=1024)
 
-
-def parse(structure: type[T], tokens: Sequence[str]) -> T:
-    """`key=value` tokens merged into a typed structure.
-
-    Raises:
-        ValueError: for a token without `=`, an unknown key (with the nearest one), a value of the wrong type or out of
-            its range, or a key without default that is missing.
-    """
-    known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
-    texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
-    for token in tokens:
-        key, equals, _ = token.partition("=")
-        if not equals:
-            raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
-        if key.split(".")[0] not in known:
-            raise ValueError(unknown_name("key", key, known))
-    settings: T = merged(structure, *(_parsed(token, texts) for token in tokens))
-    return settings
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        _check_names(self.constants or [])
 
 
-def checked(settings: T) -> T:
-    """Settings that a program has made, as `parse` would have: each value of its key's type and in its range.
-
-    Raises:
-        ValueError: for one that is not.
-    """
-    same: T = merged(settings)
-    return same
-
-
-def merged(base: Any, *changes: Any) -> Any:
-    change: Any = {}
-    try:
-        config = OmegaConf.structured(base)
-        for change in changes:
-            config = OmegaConf.merge(config, change)
-        missing = OmegaConf.missing_keys(config)
-        if missing:
-            raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
-        OmegaConf.resolve(config)
-        settings = OmegaConf.to_object(config)
-    except (OmegaConfBaseException, OverflowError) as error:
-        key = getattr(error, "full_key", None) or ", ".join(change) or "setting"
-        wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
-        hint = f"; it must be {wanted}" if wanted else ""
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
-    _check_values(settings)
-    return settings
-
-
-def _check_values(settings: Any) -> None:
-    for f in fields(settings):
-        _check_value(f, getattr(settings, f.name))
-    constants = getattr(settings, "constants", None) or []
+def _check_names(constants: Sequence[float]) -> None:
     if len({f"{tau:g}" for tau in constants}) < len(constants):
         raise ValueError(f"constants={constants} must be different in six digits, by which they are named.")
-    if isinstance(settings, PretrainSettings) and (settings.warmup_epochs or 0) > settings.epochs:
-        raise ValueError(f"warmup_epochs={settings.warmup_epochs:g} must lie between 0 and epochs={settings.epochs}.")
-
-
-def _check_value(f: Field[Any], value: Any) -> None:
-    what = f.metadata["help"].partition(";")[0]
-    if value == "":
-        raise ValueError(f"{f.name}= is empty: {what}.")
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        raise ValueError(f"{f.name}={value} must be a list of plain values: {what}.")
-    if f.metadata["words"] and value is not None and value not in f.metadata["words"]:
-        raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
-    if f.metadata["some"] and not value:
-        raise ValueError(f"{f.name}={value} must be at least one: {what}.")
-    if f.metadata["once"] and len(set(value)) < len(value):
-        raise ValueError(f"{f.name}={value} must be each once: {what}.")
-    bounds = f.metadata["bounds"].items()
-    for number in value if isinstance(value, list) else [value]:
-        # Inside all, not outside of any: NaN is on neither side of a bound.
-        if number is not None and not all(BOUNDS[side](number, bound) for side, bound in bounds):
-            which = f": {number}" if isinstance(value, list) else ""
-            raise ValueError(f"{f.name}={value}{which} must be {range_of(f)}: {what}.")
-
-
-def range_of(f: Field[Any]) -> str:
-    """What numbers a key can be, in words; nothing where it is none."""
-    return " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in f.metadata["bounds"].items())
-
-
-def _parsed(token: str, texts: Sequence[str]) -> Any:
-    """One `key=value` as a config: a text as it stands, anything else as YAML."""
-    key, _, value = token.partition("=")
-    # A folder may have a name such as 'a #1' or 'a: b', which means something else in YAML.
-    if key in texts and value != "null":
-        # bash expands the ~ of key=~/x, other shells do not.
-        return OmegaConf.create({key: os.path.expanduser(value) if key in PATHS else value})
-    try:
-        return OmegaConf.from_dotlist([token])
-    except (YAMLError, ValueError) as error:  # ValueError: of a number with thousands of digits
-        raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
 
 
 def output_folder(settings: PretrainSettings) -> Path:
     """Where a run leaves its results."""
-    return Path(settings.out or f"runs/{settings.method}-{folders.name_of(settings.data)}-{settings.seed}")
-
-
-def comparable(settings: PretrainSettings) -> dict[str, Any]:
-    """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
-    nor where CIFAR, which is the same everywhere, comes from.
-    """
-    values = asdict(settings)
-    for key in ("out", "data_root", "download"):
-        del values[key]
-    indices = None if settings.indices is None else folders.place(settings.indices)
-    return values | {"data": folders.place(settings.data), "indices": indices}
-
-
-def recorded(settings: PretrainSettings) -> dict[str, Any]:
-    """Every setting as a plain value, as a run keeps them: paths hold from every working directory."""
-    values = asdict(settings) | {"out": str(output_folder(settings))}
-    # Links stay in them: a disk may be exchanged under its name.
-    absolute = {key: os.path.join(os.getcwd(), path) for key, path in _paths(values).items()}
-    return values | absolute
-
-
-def located(settings: PretrainSettings, run: Path, given: PretrainSettings | None = None) -> PretrainSettings:
-    """Settings as recorded with the paths of here and now: where they were, else at the same place beside the run.
-
-    The second is for a run and its data that were moved together, and for version 0.1.0, which kept relative paths.
-
-    Args:
-        settings: as recorded.
-        run: the folder they are from.
-        given: settings whose choice it is where both places are there, as in a copy of run and data.
-    """
-    out = str(output_folder(settings))
-    found: dict[str, Any] = {}
-    for key, path in _paths(asdict(settings)).items():
-        here = os.path.join(os.getcwd(), path)
-        tried = [here]
-        if os.path.isabs(path) == os.path.isabs(out):
-            tried.append(os.path.normpath(run.resolve() / _way(out, path)))
-        if not os.path.isabs(path):
-            tried.reverse()
-        if given is not None and (wanted := getattr(given, key)) is not None:
-            tried.sort(key=lambda path: not folders.same(path, wanted))
-        found[key] = next(filter(os.path.exists, tried), here)
-    return replace(settings, **found | {"out": str(run.absolute())})
-
-
-def recorded_settings(values: dict[str, Any], run: Path, given: PretrainSettings) -> PretrainSettings:
-    """Settings from what a checkpoint keeps of them, `located`, with its default for a key that is newer."""
-    known = {f.name for f in fields(PretrainSettings)}
-    return located(PretrainSettings(**{key: value for key, value in values.items() if key in known}), run, given)
-
-
-def _way(start: str, path: str) -> str:
-    """The relative path between two places; as it is where there is none, such as to another drive."""
-    try:
-        return os.path.relpath(path, start)
-    except ValueError:
-        return path
-
-
-def _paths(values: dict[str, Any]) -> dict[str, str]:
-    """The settings that are paths."""
-    return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in folders.NAMED}
-
-
-def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSettings:
-    """The `settings` of a run's `config.yaml`, `located`, with its default for a key that is newer than the file.
-
-    Raises:
-        ValueError: for a file that is damaged or another program's.
-    """
-    remedy = "Put the right one there, or choose another folder."
-    try:
-        config = OmegaConf.load(path)
-        settings = config.get("settings") if isinstance(config, DictConfig) else None
-        if not isinstance(settings, DictConfig):
-            raise ValueError("it has no settings.")
-        return located(merged(PretrainSettings, settings), path.parent, given)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None
-
-
-def describe(structure: type) -> str:
-    """A line per key: name, default, the words or the help, the range."""
-    lines = []
-    for f in fields(structure):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
-        shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
-            default if isinstance(default, (str, bool, type(None))) else "", default
-        )
-        words = " | ".join(f.metadata["words"])
-        help_ = f"{words}: {f.metadata['help']}" if words else f.metadata["help"]
-        numbers = f" [{range_of(f)}]" if f.metadata["bounds"] else ""
-        lines.append(f"  {f.name}={shown}".ljust(32) + f"  {help_}{numbers}")
-    return "\n".join(lines)
+    return Path(settings.out or f"runs/{settings.method}-{places.name_of(settings.data)}-{settings.seed}")

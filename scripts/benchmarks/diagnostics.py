@@ -20,9 +20,11 @@ from pytorch_lightning import Callback
 
 from dystress_plugin import diagnostics, recipes
 from dystress_plugin.diagnostics import EVERY_N_STEPS
-from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import pretrain
-from dystress_plugin.experiment.settings import PretrainSettings, parse
+from dystress_plugin.experiment.data import datasets as data_module
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.pretrain import callbacks, resolve
+from dystress_plugin.experiment.pretrain.trainer import make_loaders, make_trainer
+from dystress_plugin.experiment.settings import PretrainSettings
 
 
 class Start(Callback):
@@ -72,14 +74,14 @@ def main(tokens):
             settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
         )
         recipe = recipes.recipe(settings.method)
-        settings = pretrain.resolve(settings, recipe, data, 1)
+        settings = resolve.resolve(settings, recipe, data, 1)
         image_size = settings.image_size
-        module = pretrain.build_module(settings, recipe, data, image_size)
-        trainer = pretrain._trainer(settings, Path(folder))
+        module = resolve.build_module(settings, recipe, data, image_size)
+        trainer = make_trainer(settings, Path(folder))
         start = Start()
         stop = Stop(start)
         # Its table needs the kNN of a validation, which would only take time here.
-        others = [callback for callback in trainer.callbacks if not isinstance(callback, pretrain.EpochTable)]
+        others = [callback for callback in trainer.callbacks if not isinstance(callback, callbacks.EpochTable)]
         trainer.callbacks = [start, *others, stop]
         ours = next(type(callback) for callback in others if hasattr(callback, "every_n_steps"))
         for owner, name in (
@@ -88,7 +90,7 @@ def main(tokens):
             (ours, "on_train_batch_end"),
         ):
             timed(owner, name, start.inside)
-        train, _ = pretrain._loaders(settings, data, image_size, trainer)
+        train, _ = make_loaders(settings, data, image_size, trainer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(module, train)

@@ -35,8 +35,8 @@ from torchvision import models
 
 from dystress_plugin import recipes
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data import Data, load
-from dystress_plugin.experiment.pretrain import build_module, resolve
+from dystress_plugin.experiment.data.datasets import Data, load
+from dystress_plugin.experiment.pretrain.resolve import build_module, resolve
 from dystress_plugin.experiment.settings import PretrainSettings
 
 IMAGES = 4

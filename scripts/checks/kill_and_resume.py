@@ -34,8 +34,8 @@ from torchvision.io import write_png
 from tqdm import tqdm
 
 from dystress_plugin.cli import main as dystress
-from dystress_plugin.experiment import pretrain  # imported here once, not in every process
-from dystress_plugin.experiment.files import load
+from dystress_plugin.experiment.io.files import load
+from dystress_plugin.experiment.pretrain import command as pretrain
 
 EPOCHS = 4
 METHODS = ("dystress", "isogclr", "macl_moco", "ts")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import dystress_plugin
-from dystress_plugin.experiment.module import MODULES
+from dystress_plugin.experiment.pretrain.module import MODULES
 from dystress_plugin.frameworks import lightly
 from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
 from dystress_plugin.recipes import METHODS

@@ -21,7 +21,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment.settings import LARGEST_SEED, option, describe, parse
+from dystress_plugin.experiment.keys import describe, option, parse
+from dystress_plugin.experiment.settings import LARGEST_SEED
 from dystress_plugin.objectives import OBJECTIVES
 
 TINY = "tiny"

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     spawned = ["devices=2", "strategy=ddp_spawn", "batch_size=3", "method=isogclr", "tensorboard=true"]
     # Starts processes as "spawn" does, from what is pickled, but imports torch once for all of them.
     multiprocessing.set_start_method("forkserver")
-    multiprocessing.set_forkserver_preload(["dystress_plugin.experiment.pretrain"])
+    multiprocessing.set_forkserver_preload(["dystress_plugin.experiment.pretrain.command"])
     status = [
         main(["pretrain", *common, f"out={folder}/no_workers"]),
         main(["pretrain", *common, f"out={folder}/forkserver", "num_workers=1"]),

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision import models
 
 from dystress_plugin.experiment import backbone as backbones
-from dystress_plugin.experiment import data
 from dystress_plugin.experiment.backbone import build_backbone
+from dystress_plugin.experiment.data import datasets
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "checks" / "backbones.py"
 
@@ -38,7 +38,7 @@ def script():
 )
 @pytest.mark.filterwarnings("ignore:In eager mode:UserWarning")
 def test_a_sample_of_backbones_trains_a_step_on_small_images(name, features, script):
-    digits = data.load("digits", root="", download=False, long_tail=None, seed=0)
+    digits = datasets.load("digits", root="", download=False, long_tail=None, seed=0)
     assert script.step(name, 32, digits)["features"] == features
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import compare as module
-from dystress_plugin.experiment.compare import Arm, parse_compare, plan, tokens
-from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, parse
+from dystress_plugin.experiment.compare import command as module
+from dystress_plugin.experiment.compare.plan import Arm, parse_compare, plan
+from dystress_plugin.experiment.compare.workers import Workers, tokens
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
 
 
 def names(**settings):
@@ -239,7 +241,7 @@ def test_jobs_are_processes_that_a_killed_comparison_leaves_and_the_next_one_wai
 def test_several_jobs_share_the_cores_and_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    children = module._Children(CompareSettings(methods=["macl"], out=str(tmp_path), jobs=2), None)
+    children = Workers(CompareSettings(methods=["macl"], out=str(tmp_path), jobs=2), None)
     chosen = [children._environment(slot, PretrainSettings()) for slot in (0, 1)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in chosen] == ["3", "5"]
     assert {env["OMP_NUM_THREADS"] for env in chosen} == {str(max(1, (os.cpu_count() or 1) // 2))}

@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import dystress  # beside this file
 
-from dystress_plugin.experiment import compare, images, pretrain
+from dystress_plugin.experiment.compare import command as compare
+from dystress_plugin.experiment.data import scan
 from dystress_plugin.experiment.devices import build_trainer, torch_device
+from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.settings import PretrainSettings
 
 WITHOUT_GPU = [
@@ -33,7 +35,7 @@ ON_THE_CPU = [
 @pytest.fixture
 def nothing_read(monkeypatch):
     """Fails where images are looked at."""
-    monkeypatch.setattr(images, "scan_folder", lambda *args, **kwargs: pytest.fail("scanned the images before"))
+    monkeypatch.setattr(scan, "scan_folder", lambda *args, **kwargs: pytest.fail("scanned the images before"))
     monkeypatch.setattr(pretrain.data_module, "load_for", lambda *args, **kwargs: pytest.fail("loaded data before"))
     monkeypatch.setattr(compare, "load_for", lambda *args, **kwargs: pytest.fail("loaded data before"))
 

@@ -14,12 +14,17 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import evaluation, folders, inspection, protocols
-from dystress_plugin.experiment import report as report_module
-from dystress_plugin.experiment.data import load, load_for_run
-from dystress_plugin.experiment.images import scan_folder
-from dystress_plugin.experiment.settings import read_config
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.data import datasets as data_module
+from dystress_plugin.experiment.data import folders
+from dystress_plugin.experiment.data.datasets import load, load_for_run
+from dystress_plugin.experiment.data.scan import scan_folder
+from dystress_plugin.experiment.evaluate import command as evaluation
+from dystress_plugin.experiment.evaluate import features, scores
+from dystress_plugin.experiment.inspect import command as inspection
+from dystress_plugin.experiment.io.config import read_config
+from dystress_plugin.experiment.report import command as report_command
+from dystress_plugin.experiment.report import records
 
 TRAIN = ["train", "training", "trn", "trainset", "training_set", "train-images"]
 VAL = ["val", "valid", "validation", "dev", "eval", "val_set"]
@@ -248,7 +253,7 @@ def test_hidden_folders_beside_and_in_splits_are_passed_over(tmp_path, square):
 
 
 def test_names_that_are_no_folders_are_those_of_the_data_sets():
-    assert set(folders.NAMED) == set(data_module.BUILTIN)
+    assert set(places.NAMED) == set(data_module.BUILTIN)
 
 
 # --- Results apart from images
@@ -261,7 +266,7 @@ COMMANDS = {
 }
 
 
-def places(images, link):
+def nested(images, link):
     """(data, out) such that the one lies in the other, spelled in all ways."""
     up = f"{images.name}/../{images.name}"
     return {
@@ -283,7 +288,7 @@ def test_out_and_data_inside_of_each_other_are_refused_before_anything(command, 
     link.symlink_to(images)
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    for how, (data, out) in places(images, link).items():
+    for how, (data, out) in nested(images, link).items():
         assert dystress(command, COMMANDS[command] | {"data": data, "out": out}) == 2, how
         said = capsys.readouterr().err
         wanted = "lies in out=" if "data in" in how else "Give an out elsewhere"
@@ -415,7 +420,7 @@ def test_evaluate_leaves_out_the_same_whatever_the_spelling(project, monkeypatch
 
 
 def test_inspect_knows_the_runs_own_data_whatever_the_spelling(project, monkeypatch, tmp_path):
-    monkeypatch.setattr(inspection.advisor_figures, "draw", lambda *args: None)
+    monkeypatch.setattr(inspection.figures, "draw", lambda *args: None)
     found = []
     for number, (here, data) in enumerate(spellings(project)[3::2]):
         monkeypatch.chdir(here)
@@ -432,12 +437,12 @@ def test_protocols_and_cost_find_the_data_from_everywhere(project, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     run = project / "runs" / "x"
     settings = read_config(run / "config.yaml")
-    backbone = evaluation.trained_backbone(run)[1]
-    features = protocols.features_of(backbone, settings, run)
+    backbone = features.trained_backbone(run)[1]
+    its = scores.features_of(backbone, settings, run)
     own = load_for_run(run, settings)
     assert own.own
     assert (
-        len(features.train_labels) == len(own.data.train.labels) < len(features.pool_labels) == 17
+        len(its.train_labels) == len(own.data.train.labels) < len(its.pool_labels) == 17
     )  # and the one that was left out
 
 
@@ -461,7 +466,7 @@ def test_a_home_folder_is_found_by_its_tilde(project, monkeypatch, capsys):
     sizes(monkeypatch)
     assert main(["evaluate", "checkpoint=~/runs/x", "data=~/photos"]) == 0
     assert json.loads(capsys.readouterr().out)["train"] < 16
-    assert report_module.run_folders([Path("~/runs")]) == [(project / "runs" / "x").resolve()]
+    assert records.run_folders([Path("~/runs")]) == [(project / "runs" / "x").resolve()]
 
 
 def as_of_0_1_0(run):
@@ -595,9 +600,9 @@ def test_a_run_whose_folder_was_read_otherwise_is_not_gone_on_with(tmp_path, tin
 def test_a_run_is_one_and_named_the_same_however_a_report_is_pointed_at_it(project, monkeypatch):
     run = project / "runs" / "x"
     monkeypatch.chdir(run)
-    found = report_module.run_folders([run, Path("."), Path("../x"), Path("../../runs/x"), Path("..")])
+    found = records.run_folders([run, Path("."), Path("../x"), Path("../../runs/x"), Path("..")])
     assert found == [run.resolve()]
-    assert report_module._beside(found) == run.resolve().parent
+    assert report_command._beside(found) == run.resolve().parent
 
 
 def test_a_report_is_of_one_data_set_however_it_is_named(own):
@@ -608,13 +613,13 @@ def test_a_report_is_of_one_data_set_however_it_is_named(own):
         config = OmegaConf.load(run / "config.yaml")
         config.settings.update({"data": str(own / data), "seed": seed})
         OmegaConf.save(config, run / "config.yaml")
-        runs.append(report_module._read(run))
-    report_module._check(runs)
-    assert "data" not in report_module._unequal(runs)
+        runs.append(records.read_run(run))
+    records.check_together(runs)
+    assert "data" not in records.unequal(runs)
     write_images(own / "photos 2")
     runs[0].settings.data = str(own / "photos 2")
     with pytest.raises(ValueError, match="The runs differ in data"):
-        report_module._check(runs)
+        records.check_together(runs)
 
 
 def test_a_report_into_the_images_is_refused(project, monkeypatch, capsys):

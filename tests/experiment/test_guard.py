@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import dystress  # beside this file
 
-from dystress_plugin.experiment import guard
-from dystress_plugin.experiment.guard import NanGuard
-from dystress_plugin.experiment.module import PretrainModule
+from dystress_plugin.experiment.pretrain import guard
+from dystress_plugin.experiment.pretrain.guard import NanGuard
+from dystress_plugin.experiment.pretrain.module import PretrainModule
 
 
 @pytest.fixture

@@ -11,7 +11,13 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from dystress_plugin.errors import RunStopped
-from dystress_plugin.experiment import evaluation, hardware, pretrain
+from dystress_plugin.experiment import hardware
+from dystress_plugin.experiment.data.datasets import load_for
+from dystress_plugin.experiment.evaluate import features
+from dystress_plugin.experiment.pretrain import command as pretrain
+from dystress_plugin.experiment.pretrain import resolve
+from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.recipes import recipe
 
 # What it trains in on a CPU, and the weights are then.
 PRECISIONS = {
@@ -80,11 +86,11 @@ def test_a_comparison_in_bfloat16_is_scored_and_reported(tiny, tmp_path):
 
 
 def test_a_moving_average_is_in_float32_at_least(tiny):
-    settings = pretrain.PretrainSettings(
+    settings = PretrainSettings(
         **{"method": "simclr_moco", "data": "digits", "backbone": "test_resnet", "queue_size": 8}
     )
-    data, recipe = pretrain.data_module.load_for(settings), pretrain.recipes.recipe("simclr_moco")
-    module = pretrain.build_module(pretrain.resolve(settings, recipe, data, 1), recipe, data, 8)
+    data, chosen = load_for(settings), recipe("simclr_moco")
+    module = resolve.build_module(resolve.resolve(settings, chosen, data, 1), chosen, data, 8)
     before = module.key_backbone.conv1.weight.clone()
     for move, dtype in ((module.half, torch.float16), (module.bfloat16, torch.bfloat16)):
         move()
@@ -102,9 +108,9 @@ def test_features_are_in_float32_whatever_the_network_was_trained_in():
     images, labels = torch.randn(5, 3, 2, 2), torch.arange(5)
     expected = network.bfloat16().float()(images).detach()
     for dtype in (torch.bfloat16, torch.float64):
-        features, found = evaluation.extract(network.to(dtype), [(images, labels, labels)], "cpu")
-        assert features.dtype == torch.float32
-        assert torch.equal(features, expected)
+        made, found = features.extract(network.to(dtype), [(images, labels, labels)], "cpu")
+        assert made.dtype == torch.float32
+        assert torch.equal(made, expected)
         assert torch.equal(found, labels)
 
 

@@ -14,11 +14,11 @@ from conftest import dystress, write_images  # beside this file
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from dystress_plugin.experiment import files, pictures
-from dystress_plugin.experiment import images as images_module
-from dystress_plugin.experiment.data import load
-from dystress_plugin.experiment.folders import class_files
-from dystress_plugin.experiment.images import fault, read, scan_folder
+from dystress_plugin.experiment.data import scan as images_module
+from dystress_plugin.experiment.data.datasets import load
+from dystress_plugin.experiment.data.folders import class_files
+from dystress_plugin.experiment.data.scan import fault, read, scan_folder
+from dystress_plugin.experiment.io import files, pictures
 
 
 def png(size=12):

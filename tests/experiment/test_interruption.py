@@ -16,9 +16,11 @@ import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment import files, pretrain
-from dystress_plugin.experiment.interruption import resumable
-from dystress_plugin.experiment.pretrain import SeedEveryEpoch
+from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.io.interruption import resumable
+from dystress_plugin.experiment.pretrain import command as pretrain
+from dystress_plugin.experiment.pretrain import trainer
+from dystress_plugin.experiment.pretrain.callbacks import SeedEveryEpoch
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "checks" / "kill_and_resume.py"
 
@@ -166,7 +168,7 @@ def test_an_error_of_the_system_before_anything_has_begun_is_one_line(command, t
 
 
 @pytest.mark.parametrize("what", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("no"), "SIGTERM"])
-@pytest.mark.parametrize("where", ["scan_images", "_open", "_trainer"])
+@pytest.mark.parametrize("where", ["scan_images", "open_run", "make_trainer"])
 def test_what_ends_a_run_before_it_began_does_not_speak_of_epochs(what, where, tiny, monkeypatch, capsys):
     def end(*args):
         if isinstance(what, OSError):
@@ -359,7 +361,7 @@ def test_slurm_does_not_make_checkpoints_of_its_own(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert [plugin.auto_requeue for plugin in pretrain._plugins() if hasattr(plugin, "auto_requeue")] == [False]
+    assert [plugin.auto_requeue for plugin in trainer._plugins() if hasattr(plugin, "auto_requeue")] == [False]
 
 
 def test_a_key_for_wandb_is_written_nowhere_and_nothing_is_connected_to(tiny, monkeypatch, capsys, caplog, quick):

@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment.data import load
-from dystress_plugin.experiment.long_tail import class_sizes, draw, read_indices, select
+from dystress_plugin.experiment.data.datasets import load
+from dystress_plugin.experiment.data.selection import class_sizes, draw, read_indices, select
 
 
 def long_tail(**settings):

@@ -13,9 +13,10 @@ from conftest import dystress  # beside this file
 from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.datasets.folder import default_loader
 
-from dystress_plugin.experiment import inspection, pictures
-from dystress_plugin.experiment.images import fault, scan_folder
-from dystress_plugin.experiment.pictures import BadPicture, read
+from dystress_plugin.experiment.data.scan import fault, scan_folder
+from dystress_plugin.experiment.inspect import command as inspection
+from dystress_plugin.experiment.io import pictures
+from dystress_plugin.experiment.io.pictures import BadPicture, read
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
 DEEP = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(8, 32)
@@ -295,7 +296,7 @@ def deep_folder(folder, generator, kind="deep", classes=2, per_class=8):
 
 
 def test_sixteen_bits_are_trained_on_and_inspected_as_their_eight(tiny, tmp_path, monkeypatch, quick):
-    monkeypatch.setattr(inspection.advisor_figures, "draw", lambda *args: None)
+    monkeypatch.setattr(inspection.figures, "draw", lambda *args: None)
     seen = {}
     for kind in ("deep", "flat"):
         data = deep_folder(tmp_path / kind, np.random.default_rng(0), kind)

@@ -8,8 +8,8 @@ import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment import module
-from dystress_plugin.experiment.pretrain import COLUMNS, SeedEveryEpoch
+from dystress_plugin.experiment.pretrain import module
+from dystress_plugin.experiment.pretrain.callbacks import COLUMNS, SeedEveryEpoch
 from dystress_plugin.recipes import METHODS
 
 

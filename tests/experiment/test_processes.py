@@ -17,12 +17,14 @@ from conftest import write_images  # beside this file
 from test_pretrain import rows, settings_of
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment import images as images_module
-from dystress_plugin.experiment import pretrain
-from dystress_plugin.experiment.data import OwnGenerator, Views
-from dystress_plugin.experiment.settings import PretrainSettings, parse
-from dystress_plugin.experiment.transforms import plain_transform, view_transform
+from dystress_plugin.experiment.data import datasets as data_module
+from dystress_plugin.experiment.data import scan as images_module
+from dystress_plugin.experiment.data.datasets import OwnGenerator, Views
+from dystress_plugin.experiment.data.transforms import plain_transform, view_transform
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.pretrain import resolve
+from dystress_plugin.experiment.pretrain.trainer import make_loaders, make_trainer
+from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.recipes import METHODS
 
 
@@ -67,10 +69,10 @@ def test_what_lightning_spawns_a_training_with_arrives_as_it_was(method, tiny, t
     )
     data = data_module.load_for(given)
     recipe = recipes.recipe(method)
-    settings = pretrain.resolve(given, recipe, data, 1)
-    module = pretrain.build_module(settings, recipe, data, 12)
-    trainer = pretrain._trainer(settings, tmp_path)
-    loaders = pretrain._loaders(settings, data, 12, trainer)
+    settings = resolve.resolve(given, recipe, data, 1)
+    module = resolve.build_module(settings, recipe, data, 12)
+    trainer = make_trainer(settings, tmp_path)
+    loaders = make_loaders(settings, data, 12, trainer)
     again, its_trainer, (its_loader, _) = sent((module, trainer, loaders))
 
     assert [type(callback) for callback in its_trainer.callbacks] == [type(callback) for callback in trainer.callbacks]

@@ -7,7 +7,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import compare, evaluation, images, inspection, long_tail, module, pretrain, report
+from dystress_plugin.experiment.compare import command as compare
+from dystress_plugin.experiment.data import export, scan, selection
+from dystress_plugin.experiment.evaluate import command as evaluate
+from dystress_plugin.experiment.inspect import command as inspect
+from dystress_plugin.experiment.io.config import read_config
+from dystress_plugin.experiment.keys import describe, parse, range_of
+from dystress_plugin.experiment.pretrain import command as pretrain
+from dystress_plugin.experiment.pretrain import module
+from dystress_plugin.experiment.report import command as report
 from dystress_plugin.experiment.settings import (
     CompareSettings,
     EvaluateSettings,
@@ -15,10 +23,6 @@ from dystress_plugin.experiment.settings import (
     LongTailSettings,
     PretrainSettings,
     ReportSettings,
-    describe,
-    parse,
-    range_of,
-    read_config,
 )
 
 COMMANDS = {  # with what must be given, and epochs for any warm-up
@@ -33,9 +37,9 @@ ENTRIES = {
     "pretrain": pretrain.pretrain,
     "compare": lambda settings: compare.compare(settings, PretrainSettings()),
     "report": report.report,
-    "evaluate": evaluation.evaluate_run,
-    "long-tail": long_tail.write_long_tail,
-    "inspect": inspection.inspect_temperatures,
+    "evaluate": evaluate.evaluate_run,
+    "long-tail": export.write_long_tail,
+    "inspect": inspect.inspect_temperatures,
 }
 KEYS = [
     pytest.param(command, f, str(typing.get_type_hints(structure)[f.name]), id=f"{command}-{f.name}")
@@ -163,9 +167,9 @@ def test_the_words_are_those_that_there_is_something_for():
     words = {
         f.name: f.metadata["words"] for structure in (LongTailSettings, PretrainSettings) for f in fields(structure)
     }
-    assert words["long_tail_profile"] == tuple(long_tail.PROFILES)
+    assert words["long_tail_profile"] == tuple(selection.PROFILES)
     assert words["optimizer"] == tuple(module.OPTIMIZERS)
-    assert words["on_bad_image"] == images.ON_BAD_IMAGE
+    assert words["on_bad_image"] == scan.ON_BAD_IMAGE
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""`config.yaml`: what a run's folder records, and how it is read where paths have moved."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.keys import PATHS, merged
+from dystress_plugin.experiment.settings import PretrainSettings, output_folder
+
+
+def comparable(settings: PretrainSettings) -> dict[str, Any]:
+    """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
+    nor where CIFAR, which is the same everywhere, comes from.
+    """
+    values = asdict(settings)
+    for key in ("out", "data_root", "download"):
+        del values[key]
+    indices = None if settings.indices is None else places.place(settings.indices)
+    return values | {"data": places.place(settings.data), "indices": indices}
+
+
+def recorded(settings: PretrainSettings) -> dict[str, Any]:
+    """Every setting as a plain value, as a run keeps them: paths hold from every working directory."""
+    values = asdict(settings) | {"out": str(output_folder(settings))}
+    # Links stay in them: a disk may be exchanged under its name.
+    absolute = {key: os.path.join(os.getcwd(), path) for key, path in _paths(values).items()}
+    return values | absolute
+
+
+def located(settings: PretrainSettings, run: Path, given: PretrainSettings | None = None) -> PretrainSettings:
+    """Settings as recorded with the paths of here and now: where they were, else at the same place beside the run.
+
+    The second is for a run and its data that were moved together, and for version 0.1.0, which kept relative paths.
+
+    Args:
+        settings: as recorded.
+        run: the folder they are from.
+        given: settings whose choice it is where both places are there, as in a copy of run and data.
+    """
+    out = str(output_folder(settings))
+    found: dict[str, Any] = {}
+    for key, path in _paths(asdict(settings)).items():
+        here = os.path.join(os.getcwd(), path)
+        tried = [here]
+        if os.path.isabs(path) == os.path.isabs(out):
+            tried.append(os.path.normpath(run.resolve() / _way(out, path)))
+        if not os.path.isabs(path):
+            tried.reverse()
+        if given is not None and (wanted := getattr(given, key)) is not None:
+            tried.sort(key=lambda path: not places.same(path, wanted))
+        found[key] = next(filter(os.path.exists, tried), here)
+    return replace(settings, **found | {"out": str(run.absolute())})
+
+
+def recorded_settings(values: dict[str, Any], run: Path, given: PretrainSettings) -> PretrainSettings:
+    """Settings from what a checkpoint keeps of them, `located`, with its default for a key that is newer."""
+    known = {f.name for f in fields(PretrainSettings)}
+    return located(PretrainSettings(**{key: value for key, value in values.items() if key in known}), run, given)
+
+
+def _way(start: str, path: str) -> str:
+    """The relative path between two places; as it is where there is none, such as to another drive."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return path
+
+
+def _paths(values: dict[str, Any]) -> dict[str, str]:
+    """The settings that are paths."""
+    return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in places.NAMED}
+
+
+def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSettings:
+    """The `settings` of a run's `config.yaml`, `located`, with its default for a key that is newer than the file.
+
+    Raises:
+        ValueError: for a file that is damaged or another program's.
+    """
+    remedy = "Put the right one there, or choose another folder."
+    try:
+        config = OmegaConf.load(path)
+        settings = config.get("settings") if isinstance(config, DictConfig) else None
+        if not isinstance(settings, DictConfig):
+            raise ValueError("it has no settings.")
+        return located(merged(PretrainSettings, settings), path.parent, given)
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

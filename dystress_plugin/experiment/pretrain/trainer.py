@@ -1,0 +1,103 @@
+"""Lightning's Trainer and the loaders of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch.utils.data import DataLoader
+
+from dystress_plugin import diagnostics
+from dystress_plugin.experiment.data.datasets import Data, EpochOrder, OwnGenerator, Views
+from dystress_plugin.experiment.data.transforms import plain_transform, view_transform
+from dystress_plugin.experiment.devices import build_trainer
+from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.pretrain.callbacks import EpochTable, SeedEveryEpoch
+from dystress_plugin.experiment.pretrain.guard import NanGuard
+from dystress_plugin.experiment.settings import PretrainSettings
+
+# What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved, and loading
+# in the process itself.
+HOST_NOISE = (
+    "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed",
+    "The '.*_dataloader' does not have many workers",
+    r".isinstance\(treespec, LeafSpec\). is deprecated",
+)
+
+
+def make_loaders(
+    settings: PretrainSettings, data: Data, image_size: int, trainer: Trainer
+) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
+    """The loader of views to train on, and those of plain images for the kNN."""
+    common: dict[str, Any] = {
+        "num_workers": settings.num_workers,
+        "persistent_workers": settings.num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # Or every new iterator would take a number from the generator that dropout draws from.
+        "generator": OwnGenerator(),
+    }
+    views = Views(data.train, view_transform(settings, data, image_size), settings.seed)
+    # Not shuffle=True: the order of a resumed run must not depend on what was drawn before. Lightning sets the epoch.
+    order = EpochOrder(views, trainer.world_size, trainer.global_rank, shuffle=True, seed=settings.seed)
+    train = DataLoader(views, settings.batch_size, sampler=order, drop_last=True, **common)
+    plain = plain_transform(image_size, data.normalize)
+    return train, [DataLoader(Views(part, plain), settings.batch_size, **common) for part in (data.train, data.test)]
+
+
+def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
+    """Lightning's Trainer with all callbacks and loggers of a run; writes nothing."""
+    callbacks: list[Callback] = [
+        SeedEveryEpoch(settings.seed),
+        EpochTable(out / "metrics.csv"),
+        *_diagnostics(settings, out),
+        *([NanGuard(out)] if settings.nan_guard else []),
+        ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, enable_version_counter=False),
+    ]
+    if settings.progress:
+        callbacks.append(TQDMProgressBar())
+    return build_trainer(
+        settings,
+        max_epochs=settings.epochs,
+        sync_batchnorm=settings.accelerator != "cpu" and torch.cuda.is_available(),
+        callbacks=callbacks,
+        plugins=_plugins(),
+        logger=_loggers(settings, out),
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=out,
+    )
+
+
+def _plugins() -> list[Any]:
+    plugins: list[Any] = [files.WholeCheckpoints()]
+    if SLURMEnvironment.detect():
+        # Its checkpoints are from the middle of an epoch; `sbatch --requeue` and the same command do it exactly.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
+
+
+def _diagnostics(settings: PretrainSettings, out: Path) -> list[Callback]:
+    every = settings.diagnostics_every_n_steps
+    return [diagnostics.callback(out / "diagnostics.csv", every_n_steps=every)] if every else []
+
+
+def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:
+    from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+
+    loggers: list[Logger] = []
+    if settings.tensorboard:
+        loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
+    if settings.wandb != "off":
+        name = f"{settings.method}-{settings.data}-{settings.seed}"
+        offline = settings.wandb == "offline"
+        loggers.append(WandbLogger(name, out, offline=offline, project=settings.wandb_project, config=asdict(settings)))
+    return loggers
