@@ -68,7 +68,7 @@ def _creator(name: str) -> Any:
 def _of_torchvision(name: str, image_size: int) -> nn.Module:
     from torchvision import models
 
-    settings = dict(TORCHVISION_SETTINGS.get(name, {}))
+    settings: dict[str, Any] = dict(TORCHVISION_SETTINGS.get(name, {}))
     for start, key in TORCHVISION_SIZES.items():
         if name.startswith(start):
             settings[key] = image_size if key == "image_size" else (image_size, image_size)

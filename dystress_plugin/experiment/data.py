@@ -111,7 +111,7 @@ class EpochOrder(DistributedSampler[int]):
 class OwnGenerator(torch.Generator):
     """A generator for a loader, which is pickled as a new one: torch's cannot be sent to a process that is spawned."""
 
-    def __reduce__(self) -> tuple[type[OwnGenerator], tuple[()]]:
+    def __reduce__(self) -> Any:
         return type(self), ()
 
 
