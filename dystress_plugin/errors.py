@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -20,6 +21,10 @@ class RunStopped(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line that ends with a full stop."""
-    line = str(error).strip().partition("\n")[0].strip() or type(error).__name__
+    """What another library's error says, in one line that ends with a full stop; of a bare one, the line of code."""
+    line = str(error).strip().partition("\n")[0].strip()
+    if not line:
+        code = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)]
+        last = [text for text in code if not text.startswith("raise ")][-1:]  # what led to a bare `raise`
+        line = ": ".join([type(error).__name__, *last])
     return line if line.endswith((".", "!", "?")) else f"{line}."

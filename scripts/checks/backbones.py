@@ -44,41 +44,45 @@ COLUMNS = ("library", "family", "backbone", "parameters", "image_size", "outcome
 
 
 class Candidate(NamedTuple):
-    """A name, and what is known of it without its weights; parameters None where there is no knowing."""
+    """A name, and its parameters in millions, with the classifier; NaN where there is no knowing."""
 
     library: str
     family: str
     backbone: str
-    parameters: float | None
+    parameters: float
 
 
 def candidates(which: str) -> list[Candidate]:
     """All that is to be tried, small ones first."""
     classifiers = models.list_models(module=models)
-    found = [Candidate("torchvision", "", name, parameters(models.get_model, name)) for name in classifiers]
-    # Not made, since some of these load a part of their weights from the internet by themselves.
-    found += [Candidate("torchvision", "", name, None) for name in models.list_models() if name not in classifiers]
+    found = [Candidate("torchvision", "", name, told_parameters(name)) for name in models.list_models()]
     for family in timm.list_modules() if which != "none" else ():
         # A name that both libraries have is torchvision's; those that begin with test_ are smaller than what is in use.
         names = [name for name in timm.list_models(module=family, exclude_filters="test_*") if name not in classifiers]
-        members = [Candidate("timm", family, name, parameters(timm.create_model, name)) for name in names]
+        members = [Candidate("timm", family, name, counted_parameters(name)) for name in names]
         members.sort(key=size_of)
         found += members if which == "all" else members[:1]
     return sorted(found, key=size_of)
 
 
 def size_of(candidate: Candidate) -> float:
-    return math.inf if candidate.parameters is None else candidate.parameters
+    return math.inf if math.isnan(candidate.parameters) else candidate.parameters
 
 
-def parameters(create: Any, name: str) -> float | None:
-    """In millions, counted without making them; None for a network that cannot be made so."""
+def told_parameters(name: str) -> float:
+    """As torchvision tells them."""
+    weights = next(iter(models.get_model_weights(name)), None)
+    return math.nan if weights is None else round(weights.meta["num_params"] / 1e6, 3)
+
+
+def counted_parameters(name: str) -> float:
+    """Of one of timm's networks, counted without making them."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            network = create(name)
+            network = timm.create_model(name)
     except Exception:
-        return None
+        return math.nan
     return round(sum(p.numel() for p in network.parameters()) / 1e6, 3)
 
 
@@ -143,8 +147,11 @@ def rows(found: list[Candidate], options: argparse.Namespace) -> Any:
     for candidate in found:
         for image_size in options.sizes:
             row = candidate._asdict() | {"image_size": image_size}
-            if candidate.parameters is not None and candidate.parameters > options.most:
-                yield row | {"outcome": "skipped", "reason": f"more than {options.most:g} million parameters"}
+            if size_of(candidate) > options.most:
+                yield row | {
+                    "outcome": "skipped",
+                    "reason": f"more than {options.most:g} million parameters, or unknown",
+                }
                 continue
             try:
                 yield row | pool.submit(attempt, candidate.backbone, image_size, options.threads).result()
@@ -158,7 +165,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 224], help="pixels (default: %(default)s)")
     parser.add_argument("--timm", choices=("families", "all", "none"), default="families", help="which of timm's")
-    parser.add_argument("--most", type=float, default=100, help="million parameters (default: %(default)s)")
+    parser.add_argument("--most", type=float, default=150, help="million parameters (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/backbones.csv"))
     options = parser.parse_args(given)

@@ -86,6 +86,7 @@ def odd(returned):
         (lambda self, x: x / 0, "its features are not finite."),
         (lambda self, x: self.nothing, "'Odd' object has no attribute 'nothing'."),
         (lambda self, x: [][1], "list index out of range."),
+        (lambda self, x: next(iter(())), "StopIteration: (lambda self, x: next(iter(())), "),  # the line of code
         (lambda self, x: nn.BatchNorm2d(3)(x[:1, :, :1, :1]), "Expected more than 1 value per channel when training"),
     ],
 )
