@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from dystress_plugin import distributed
+from dystress_plugin import distributed, tracing
 from dystress_plugin import layout as layouts
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
@@ -195,6 +195,11 @@ class ContrastiveLoss(nn.Module):
         )
 
     def _row_stats(self, units: Tensor, index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
+        if self.training and tracing.captured(self.buffers()):
+            raise ValueError(
+                "torch.func would have to change the state of this loss, its queue or its tables: call loss.eval(), or "
+                "hand the state over by torch.func.functional_call."
+            )
         blocks = self._blocks(units, gather=self.gather_distributed)
         batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
         maps = self.temperature.prepare(batch)
@@ -248,7 +253,7 @@ class ContrastiveLoss(nn.Module):
         if epoch is not None:
             if isinstance(epoch, bool) or not isinstance(epoch, (int, float)):
                 raise TypeError(f"epoch={epoch!r} must be a number, not {type(epoch).__name__}.")
-            if not math.isfinite(epoch) or epoch < 0:
+            if not 0 <= epoch < math.inf:
                 raise ValueError(f"epoch={epoch} must be finite and at least 0.")
             epoch = float(epoch)
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
@@ -257,6 +262,7 @@ class ContrastiveLoss(nn.Module):
             # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
             if (
                 together.device.type == "cpu"
+                and tracing.eager(together)
                 and not math.isfinite(together.detach().sum())
                 and not torch.isfinite(together).all()
             ):
@@ -304,8 +310,19 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
-    return units
+    if tracing.eager(z):
+        units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
+        return units
+    peak = _peak(z.detach(), least)
+    z = z / peak
+    return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+
+
+def _peak(z: Tensor, least: float) -> Tensor:
+    """The largest entry of every row, infinite where the row counts as zero."""
+    peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
+    # Below, the gradient 1/|z| itself would leave the dtype's range.
+    return peak.masked_fill((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
 
 
 class _Normalize(torch.autograd.Function):
@@ -318,9 +335,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # Over the largest entry first: the squares of tiny and huge rows would leave the range.
-        peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
-        # Below, the gradient 1/|z| itself would leave the dtype's range.
-        peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
+        peak = _peak(z, least)
         units = z / peak
         length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
         units.div_(length.masked_fill(length == 0, 1.0))

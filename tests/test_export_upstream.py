@@ -128,7 +128,7 @@ def test_the_traced_temperature_is_ours():
     line = formulas.dystress_temperature("cosine", "low", "high")
     cosine = torch.linspace(-1, 1, 101, dtype=torch.float64)
     known = {"math": importlib.import_module("math"), "torch": torch, "cosine": cosine, "low": 0.07, "high": 0.3}
-    ours = dystress.ProfiledMap(dystress.PROFILES["cosine"].build(0.07, 0.23), 0.07, True).temperature(cosine)
+    ours = dystress.ProfiledMap("cosine", 0.07, 0.23, {}, True).temperature(cosine)
     torch.testing.assert_close(eval(line, known), ours, rtol=1e-14, atol=0)
 
 

@@ -6,8 +6,9 @@ import math
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dystress_plugin import tracing
 from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
 
 
@@ -38,12 +39,19 @@ class Learnable(Temperature):
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        with torch.no_grad():
-            # The parameter itself is moved back, as in CLIP: a clamp in the graph would leave it without gradient
-            # outside of the range, for good.
-            self.log_tau.clamp_(math.log(self.tau_min), math.log(self.tau_max))
-        map_ = Scaled(self.log_tau.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
+        log_tau = self._within_range()
+        map_ = Scaled(log_tau.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
         return LogitMaps(map_, map_)
+
+    def _within_range(self) -> Tensor:
+        """The parameter, held in its range. Its gradient passes everywhere: by a clamp it would never come back."""
+        low, high = math.log(self.tau_min), math.log(self.tau_max)
+        if tracing.transformed(self.log_tau):  # torch.func changes no parameter
+            held = self.log_tau.detach()
+            return self.log_tau + (held.clamp(low, high) - held)
+        with torch.no_grad():
+            self.log_tau.clamp_(low, high)  # the parameter itself is moved back, as in CLIP
+        return self.log_tau
 
     def extra_repr(self) -> str:
         return f"tau={math.exp(float(self.log_tau.detach())):.4g}, tau_min={self.tau_min}, tau_max={self.tau_max}"

@@ -96,11 +96,11 @@ def dystress_temperature(cosine, low, high):
         ValueError: where the curve does what cannot be traced, or depends on a cosine with gradient.
     """
     default = {name: p.default for name, p in inspect.signature(dystress.DySTreSS).parameters.items()}
-    profile = dystress.PROFILES[default["profile"]]
+    defaults = dystress.PROFILES[default["profile"]].defaults
     constants = types.SimpleNamespace(pi=sympy.pi)
     with mock.patch.multiple(dystress, torch=_Torch(), math=constants):
-        phase = profile.build(_LOW, _DELTA, **profile.defaults)
-        logit = dystress.ProfiledMap(phase, _LOW, default["detach"]).logit(_Traced(_COSINE)).expression
+        map_ = dystress.ProfiledMap(default["profile"], _LOW, _DELTA, defaults, default["detach"])
+        logit = map_.logit(_Traced(_COSINE)).expression
     tau = sympy.nsimplify(_COSINE / logit, rational=True)
     shape = sympy.factor_terms(sympy.simplify((tau - _LOW) / _DELTA))
     if shape.free_symbols != {_DETACHED}:

@@ -1,0 +1,49 @@
+"""Who runs the code: Python itself, or something that reads or transforms it and has no values to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch = torch._C._functorch
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+# torch 2.1 has the first elsewhere, and not the second.
+_is_compiling = torch.compiler.is_compiling if hasattr(torch.compiler, "is_compiling") else torch._utils.is_compiling
+if hasattr(_functorch, "get_dynamic_layer_stack_depth"):
+    _transforms = _functorch.get_dynamic_layer_stack_depth
+else:
+
+    def _transforms() -> int:
+        return int(_functorch.peek_interpreter_stack() is not None)
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether torch.compile or torch.export reads the code, or a tensor is a compiler's own, without numbers."""
+    return _is_compiling() or any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors)
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func is running, or one of the tensors is a batch of them or has a tangent.
+
+    All of these know plain operations, but not those that write into memory of their own.
+    """
+    if _transforms() > 0:
+        return True
+    return not _is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None or torch._C._dispatch_keys(x).has(_BATCHED)
+        for x in tensors
+        if x is not None
+    )
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether nothing of that: values can be looked at, and memory kept."""
+    return not compiled(*tensors) and not transformed(*tensors)
+
+
+def captured(tensors: Iterable[Tensor]) -> bool:
+    """Whether a transform of torch.func is running that was not given all of these, and so would not change them."""
+    return _transforms() > 0 and not all(_functorch.is_functorch_wrapped_tensor(x) for x in tensors)
