@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Since torch 2.4: operations that a compiler does not look into.
+HAS_OPERATIONS = hasattr(torch.library, "custom_op")
+
 _functorch = torch._C._functorch
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 # torch 2.1 has the first elsewhere, and not the second.
@@ -47,3 +50,22 @@ def eager(*tensors: Tensor) -> bool:
 def captured(tensors: Iterable[Tensor]) -> bool:
     """Whether a transform of torch.func is running that was not given all of these, and so would not change them."""
     return _transforms() > 0 and not all(_functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def read(tensor: Tensor) -> Tensor:
+    """The tensor, read from state that this step will change.
+
+    A compiler may read it again in the backward pass, after the change, unless an operation of ours stands between.
+    """
+    return _read(tensor) if HAS_OPERATIONS and compiled(tensor) else tensor
+
+
+if HAS_OPERATIONS:
+
+    @torch.library.custom_op("dystress_plugin::read", mutates_args=(), schema="(Tensor x) -> Tensor")
+    def _read(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @_read.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)

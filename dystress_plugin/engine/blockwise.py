@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from dystress_plugin import tracing
-from dystress_plugin.engine import compiled, dense
+from dystress_plugin.engine import dense
 from dystress_plugin.engine.rows import NegativeStats
 from dystress_plugin.engine.tiles import KEEP_BYTES, Passed, Plan, backward, entries_of_a_tile, forward
 from dystress_plugin.temperature.base import LogitMap, PartsReader
+
+if tracing.HAS_OPERATIONS:
+    from dystress_plugin.engine import compiled
 
 # Entries of the largest matrix that is held as a whole where tiles cannot be: 4096 images in two views.
 WHOLE_ENTRIES = 2**26
@@ -60,6 +63,10 @@ def negative_stats(
     if not in_tiles(anchors, candidates, logit_map):
         _check_whole(len(anchors) * len(anchors if candidates is None else candidates))
         return dense.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
+    if tracing.compiled(anchors) and not tracing.HAS_OPERATIONS:
+        return _uncompiled(
+            anchors, candidates, excluded, logit_map, want_cosine=want_cosine, tile=tile, keep_bytes=keep_bytes
+        )
     trains = logit_map.parameter_term(anchors[:, 0]) is not None
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (anchors, candidates))
     kept = keep_bytes if learns else 0
@@ -71,6 +78,10 @@ def negative_stats(
     else:
         negative, cosine = _Blockwise.apply(plan, anchors, candidates, *_tensors(logit_map))  # type: ignore[no-untyped-call]
     return NegativeStats(negative, cosine if want_cosine else None)
+
+
+# For torch before 2.4: outside of the compiled graph.
+_uncompiled = torch.compiler.disable(negative_stats)
 
 
 def in_tiles(anchors: Tensor, candidates: Tensor | None, logit_map: LogitMap) -> bool:

@@ -27,7 +27,7 @@ def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[
         candidates,
         plan.excluded,
         " ".join(parts.words),
-        torch.tensor(parts.numbers, dtype=torch.float64),
+        torch.stack([torch.zeros((), dtype=torch.float64) + x for x in parts.numbers]),
         [tensor.detach() for tensor in parts.tensors],
         plan.row_tile,
         plan.column_tile,

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
+from dystress_plugin import tracing
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.temperature.base import (
     Batch,
@@ -62,6 +63,8 @@ class Profile:
 
 def _affine(x: Tensor, factor: float, summand: float, out: Tensor | None) -> Tensor:
     """factor * x + summand, in one pass."""
+    if tracing.compiled(x):  # numbers that change with the epoch would be constants of its graph
+        return x * factor + summand
     return torch.add(x.new_tensor(summand), x, alpha=factor, out=out)
 
 

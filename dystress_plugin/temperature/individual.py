@@ -136,7 +136,7 @@ class Individual(Temperature):
         self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool, device=device))
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        tau = self.tau[self._checked(batch.index)].to(batch.positive_cosine.dtype)
+        tau = tracing.read(self.tau[self._checked(batch.index)]).to(batch.positive_cosine.dtype)
         map_ = Scaled(tau[:, None], least=self.tau_min)
         return LogitMaps(map_, map_)
 
@@ -166,7 +166,7 @@ class Individual(Temperature):
             weight = torch.exp(log_g - log_s)
             gradient = log_s + self.rho - weight * (cosine - positive) / tau
             self._update(index, log_s, gradient, batch.views)
-        return (log_s + positive / tau).to(stats.negative.dtype)
+        return tracing.read((log_s + positive / tau).to(stats.negative.dtype))
 
     def _update(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
         images = index.view(views, -1)[0]
