@@ -257,19 +257,19 @@ class ContrastiveLoss(nn.Module):
                 raise ValueError(f"epoch={epoch} must be finite and at least 0.")
             epoch = float(epoch)
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
-        with torch.autocast(views[0].device.type, enabled=False):
-            together = torch.cat([view.to(dtype) for view in views])
-            # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
-            if (
-                together.device.type == "cpu"
-                and tracing.eager(together)
-                and not math.isfinite(together.detach().sum())
-                and not torch.isfinite(together).all()
-            ):
-                raise ValueError(_not_finite(views))
-            # A half precision's subnormal rows have few digits left, and gradients beyond its range.
-            least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
-            return normalize(together, least).view(len(views), *views[0].shape), index, epoch
+        # Nothing here is an operation that autocast would take to a half precision.
+        together = torch.cat([view.to(dtype) for view in views])
+        # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
+        if (
+            together.device.type == "cpu"
+            and tracing.eager(together)
+            and not math.isfinite(together.detach().sum())
+            and not torch.isfinite(together).all()
+        ):
+            raise ValueError(_not_finite(views))
+        # A half precision's subnormal rows have few digits left, and gradients beyond its range.
+        least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
+        return normalize(together, least).view(len(views), *views[0].shape), index, epoch
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -310,7 +310,7 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    if tracing.eager(z):
+    if not tracing.transformed(z):
         units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
         return units
     peak = _peak(z.detach(), least)
@@ -322,7 +322,7 @@ def _peak(z: Tensor, least: float) -> Tensor:
     """The largest entry of every row, infinite where the row counts as zero."""
     peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
     # Below, the gradient 1/|z| itself would leave the dtype's range.
-    return peak.masked_fill((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
+    return peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
 
 
 class _Normalize(torch.autograd.Function):

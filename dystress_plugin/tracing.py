@@ -29,22 +29,25 @@ def compiled(*tensors: Tensor) -> bool:
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func is running, or one of the tensors is a batch of them or has a tangent.
+    """Whether a transform of torch.func is running, or forward-mode differentiation of one of the tensors.
 
-    All of these know plain operations, but not those that write into memory of their own.
+    Both know plain operations, but not those that write into memory of their own.
     """
     if _transforms() > 0:
         return True
-    return not _is_compiling() and any(
-        forward_ad.unpack_dual(x).tangent is not None or torch._C._dispatch_keys(x).has(_BATCHED)
-        for x in tensors
-        if x is not None
-    )
+    if _is_compiling():
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors is a batch of them, which autograd.grad(..., is_grads_batched=True) lets arrive."""
+    return any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in tensors)
 
 
 def eager(*tensors: Tensor) -> bool:
-    """Whether nothing of that: values can be looked at, and memory kept."""
-    return not compiled(*tensors) and not transformed(*tensors)
+    """Whether nobody reads or transforms the code, so that values can be looked at, and what is created kept."""
+    return _transforms() == 0 and not compiled(*tensors)
 
 
 def captured(tensors: Iterable[Tensor]) -> bool:

@@ -18,8 +18,10 @@ def auto(
 ) -> NegativeStats:
     """The faster of the two engines for this size, or the one that can."""
     entries = len(anchors) * len(anchors if candidates is None else candidates)
-    limit = DENSE_ENTRIES if blockwise.in_tiles(anchors, candidates, logit_map) else blockwise.WHOLE_ENTRIES
-    engine = dense if entries <= limit else blockwise
+    whole = entries <= DENSE_ENTRIES or (
+        entries <= blockwise.WHOLE_ENTRIES and not blockwise.in_tiles(anchors, candidates, logit_map)
+    )
+    engine = dense if whole else blockwise
     stats: NegativeStats = engine.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
     return stats
 

@@ -123,7 +123,7 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> Tensors:
         total, shift, kept, cosine, *inputs = ctx.saved_tensors
-        if tracing.transformed(*arriving):  # by autograd.grad(..., is_grads_batched=True)
+        if tracing.transformed(*arriving) or tracing.batched(*arriving):  # by autograd.grad(..., is_grads_batched=True)
             return None, *_plain_gradient(ctx.plan, arriving, inputs)
         known = ctx.plan, Passed(total, shift, kept), cosine, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
