@@ -49,7 +49,7 @@ class ContrastiveLoss(nn.Module):
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
             and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views), where it is
-            the faster one on a CPU. A second derivative needs "dense".
+            the faster one on a CPU, and as far as 2^26 where torch.func or forward-mode differentiation need all of it.
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
@@ -133,8 +133,9 @@ class ContrastiveLoss(nn.Module):
 
         Raises:
             TypeError: for views, index or epoch of another type.
-            ValueError: for shapes that do not fit, too few images, a missing index or epoch, or, on the CPU,
-                embeddings that are not finite (on CUDA they propagate: looking would wait for the device).
+            ValueError: for shapes that do not fit, too few images, a missing index or epoch; for state that a transform
+                of torch.func would have to change; or, on the CPU, for embeddings that are not finite (on CUDA, in
+                compiled code and under torch.func they propagate: looking would wait for the device or is impossible).
         """
         units, index, epoch = self._checked(views, index, epoch)
         if self.queue is not None and self.training:

@@ -47,7 +47,7 @@ def batched(*tensors: Tensor | None) -> bool:
 
 def eager(*tensors: Tensor) -> bool:
     """Whether nobody reads or transforms the code, so that values can be looked at, and what is created kept."""
-    return _transforms() == 0 and not compiled(*tensors)
+    return not compiled(*tensors) and _transforms() == 0 and torch._C._len_torch_dispatch_stack() == 0
 
 
 def captured(tensors: Iterable[Tensor]) -> bool:

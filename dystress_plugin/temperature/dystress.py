@@ -84,7 +84,7 @@ def _plateau(low: float, delta: float, shift: float, scale: float) -> Phase:
 
     def phase(x: Tensor, out: Tensor | None) -> Tensor:
         # On the plateau the phase is 0: the curve and its slope join it without a branch, since sin 0 = 0.
-        return torch.sub(x, shift * gain, out=out).clamp_(max=0)
+        return torch.sub(x, shift * gain, out=out).clamp_max_(0)
 
     return Phase(
         gain,
