@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dystress_plugin import checkpointing, distributed
+from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
@@ -61,7 +61,7 @@ class ContrastiveLoss(nn.Module):
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
             and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views), where it is
-            the faster one on a CPU. A second derivative needs "dense".
+            the faster one on a CPU, and as far as 2^26 where torch.func or forward-mode differentiation need all of it.
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
@@ -147,8 +147,9 @@ class ContrastiveLoss(nn.Module):
 
         Raises:
             TypeError: for views, index or epoch of another type.
-            ValueError: for shapes that do not fit, too few images, a missing index or epoch, or, on the CPU,
-                embeddings that are not finite (on CUDA they propagate: looking would wait for the device).
+            ValueError: for shapes that do not fit, too few images, a missing index or epoch; for state that a transform
+                of torch.func would have to change; or, on the CPU, for embeddings that are not finite (on CUDA, in
+                compiled code and under torch.func they propagate: looking would wait for the device or is impossible).
         """
         units, index, epoch = self._checked(views, index, epoch)
         trains = self.training and torch.is_grad_enabled()
@@ -225,6 +226,11 @@ class ContrastiveLoss(nn.Module):
         )
 
     def _row_stats(self, units: Tensor, index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
+        if self.training and tracing.captured(self.buffers()):
+            raise ValueError(
+                "torch.func would have to change the state of this loss, its queue or its tables: call loss.eval(), or "
+                "hand the state over by torch.func.functional_call."
+            )
         units, parameters = self._with_mean_gradients(units)
         blocks = self._blocks(units, gather=self.gather_distributed)
         batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
@@ -287,22 +293,23 @@ class ContrastiveLoss(nn.Module):
         if epoch is not None:
             if isinstance(epoch, bool) or not isinstance(epoch, (int, float)):
                 raise TypeError(f"epoch={epoch!r} must be a number, not {type(epoch).__name__}.")
-            if not math.isfinite(epoch) or epoch < 0:
+            if not 0 <= epoch < math.inf:
                 raise ValueError(f"epoch={epoch} must be finite and at least 0.")
             epoch = float(epoch)
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
-        with torch.autocast(views[0].device.type, enabled=False):
-            together = torch.cat([view.to(dtype) for view in views])
-            # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
-            if (
-                together.device.type == "cpu"
-                and not math.isfinite(together.detach().sum())
-                and not torch.isfinite(together).all()
-            ):
-                raise ValueError(_not_finite(views))
-            # A half precision's subnormal rows have few digits left, and gradients beyond its range.
-            least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
-            return normalize(together, least).view(len(views), *views[0].shape), index, epoch
+        # Nothing here is an operation that autocast would take to a half precision.
+        together = torch.cat([view.to(dtype) for view in views])
+        # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
+        if (
+            together.device.type == "cpu"
+            and tracing.eager(together)
+            and not math.isfinite(together.detach().sum())
+            and not torch.isfinite(together).all()
+        ):
+            raise ValueError(_not_finite(views))
+        # A half precision's subnormal rows have few digits left, and gradients beyond its range.
+        least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
+        return normalize(together, least).view(len(views), *views[0].shape), index, epoch
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -343,8 +350,19 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
-    return units
+    if not tracing.transformed(z):
+        units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
+        return units
+    peak = _peak(z.detach(), least)
+    z = z / peak
+    return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+
+
+def _peak(z: Tensor, least: float) -> Tensor:
+    """The largest entry of every row, infinite where the row counts as zero."""
+    peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
+    # Below, the gradient 1/|z| itself would leave the dtype's range.
+    return peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
 
 
 class _Normalize(torch.autograd.Function):
@@ -357,9 +375,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # Over the largest entry first: the squares of tiny and huge rows would leave the range.
-        peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
-        # Below, the gradient 1/|z| itself would leave the dtype's range.
-        peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
+        peak = _peak(z, least)
         units = z / peak
         length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
         units.div_(length.masked_fill(length == 0, 1.0))

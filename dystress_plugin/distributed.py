@@ -77,10 +77,23 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        start = sum(ctx.sizes[: rank()])
-        return gradient[start : start + ctx.sizes[rank()]], None
+        return _OwnSum.apply(gradient, ctx.sizes), None  # type: ignore[no-untyped-call]
+
+
+class _OwnSum(torch.autograd.Function):
+    """This rank's own rows of the sum over ranks: the gradient of `_Gather`, whose gradient is `_Gather` again."""
+
+    @staticmethod
+    def forward(ctx: Any, everything: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        total = everything.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        start = sum(sizes[: rank()])
+        return total[start : start + sizes[rank()]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradient, ctx.sizes), None  # type: ignore[no-untyped-call]
 
 
 class _MeanGradients(torch.autograd.Function):

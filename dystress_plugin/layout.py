@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dystress_plugin import distributed
+from dystress_plugin import distributed, tracing
 
 
 class Block(NamedTuple):
@@ -47,10 +47,10 @@ def views(units: Tensor, *, gather: bool) -> list[Block]:
     others = [[frozenset((a, (a + shift) % number)) for a in range(number)] for shift in range(1, number)]
     positive_cosine = torch.stack([torch.cat([cosine[pair] for pair in pairs]) for pairs in others], dim=1)
     if not gather or distributed.world_size() == 1:
-        return [Block(anchors, positive_cosine, None, _same_image(number, batch, batch, 0))]
+        return [Block(anchors, positive_cosine, None, _same_image(units, batch, 0))]
     everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))  # (images, views, dim)
     candidates = everything.transpose(0, 1).flatten(0, 1)
-    return [Block(anchors, positive_cosine, candidates, _same_image(number, batch, len(everything), start))]
+    return [Block(anchors, positive_cosine, candidates, _same_image(units, len(everything), start))]
 
 
 def queue(units: Tensor, keys: Tensor) -> list[Block]:
@@ -79,9 +79,16 @@ def both_ways(units: Tensor, *, gather: bool) -> list[Block]:
     return one_way(units, gather=gather) + one_way(units[:2].flip(0), gather=gather)
 
 
-@lru_cache(maxsize=8)
-def _same_image(number: int, batch: int, images: int, start: int) -> Tensor:
+def _same_image(units: Tensor, images: int, start: int) -> Tensor:
     """For every anchor, view by view, the candidates that show its image; of all `images` its own begin at `start`."""
+    number, batch, _ = units.shape
+    # What a compiler or a transform creates must not outlive it.
+    table = _same_image_table if tracing.eager(units) else _same_image_table.__wrapped__
+    return table(number, batch, images, start)
+
+
+@lru_cache(maxsize=8)
+def _same_image_table(number: int, batch: int, images: int, start: int) -> Tensor:
     own = start + torch.arange(batch).repeat(number)
     return own[:, None] + images * torch.arange(number)[None, :]
 

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dystress_plugin import distributed
+from dystress_plugin import distributed, tracing
 
 
 @final
@@ -44,7 +44,7 @@ class KeyQueue(nn.Module):
 
     def read(self) -> Tensor:
         """A copy of the keys: the queue may be written to before the backward pass reads them."""
-        return self.keys.clone()
+        return tracing.read(self.keys.clone())
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:

@@ -114,6 +114,7 @@ def on_a_rank_of_two(rank):
         "wrapped": {name: wrapped_and_by_hand(name, queue_size) for name, queue_size in WRAPPED.items()},
         "collectives": collectives(rank),
         "one_image": one_image(rank),
+        "second": {layout: second_derivative(layout, rows_of(rank, "unequal")) for layout in SECOND},
     }
 
 
@@ -333,6 +334,27 @@ def test_collectives_of_one_process_are_identities():
     assert distributed.mean_over_ranks(z) == z.mean()
     distributed.from_rank_0(z)
     assert torch.equal(z, torch.arange(6.0).reshape(3, 2))
+
+
+# Second derivatives
+
+SECOND = ["two", "one_way", "both_ways"]
+
+
+def second_derivative(layout, own):
+    """Of the loss times the ranks: what it holds in a direction, by this rank's rows."""
+    torch.manual_seed(0)
+    direction = torch.randn(2, sum(SIZES["unequal"]), 5, dtype=torch.float64)[:, own]
+    loss = ContrastiveLoss("dystress", detach=False, gather_distributed=True, **LAYOUTS[layout])
+    z = torch.stack(embeddings(sum(SIZES["unequal"]), 5))[:, own].requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(*z), z, create_graph=True)
+    return torch.autograd.grad((gradient * direction).sum(), z)[0]
+
+
+@pytest.mark.parametrize("layout", SECOND)
+def test_a_second_derivative_passes_through_the_gathering(layout, two_ranks):
+    found = torch.cat([rank["second"][layout] for rank in two_ranks], dim=1)
+    assert_close(found / 2, second_derivative(layout, slice(None)), 1e-12)
 
 
 # Errors in a group

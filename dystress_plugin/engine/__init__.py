@@ -16,9 +16,12 @@ DENSE_ENTRIES = 2**16
 def auto(
     anchors: Tensor, candidates: Tensor | None, excluded: Tensor, logit_map: LogitMap, *, want_cosine: bool
 ) -> NegativeStats:
-    """The faster of the two engines for this size."""
+    """The faster of the two engines for this size, or the one that can."""
     entries = len(anchors) * len(anchors if candidates is None else candidates)
-    engine = dense if entries <= DENSE_ENTRIES else blockwise
+    whole = entries <= DENSE_ENTRIES or (
+        entries <= blockwise.WHOLE_ENTRIES and not blockwise.in_tiles(anchors, candidates, logit_map)
+    )
+    engine = dense if whole else blockwise
     stats: NegativeStats = engine.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
     return stats
 

@@ -7,34 +7,26 @@ instead of four. And |s| <= 1 bounds the logits, so no maximum has to be found u
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
-import threading
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dystress_plugin import tracing
+from dystress_plugin.engine import dense
 from dystress_plugin.engine.rows import NegativeStats
-from dystress_plugin.temperature.base import LogitMap, Times, Work
+from dystress_plugin.engine.tiles import KEEP_BYTES, Passed, Plan, backward, entries_of_a_tile, forward
+from dystress_plugin.temperature.base import LogitMap, PartsReader
 
-# exp(60) * 2^30 terms and exp(-60) are both inside of float32.
-UNSHIFTED = 60.0
-# Entries of a tile: large enough that threads seldom wait for each other; on a GPU one fills the chip.
-TILE_ENTRIES = {"cpu": 1152 * 1152}
-TILE_ENTRIES_ELSEWHERE = 4096 * 4096
-# Entries of float32 in a cache line.
-LINE = 16
-# Up to this size the forward pass keeps its tiles for the backward pass, which otherwise computes them again: 4096
-# images with a copy of each, in float32. Of more images it could keep a small part only, which costs memory and saves
-# little time.
-KEEP_BYTES = 160 * 2**20
+if tracing.HAS_OPERATIONS:
+    from dystress_plugin.engine import compiled
+
+# Entries of the largest matrix that is held as a whole where tiles cannot be: 4096 images in two views.
+WHOLE_ENTRIES = 2**26
+
+Tensors: TypeAlias = Sequence["Tensor | None"]
 
 
 def negative_stats(
@@ -49,7 +41,7 @@ def negative_stats(
 ) -> NegativeStats:
     """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i, with s_ij = anchors_i . candidates_j.
 
-    Gradients use the closed-form slope of the map; a second derivative is an error.
+    Gradients use the closed-form slope of the map; their own derivatives are autograd's, of a few rows at a time.
 
     Args:
         anchors: (rows, dim), of length 1.
@@ -60,263 +52,185 @@ def negative_stats(
         want_cosine: whether to return the negatives' mean cosine as well.
         tile: rows of a tile, and columns unless there are fewer rows; None chooses for the device.
         keep_bytes: what all tiles together may take up to be kept between forward and backward pass.
+
+    Raises:
+        ValueError: where the whole matrix is needed, as below, and has more than 2^26 entries.
+
+    Warns:
+        UserWarning: for what tiles cannot do, so that the dense engine does it: the transforms of torch.func,
+            forward-mode differentiation, and torch.compile of a map without parts.
     """
-    trains = logit_map.parameter_term(anchors[:, 0]) is not None
-    plan = _Plan.make(anchors, candidates, excluded, logit_map, want_cosine or trains, tile, keep_bytes)
-    negative, cosine = _Blockwise.apply(anchors, candidates, plan)  # type: ignore[no-untyped-call]
-    term = logit_map.parameter_term(cosine)
-    return NegativeStats(negative if term is None else negative + term, cosine if want_cosine else None)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What both passes share beside the embeddings.
-
-    Attributes:
-        rows, columns: size of the whole matrix.
-        symmetric: whether it is the anchors' with themselves, so that only tiles on and above the diagonal are made.
-        row_tile, column_tile: size of a tile.
-        excluded: as given.
-        spans: for every row block and column of `excluded`, its smallest and its largest entry.
-    """
-
-    rows: int
-    columns: int
-    symmetric: bool
-    row_tile: int
-    column_tile: int
-    excluded: Tensor
-    spans: list[list[tuple[int, int]]]
-    logit_map: LogitMap
-    want_cosine: bool
-    keep_bytes: int
-
-    @staticmethod
-    def make(
-        anchors: Tensor,
-        candidates: Tensor | None,
-        excluded: Tensor,
-        logit_map: LogitMap,
-        want_cosine: bool,
-        tile: int | None,
-        keep_bytes: int,
-    ) -> _Plan:
-        rows, columns = len(anchors), len(anchors if candidates is None else candidates)
-        side = tile or math.isqrt(TILE_ENTRIES.get(anchors.device.type, TILE_ENTRIES_ELSEWHERE))
-        if tile is None and candidates is None:
-            # Blocks of the same size, as those on the diagonal compute too much; and rows of whole cache lines, as a
-            # product into others takes up to twice as long.
-            blocks = -(-rows // side)
-            side = -(-rows // (blocks * LINE)) * LINE
-        row_tile = min(rows, side)
-        # Few anchors against a long queue get wide tiles; those of a symmetric matrix have to be square.
-        column_tile = side if candidates is None or tile else side * side // row_tile
-        spans = []
-        if columns > column_tile:
-            for block in excluded.split(side):
-                ends = torch.aminmax(block, dim=0) if block.numel() else ()
-                spans.append(list(zip(*(end.tolist() for end in ends), strict=True)))
-        return _Plan(
-            rows,
-            columns,
-            candidates is None,
-            side,
-            column_tile,
-            excluded,
-            spans,
-            logit_map,
-            want_cosine,
-            keep_bytes,
+    if not in_tiles(anchors, candidates, logit_map):
+        _check_whole(len(anchors) * len(anchors if candidates is None else candidates))
+        return dense.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
+    if tracing.compiled(anchors) and not tracing.HAS_OPERATIONS:
+        return _uncompiled(
+            anchors, candidates, excluded, logit_map, want_cosine=want_cosine, tile=tile, keep_bytes=keep_bytes
         )
-
-    def tiles(self, anchors: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Where the tiles lie, and gain * anchors of their rows."""
-        gain = self.logit_map.gain
-        for r in range(0, self.rows, self.row_tile):
-            rows = slice(r, min(r + self.row_tile, self.rows))
-            scaled = anchors[rows] if gain == 1 else anchors[rows] * gain
-            for c in range(r if self.symmetric else 0, self.columns, self.column_tile):
-                yield rows, slice(c, min(c + self.column_tile, self.columns)), scaled
-
-    def row_maxima(self, anchors: Tensor, others: Tensor) -> Tensor | None:
-        """The largest logit of every row, or None where exp needs no shift."""
-        if self.logit_map.bound <= UNSHIFTED:
-            return None
-        maxima = anchors.new_full((self.rows,), -math.inf)
-        for r in range(0, self.rows, self.row_tile):
-            for c in range(0, self.columns, self.column_tile):
-                rows, columns = slice(r, r + self.row_tile), slice(c, c + self.column_tile)
-                logit = self.logit_map.rows(rows).logit(anchors[rows] @ others[columns].T)
-                maxima[rows] = torch.maximum(maxima[rows], self.fill(logit, rows, columns, -math.inf).amax(1))
-        return maxima
-
-    def exponentials(
-        self, scaled: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
-    ) -> tuple[Tensor, Times]:
-        """exp(a(s) - shift) of a tile of gain * s, 0 in its excluded entries; and how to multiply with a' / gain."""
-        logit, times_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
-        out = work and work[0]
-        if shift is not None:
-            logit = torch.sub(logit, shift[rows, None], out=out)
-        return self.fill(torch.exp(logit, out=out), rows, columns, 0.0), times_slope
-
-    def fill(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
-        """The tile with `value` in its excluded entries."""
-        if not self.spans:
-            return tile.scatter_(1, self.excluded[rows].to(tile.device), value)
-        first, end = columns.start, columns.start + tile.shape[1]
-        if any(low < end and high >= first for low, high in self.spans[rows.start // self.row_tile]):
-            there = self.excluded[rows] - first
-            row, which = ((there >= 0) & (there < tile.shape[1])).nonzero(as_tuple=True)
-            tile[row.to(tile.device), there[row, which].to(tile.device)] = value
-        return tile
+    trains = logit_map.parameter_term(anchors[:, 0]) is not None
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (anchors, candidates))
+    kept = keep_bytes if learns else 0
+    plan = Plan.make(anchors, candidates, excluded, logit_map, want_cosine or trains, tile, kept)
+    if tracing.compiled(anchors):
+        negative, cosine = compiled.statistics(plan, anchors, candidates)
+        term = logit_map.parameter_term(cosine)
+        negative = negative if term is None else negative + term
+    else:
+        negative, cosine = _Blockwise.apply(plan, anchors, candidates, *_tensors(logit_map))  # type: ignore[no-untyped-call]
+    return NegativeStats(negative, cosine if want_cosine else None)
 
 
-# What a thread keeps from one call to the next.
-_of_thread = threading.local()
+# For torch before 2.4: outside of the compiled graph.
+_uncompiled = torch.compiler.disable(negative_stats)
 
 
-class _Scratch:
-    """Tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass over
-    it, and gives back what is freed. A GPU's allocator keeps it anyway.
-
-    Args:
-        plan: for the size of a tile.
-        like: for dtype and device.
-        number: of tiles, 2 or 3; with 2 the exponentials take the place of the products.
-    """
-
-    def __init__(self, plan: _Plan, like: Tensor, number: int) -> None:
-        entries = min(plan.row_tile, plan.rows) * min(plan.column_tile, plan.columns)
-        last: Tensor | None = getattr(_of_thread, "scratch", None)
-        if last is None or last.numel() < number * entries or last.dtype != like.dtype or last.device != like.device:
-            last = like.new_empty(number * entries)
-            if like.device.type == "cpu":
-                _of_thread.scratch = last
-        self.tiles = last[: number * entries].view(number, entries)
-
-    def tile(self, number: int, shape: tuple[int, int]) -> Tensor:
-        return self.tiles[number, : shape[0] * shape[1]].view(shape)
-
-    def product(self, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """left right^T in the first tile, and two as work for a map."""
-        shape = (len(left), len(right))
-        work = self.tile(-2, shape), self.tile(-1, shape)
-        return torch.mm(left, right.T, out=self.tile(0, shape)), work
+def in_tiles(anchors: Tensor, candidates: Tensor | None, logit_map: LogitMap) -> bool:
+    """Whether tiles can be computed, and not only the whole matrix by plain operations."""
+    if tracing.compiled(anchors) and logit_map.parts() is None:
+        return False
+    return not tracing.transformed(anchors, candidates, *_tensors(logit_map))
 
 
-def _room(plan: _Plan, like: Tensor) -> Tensor | None:
-    """Where the tiles are kept, if there is room for all of them."""
-    entries = plan.rows * plan.columns
-    if plan.symmetric:  # blocks on and above the diagonal
-        ends = [*range(0, plan.rows, plan.row_tile), plan.rows]
-        entries = (entries + sum((end - start) ** 2 for start, end in pairwise(ends))) // 2
-    entries *= 1 + plan.want_cosine
-    nbytes = entries * like.itemsize
-    if nbytes > plan.keep_bytes:
-        return None
-    if like.device.type != "cpu" or nbytes < 2**23 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(entries)
-    # To write into new memory takes the system several times as long as a pass over it, so the last call's serves
-    # again, once no tensor holds it any more.
-    memory, holder = getattr(_of_thread, "kept", (b"", lambda: None))
-    if len(memory) < nbytes or holder() is not None:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # in pages of 2 MiB it comes four times as fast; a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    held = memoryview(memory)
-    _of_thread.kept = memory, weakref.ref(held)
-    return torch.frombuffer(held, dtype=like.dtype, count=entries)
+def _tensors(logit_map: LogitMap) -> tuple[Tensor, ...]:
+    parts = logit_map.parts()
+    return () if parts is None else parts.tensors
+
+
+def _check_whole(entries: int) -> None:
+    what = "torch.func, forward-mode differentiation, and torch.compile of a map without parts need the whole matrix"
+    if entries > WHOLE_ENTRIES:
+        raise ValueError(
+            f"{what}, and {entries} entries are more than {WHOLE_ENTRIES}: use smaller batches, torch.autograd in "
+            "their stead, or engine='dense' if the memory suffices."
+        )
+    warnings.warn(f"{what}: engine='blockwise' computes it as engine='dense' does.", stacklevel=3)
 
 
 class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, candidates: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-        others = anchors if candidates is None else candidates
-        shift = plan.row_maxima(anchors, others)
-        # One exponential serves a tile and its mirror image only where neither depends on the row.
-        shared = plan.symmetric and shift is None and plan.logit_map.rowless
-        # Sums over many tiles in double: they decide the accuracy, and are only vectors.
-        total = torch.zeros(plan.rows, dtype=torch.float64, device=anchors.device)
-        moment = torch.zeros_like(total)
-
-        # A mirrored tile with maps of its own for rows and columns would have to be kept twice.
-        keeps = (shared or not plan.symmetric) and any(ctx.needs_input_grad)
-        room = _room(plan, anchors) if keeps else None
-        kept: list[Tensor] = []
-        tiles = 2 if shared and not plan.want_cosine else 3
-        scratch = _Scratch(plan, anchors, tiles)
-        for rows, columns, left in plan.tiles(anchors):
-            scaled, work = scratch.product(left, others[columns])
-            mirrored = plan.symmetric and rows != columns
-            if room is not None:
-                mine, room = room[: scaled.numel()].view_as(scaled), room[scaled.numel() :]
-                work = (mine, work[1])
-            e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
-            total[rows] += e.sum(1)
-            if plan.want_cosine:
-                moment[rows] += (e * scaled).sum(1)
-            if mirrored:
-                e_mirror = e.T if shared else plan.exponentials(scaled.T, columns, rows, shift, None)[0]
-                total[columns] += e_mirror.sum(1)
-                if plan.want_cosine:
-                    moment[columns] += (e_mirror * scaled.T).sum(1)
-            if room is None:
-                continue
-            if plan.want_cosine:
-                other, room = room[: scaled.numel()].view_as(scaled), room[scaled.numel() :]
-                kept += [times_slope(other.copy_(e)), e]
-            else:
-                kept.append(times_slope(e))
-        ctx.plan, ctx.shared, ctx.tiles = plan, shared, tiles
-        ctx.save_for_backward(anchors, candidates, total, shift, *kept)
-        negative = total.log() if shift is None else total.log() + shift
-        return negative.to(anchors.dtype), (moment / (total * plan.logit_map.gain)).to(anchors.dtype)
+    """L and N of all rows, from the embeddings and the tensors of the map."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_negative: Tensor, grad_cosine: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        plan: _Plan = ctx.plan
-        anchors, candidates, total, shift, *kept = ctx.saved_tensors
-        others = anchors if candidates is None else candidates
-        # dS_ij = e_ij (a'_ij / gain by_slope_i + plain_i): the softmax weight, e over its total, times what arrives.
-        by_slope = (grad_negative * plan.logit_map.gain / total).to(anchors.dtype)
-        plain = (grad_cosine / total).to(anchors.dtype)
-        grad_anchors = torch.zeros_like(anchors)
-        grad_others = torch.zeros_like(others) if ctx.needs_input_grad[1] else None
-        scratch = _Scratch(plan, anchors, ctx.tiles)
+    def forward(
+        ctx: Any, plan: Plan, anchors: Tensor, candidates: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        negative, cosine, passed = forward(plan, anchors, candidates)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        by_tensors = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(*passed, cosine if by_tensors else None, anchors, candidates, *tensors)
+        return negative, cosine
 
-        def with_slope(scaled: Tensor, rows: slice, columns: slice, work: Work) -> list[Tensor]:
-            """What the forward pass keeps of a tile."""
-            e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
-            return [times_slope(e.clone()), e] if plan.want_cosine else [times_slope(e)]
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> Tensors:
+        total, shift, kept, cosine, *inputs = ctx.saved_tensors
+        if tracing.transformed(*arriving) or tracing.batched(*arriving):  # by autograd.grad(..., is_grads_batched=True)
+            return None, *_plain_gradient(ctx.plan, arriving, inputs)
+        known = ctx.plan, Passed(total, shift, kept), cosine, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, *_Gradient.apply(*known, *arriving, *inputs)  # type: ignore[no-untyped-call]
+        return None, *_closed_form(*known, *arriving, *inputs)
 
-        def one_sided(tile: list[Tensor], rows: slice) -> Tensor:
-            block = tile[0] * by_slope[rows, None]
-            return torch.addcmul(block, tile[1], plain[rows, None]) if plan.want_cosine else block
 
-        def both_sided(tile: list[Tensor], rows: slice, columns: slice) -> Tensor:
-            block = scratch.tile(-1, tile[0].shape)  # type: ignore[arg-type]  # the map is done with it
-            torch.add(by_slope[rows, None], by_slope[None, columns], out=block).mul_(tile[0])
-            return block.addcmul_(tile[1], plain[rows, None] + plain[None, columns]) if plan.want_cosine else block
+class _Gradient(torch.autograd.Function):
+    """The closed form, with a derivative of its own: autograd's, of a few rows at a time."""
 
-        for rows, columns, left in plan.tiles(anchors):
-            mirrored = plan.symmetric and rows != columns
-            if kept:
-                tile, kept = kept[: 1 + plan.want_cosine], kept[1 + plan.want_cosine :]
-            else:
-                scaled, work = scratch.product(left, others[columns])
-                tile = with_slope(scaled, rows, columns, work)
-            if ctx.shared:
-                block = both_sided(tile, rows, columns)
-            else:
-                block = one_sided(tile, rows)
-                if plan.symmetric:
-                    mirror = one_sided(with_slope(scaled.T, columns, rows, None), columns) if mirrored else block
-                    block = block + mirror.T
-            grad_anchors[rows].addmm_(block, others[columns])
-            if mirrored:
-                grad_anchors[columns].addmm_(block.T, anchors[rows])
-            if grad_others is not None:
-                grad_others[columns].addmm_(block.T, anchors[rows])
-        return grad_anchors, grad_others, None
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, passed: Passed, cosine: Tensor | None, needed: Sequence[bool], *given: Tensor | None
+    ) -> Tensors:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given)
+        return _closed_form(plan, passed, cosine, needed, *given)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> Tensors:
+        again = torch.is_grad_enabled()
+
+        def of_rows(rows: slice) -> Tensors:
+            gradient = _gradient_of_rows(ctx.plan, rows, given[:2], given[2:], again=True)
+            return _gradient_of(gradient, given, arriving, again=again)
+
+        with torch.enable_grad():
+            given = _apart(ctx.saved_tensors)
+            return None, None, None, None, *_sum_over_rows(ctx.plan, of_rows)
+
+
+def _closed_form(
+    plan: Plan,
+    passed: Passed,
+    cosine: Tensor | None,
+    needed: Sequence[bool],
+    grad_negative: Tensor | None,
+    grad_cosine: Tensor | None,
+    anchors: Tensor,
+    candidates: Tensor | None,
+    *tensors: Tensor,
+) -> Tensors:
+    """The gradients by the embeddings and by the tensors of the map, those that are `needed`."""
+    by_anchors = by_candidates = None
+    if any(needed[:2]):
+        by_anchors, by_candidates = backward(
+            plan, anchors, candidates, passed, grad_negative, grad_cosine, by_candidates=needed[1]
+        )
+    by_tensors: Tensors = (None,) * len(tensors)
+    if cosine is not None:
+        with torch.enable_grad():
+            term = plan.logit_map.parameter_term(cosine)
+        by_tensors = _gradient_of([term], _tensors(plan.logit_map), [grad_negative], again=False)
+    return by_anchors, by_candidates, *by_tensors
+
+
+def _plain_gradient(plan: Plan, arriving: Tensors, inputs: Tensors) -> Tensors:
+    """What the closed form computes, by autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        apart = _apart(inputs)
+        return _sum_over_rows(plan, lambda rows: _gradient_of_rows(plan, rows, arriving, apart, again=again))
+
+
+def _gradient_of_rows(plan: Plan, rows: slice, arriving: Tensors, inputs: Tensors, *, again: bool) -> Tensors:
+    """The same of some rows' statistics."""
+    anchors, candidates, *tensors = inputs
+    assert anchors is not None  # narrows the type
+    logit_map, parts = plan.logit_map, plan.logit_map.parts()
+    if parts is not None:
+        logit_map = PartsReader(parts.words, parts.numbers, tensors).map()  # type: ignore[arg-type]
+    found = dense.negative_stats(
+        anchors[rows],
+        anchors if candidates is None else candidates,
+        plan.excluded[rows],
+        logit_map.rows(rows),
+        want_cosine=plan.want_cosine,
+    )
+    return _gradient_of(found, inputs, [None if x is None else x[rows] for x in arriving], again=again)
+
+
+def _gradient_of(results: Tensors, inputs: Tensors, arriving: Tensors, *, again: bool) -> Tensors:
+    """autograd.grad of the results that have one; None by inputs that need none."""
+    pairs = [(x, g) for x, g in zip(results, arriving, strict=True) if x is not None and g is not None]
+    pairs = [(x, g) for x, g in pairs if x.requires_grad]
+    needed = [x for x in inputs if x is not None and x.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, needed, grads, create_graph=again, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """The same tensors as if none of them had been computed from another."""
+    return [None if x is None else x.view_as(x) for x in tensors]
+
+
+def _sum_over_rows(plan: Plan, of_rows: Callable[[slice], Tensors]) -> Tensors:
+    step = max(1, entries_of_a_tile(plan.excluded.device) // plan.columns)
+    sums: list[Tensor | None] = []
+    for start in range(0, plan.rows, step):
+        found = of_rows(slice(start, start + step))
+        sums = (
+            [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
+            if sums
+            else list(found)
+        )
+    return sums

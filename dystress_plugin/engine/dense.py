@@ -24,7 +24,9 @@ def negative_stats(
         want_cosine: whether to return the negatives' mean cosine as well.
     """
     cosine = anchors @ (anchors if candidates is None else candidates).T
-    out = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, excluded.to(cosine.device), True)
+    # Not zeros_like: under vmap that would be one for every example.
+    out = torch.zeros(cosine.shape, dtype=torch.bool, device=cosine.device)
+    out.scatter_(1, excluded.to(cosine.device), True)
     logit = logit_map.logit(cosine).masked_fill(out, -math.inf)
     mean_cosine = None
     if want_cosine:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 Work: TypeAlias = "tuple[Tensor, Tensor] | None"
 # Multiplies a tile with a slope in place. A function, as some slopes are a number and others a division.
 Times: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Parts(NamedTuple):
+    """A map in pieces: what an operation of a compiled graph can be given, and a `PartsReader` puts together again."""
+
+    words: tuple[str, ...]
+    numbers: tuple[float, ...]
+    tensors: tuple[Tensor, ...]
+
+
+class PartsReader:
+    """Hands out the pieces of a map in the order in which `LogitMap.parts` lists them."""
+
+    def __init__(self, words: Iterable[str], numbers: Iterable[float], tensors: Iterable[Tensor]) -> None:
+        self.words, self.numbers, self.tensors = iter(words), iter(numbers), iter(tensors)
+
+    def map(self) -> LogitMap:
+        """The map that comes next."""
+        kinds = {kind.__name__: kind for kind in LogitMap.__subclasses__()}
+        return kinds[next(self.words)].from_parts(self)
 
 
 class LogitMap(ABC):
@@ -72,6 +92,15 @@ class LogitMap(ABC):
     @abstractmethod
     def rowless(self) -> bool:
         """Whether every row has the same map."""
+
+    def parts(self) -> Parts | None:
+        """The map in pieces, the first word its class's name; None where an engine has to take it as it is."""
+        return None
+
+    @classmethod
+    def from_parts(cls, parts: PartsReader) -> LogitMap:
+        """The map from its pieces, after the first word."""
+        raise NotImplementedError(f"{cls.__name__}.parts gives pieces that from_parts does not take.")
 
     def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
         """A zero per row whose gradient, in the map's own parameters, is that of logsumexp_j a(s_j).
@@ -127,6 +156,18 @@ class Scaled(LogitMap):
             return self
         assert isinstance(self.tau, Tensor)  # narrows the type
         return Scaled(self.tau[rows], self.least)
+
+    def parts(self) -> Parts:
+        if isinstance(self.tau, Tensor):
+            assert self.least is not None  # needed where tau is a tensor; narrows the type
+            return Parts(("Scaled", "tensor"), (self.least,), (self.tau,))
+        return Parts(("Scaled", "number"), (self.tau,), ())
+
+    @classmethod
+    def from_parts(cls, parts: PartsReader) -> Scaled:
+        if next(parts.words) == "tensor":
+            return Scaled(next(parts.tensors), next(parts.numbers))
+        return Scaled(next(parts.numbers))
 
     def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
         if not isinstance(self.tau, Tensor) or not self.tau.requires_grad:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
+from dystress_plugin import tracing
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.temperature.base import (
     Batch,
     LogitMap,
     LogitMaps,
+    Parts,
+    PartsReader,
     Temperature,
     Times,
     Work,
@@ -60,6 +63,8 @@ class Profile:
 
 def _affine(x: Tensor, factor: float, summand: float, out: Tensor | None) -> Tensor:
     """factor * x + summand, in one pass."""
+    if tracing.compiled(x):  # numbers that change with the epoch would be constants of its graph
+        return x * factor + summand
     return torch.add(x.new_tensor(summand), x, alpha=factor, out=out)
 
 
@@ -79,7 +84,7 @@ def _plateau(low: float, delta: float, shift: float, scale: float) -> Phase:
 
     def phase(x: Tensor, out: Tensor | None) -> Tensor:
         # On the plateau the phase is 0: the curve and its slope join it without a branch, since sin 0 = 0.
-        return torch.sub(x, shift * gain, out=out).clamp_(max=0)
+        return torch.sub(x, shift * gain, out=out).clamp_max_(0)
 
     return Phase(
         gain,
@@ -120,14 +125,24 @@ class ProfiledMap(LogitMap):
     """a(s) = s / tau(s) = x / t(x).
 
     Attributes:
-        phase: tau.
+        profile: name of the shape of tau.
         tau_min: the lowest temperature.
+        delta: the highest above it.
+        parameters: the profile's.
         detach: whether tau counts as a constant in the gradient.
+        phase: tau, from the others.
     """
 
-    phase: Phase
+    profile: str
     tau_min: float
+    delta: float
+    parameters: dict[str, float]
     detach: bool
+    phase: Phase = field(init=False)
+
+    def __post_init__(self) -> None:
+        phase = PROFILES[self.profile].build(self.tau_min, self.delta, **self.parameters)
+        object.__setattr__(self, "phase", phase)  # the class is frozen
 
     def temperature(self, cosine: Tensor) -> Tensor:
         return self.phase.t(cosine * self.gain) / self.gain
@@ -155,6 +170,17 @@ class ProfiledMap(LogitMap):
 
     def rows(self, rows: slice) -> ProfiledMap:
         return self
+
+    def parts(self) -> Parts:
+        words = ("ProfiledMap", self.profile, "detached" if self.detach else "live")
+        return Parts(words, (self.tau_min, self.delta, *self.parameters.values()), ())
+
+    @classmethod
+    def from_parts(cls, parts: PartsReader) -> ProfiledMap:
+        profile, detach = next(parts.words), next(parts.words) == "detached"
+        tau_min, delta = next(parts.numbers), next(parts.numbers)
+        parameters = {name: next(parts.numbers) for name in PROFILES[profile].defaults}
+        return ProfiledMap(profile, tau_min, delta, parameters, detach)
 
     @property
     def bound(self) -> float:
@@ -263,8 +289,7 @@ class DySTreSS(Temperature):
             if batch.epoch is None:
                 raise ValueError("DySTreSS with stabilise needs the epoch: call loss(z0, z1, epoch=current_epoch).")
             tau_min += (tau_max - tau_min) * min(1.0, batch.epoch / self.stabilise)
-        phase = PROFILES[self.profile].build(tau_min, tau_max - tau_min, **self.parameters_)
-        return ProfiledMap(phase, tau_min, self.detach)
+        return ProfiledMap(self.profile, tau_min, tau_max - tau_min, self.parameters_, self.detach)
 
     def extra_repr(self) -> str:
         own = {

@@ -10,7 +10,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from dystress_plugin import distributed
+from dystress_plugin import distributed, tracing
 from dystress_plugin.engine.rows import RowStats
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.temperature.base import (
@@ -146,7 +146,7 @@ class Individual(Temperature):
         self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool, device=device))
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        tau = self.tau[self._checked(batch.index)].to(batch.positive_cosine.dtype)
+        tau = tracing.read(self.tau[self._checked(batch.index)]).to(batch.positive_cosine.dtype)
         map_ = Scaled(tau[:, None], least=self.tau_min)
         return LogitMaps(map_, map_)
 
@@ -154,22 +154,24 @@ class Individual(Temperature):
     def running_mean(self, stats: RowStats, batch: Batch) -> Tensor:
         self._check_rho(stats.num_negatives)
         seen = self._seen(stats, batch)
-        return (seen.log_s + seen.positive / seen.tau).to(stats.negative.dtype)
+        return tracing.read((seen.log_s + seen.positive / seen.tau).to(stats.negative.dtype))
 
     @torch.no_grad()
     def update(self, stats: RowStats, batch: Batch) -> None:
         seen = self._seen(stats, batch)
         assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
         weight = torch.exp(seen.log_g - seen.log_s)
-        gradient = seen.log_s + self.rho - weight * (stats.negative_cosine.double() - seen.positive) / seen.tau
+        cosine = stats.negative_cosine.detach().double()
+        gradient = seen.log_s + self.rho - weight * (cosine - seen.positive) / seen.tau
         self._write(seen.sample, seen.log_s, gradient, batch.views)
 
     def _seen(self, stats: RowStats, batch: Batch) -> _Seen:
         index = self._checked(batch.index)
         tau = self.tau[index]
-        # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves.
-        positive = stats.positive_cosine.double() if self.gradient == "difference" else torch.zeros_like(tau)
-        log_g = stats.negative.double() - math.log(stats.num_negatives) - positive / tau
+        # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves. Detached, as no_grad
+        # leaves forward-mode differentiation on.
+        positive = stats.positive_cosine.detach().double() if self.gradient == "difference" else torch.zeros_like(tau)
+        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - positive / tau
         moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
         return _Seen(index, tau, positive, log_g, torch.where(self.visited[index], moved, log_g))
 
@@ -193,16 +195,18 @@ class Individual(Temperature):
         images, log_s, gradient = distributed.all_rows(images, log_s, gradient)
         # Sorting makes the sums over duplicates run in one fixed order, on every device and every rank.
         order = torch.argsort(images, stable=True)
-        images, counts = torch.unique_consecutive(images[order], return_counts=True)
+        images = images[order]
+        # Every occurrence gets what its sample does: how many samples there are is no shape a compiler could know.
+        sample = torch.cat([torch.zeros_like(images[:1]), (images[1:] != images[:-1]).long()]).cumsum(0)
+        counts = torch.zeros_like(sample).scatter_add_(0, sample, torch.ones_like(sample))
 
         def per_sample(values: Tensor, reduce: str) -> Tensor:
             # Unsafe only leaves out a look at the lengths, which waits for a GPU and which torch 2.1 cannot trace.
-            return torch.segment_reduce(values, reduce, lengths=counts, unsafe=True)
+            return torch.segment_reduce(values, reduce, lengths=counts, unsafe=True)[sample]
 
         peak = per_sample(log_s[order], "max")
-        shifted = torch.exp(log_s[order] - peak.repeat_interleave(counts))
         u = (1 - self.beta) * self.u[images] + self.beta * per_sample(gradient[order], "mean")
-        self.log_s[images] = peak + per_sample(shifted, "mean").log()
+        self.log_s[images] = peak + per_sample(torch.exp(log_s[order] - peak), "mean").log()
         self.u[images] = u
         self.tau[images] = (self.tau[images] - self.eta * u).clamp(self.tau_min, self.tau_max)
         self.visited[images] = True
@@ -210,7 +214,8 @@ class Individual(Temperature):
     def _checked(self, index: Tensor | None) -> Tensor:
         if index is None:
             raise ValueError("Individual needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")
-        if index.device.type == "cpu":  # on CUDA indexing itself fails, and looking would wait for the device
+        # On CUDA indexing itself fails, and looking would wait for the device.
+        if index.device.type == "cpu" and tracing.eager(index):
             low, high = int(index.min()), int(index.max())
             if low < 0 or high >= self.num_samples:
                 raise ValueError(

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from dystress_plugin import tracing
 from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
 
 
@@ -46,7 +47,8 @@ class Learnable(Temperature):
     @torch.no_grad()
     def hold_parameters(self) -> None:
         # As in CLIP; else it would go on outside, and be long on its way back.
-        self.log_tau.copy_(self._held())
+        if not tracing.transformed(self.log_tau):  # torch.func changes no parameter
+            self.log_tau.copy_(self._held())
 
     def _held(self) -> Tensor:
         return self.log_tau.detach().clamp(math.log(self.tau_min), math.log(self.tau_max))

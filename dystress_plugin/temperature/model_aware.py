@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import final
 
+from dystress_plugin import tracing
 from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_number, check_positive
 
 FLOOR = 0.1  # of tau; our choice, since the paper leaves the temperature free to become negative
@@ -47,7 +48,7 @@ class ModelAware(Temperature):
     def prepare(self, batch: Batch) -> LogitMaps:
         alignment = batch.mean(batch.positive_cosine)
         factor = 1 + self.alpha * (alignment - self.threshold)
-        if self._watch_floor and factor < FLOOR:
+        if self._watch_floor and tracing.eager(factor) and factor < FLOOR:
             self._watch_floor = False
             warnings.warn(
                 f"MACL's temperature tau*(1 + alpha*(A - threshold)) = {self.tau * factor.item():.4g} at alignment "

@@ -9,7 +9,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps, Temperature, Times, Work, check_number
+from dystress_plugin.temperature.base import (
+    Batch,
+    LogitMap,
+    LogitMaps,
+    Parts,
+    PartsReader,
+    Temperature,
+    Times,
+    Work,
+    check_number,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,13 @@ class LogOddsMap(LogitMap):
 
     def rows(self, rows: slice) -> LogOddsMap:
         return self
+
+    def parts(self) -> Parts:
+        return Parts(("LogOddsMap",), (self.clamp,), ())
+
+    @classmethod
+    def from_parts(cls, parts: PartsReader) -> LogOddsMap:
+        return LogOddsMap(next(parts.numbers))
 
     @property
     def bound(self) -> float:

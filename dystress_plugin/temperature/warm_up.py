@@ -12,6 +12,8 @@ from dystress_plugin.temperature.base import (
     Batch,
     LogitMap,
     LogitMaps,
+    Parts,
+    PartsReader,
     Scaled,
     Temperature,
     Times,
@@ -44,6 +46,21 @@ class MixedMap(LogitMap):
 
     def rows(self, rows: slice) -> MixedMap:
         return MixedMap(self.first.rows(rows), self.second.rows(rows), self.share)
+
+    def parts(self) -> Parts | None:
+        first, second = self.first.parts(), self.second.parts()
+        if first is None or second is None:
+            return None
+        return Parts(
+            ("MixedMap", *first.words, *second.words),
+            (self.share, *first.numbers, *second.numbers),
+            (*first.tensors, *second.tensors),
+        )
+
+    @classmethod
+    def from_parts(cls, parts: PartsReader) -> MixedMap:
+        share = next(parts.numbers)
+        return MixedMap(parts.map(), parts.map(), share)
 
     def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
         term = self.second.parameter_term(mean_cosine)

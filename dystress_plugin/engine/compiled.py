@@ -1,0 +1,127 @@
+"""The tiles as one operation, which a compiler puts into its graph without a look inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dystress_plugin.engine.tiles import Passed, Plan, backward, forward
+from dystress_plugin.temperature.base import PartsReader
+
+# The same for both passes: embeddings, pieces of the map, and the rest of a plan. Numbers come as a tensor, since a
+# compiler would make another graph for each of a schedule's.
+_GIVEN = (
+    "Tensor anchors, Tensor? candidates, Tensor excluded, str words, Tensor numbers, Tensor[] tensors, "
+    "SymInt row_tile, SymInt column_tile, bool want_cosine, int keep_bytes"
+)
+
+
+def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
+    """L and N of all rows, with gradients by the embeddings, not by the tensors of the map."""
+    parts = plan.logit_map.parts()
+    assert parts is not None  # as `blockwise.in_tiles` asks; narrows the type
+    negative, cosine, *_ = _tiles(
+        anchors,
+        candidates,
+        plan.excluded,
+        " ".join(parts.words),
+        torch.stack([torch.zeros((), dtype=torch.float64) + x for x in parts.numbers]),
+        [tensor.detach() for tensor in parts.tensors],
+        plan.row_tile,
+        plan.column_tile,
+        plan.want_cosine,
+        plan.keep_bytes,
+        plan.rows if plan.shifted else 0,
+        plan.kept_entries(anchors),
+    )
+    return negative, cosine
+
+
+def _plan(
+    anchors: Tensor,
+    candidates: Tensor | None,
+    excluded: Tensor,
+    words: str,
+    numbers: Tensor,
+    tensors: list[Tensor],
+    row_tile: int,
+    column_tile: int,
+    *rest: Any,
+) -> Plan:
+    logit_map = PartsReader(words.split(), numbers.tolist(), tensors).map()
+    columns = len(anchors if candidates is None else candidates)
+    return Plan(len(anchors), columns, candidates is None, row_tile, column_tile, excluded, logit_map, *rest)
+
+
+@torch.library.custom_op(
+    "dystress_plugin::tiles",
+    mutates_args=(),
+    schema=f"({_GIVEN}, SymInt shifts, SymInt kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _tiles(*given: Any) -> tuple[Tensor, ...]:
+    """L, N, and what the backward pass needs: an operation returns tensors only, so empty ones stand for None."""
+    *given, _, _ = given
+    anchors, candidates, *_ = given
+    negative, cosine, passed = forward(_plan(*given), anchors, candidates)
+    return negative, cosine, *(anchors.new_empty(0) if x is None else x for x in passed)
+
+
+@_tiles.register_fake
+def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *_, shifts, kept = given
+    total = anchors.new_empty(len(anchors), dtype=torch.float64)
+    return (
+        *(anchors.new_empty(len(anchors)) for _ in range(2)),
+        total,
+        anchors.new_empty(shifts),
+        anchors.new_empty(kept),
+    )
+
+
+@torch.library.custom_op(
+    "dystress_plugin::tiles_backward",
+    mutates_args=(),
+    schema=f"({_GIVEN}, Tensor total, Tensor shift, Tensor kept, Tensor? grad_negative, Tensor? grad_cosine, "
+    "bool by_candidates) -> (Tensor, Tensor)",
+)
+def _tiles_backward(*given: Any) -> tuple[Tensor, Tensor]:
+    *given, total, shift, kept, grad_negative, grad_cosine, by_candidates = given
+    anchors, candidates, *_ = given
+    passed = Passed(total, *(x if len(x) else None for x in (shift, kept)))
+    by_anchors, found = backward(
+        _plan(*given), anchors, candidates, passed, grad_negative, grad_cosine, by_candidates=by_candidates
+    )
+    return by_anchors, anchors.new_empty(0) if found is None else found
+
+
+@_tiles_backward.register_fake
+def _(anchors: Tensor, candidates: Tensor | None, *given: Any) -> tuple[Tensor, Tensor]:
+    by_candidates = given[-1]
+    return torch.empty_like(anchors), torch.empty_like(candidates) if by_candidates else anchors.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    anchors, candidates, excluded, words, numbers, tensors, *sizes, _, _ = inputs
+    _, _, *passed = output
+    ctx.words, ctx.sizes = words, sizes
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*passed, anchors, candidates, excluded, numbers, *tensors)
+
+
+def _backward(ctx: Any, grad_negative: Tensor | None, grad_cosine: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "Compiled tiles have no second derivative: call the loss uncompiled, or build it with engine='dense'."
+        )
+    *passed, anchors, candidates, excluded, numbers = ctx.saved_tensors[:7]
+    tensors = list(ctx.saved_tensors[7:])
+    by_candidates = ctx.needs_input_grad[1]
+    given = anchors, candidates, excluded, ctx.words, numbers, tensors, *ctx.sizes
+    by_anchors, found = _tiles_backward(*given, *passed, grad_negative, grad_cosine, by_candidates)
+    rest = [None] * (len(ctx.sizes) + 2)
+    return by_anchors, found if by_candidates else None, None, None, None, [None] * len(tensors), *rest
+
+
+_tiles.register_autograd(_backward, setup_context=_setup_context)

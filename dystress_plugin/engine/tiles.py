@@ -1,0 +1,322 @@
+"""Tiles of similarities: what the blockwise engine does without autograd, and the craft of its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dystress_plugin.temperature.base import LogitMap, Times, Work
+
+# exp(60) * 2^30 terms and exp(-60) are both inside of float32.
+UNSHIFTED = 60.0
+# Entries of a tile: large enough that threads seldom wait for each other; on a GPU one fills the chip.
+TILE_ENTRIES = {"cpu": 1152 * 1152}
+TILE_ENTRIES_ELSEWHERE = 4096 * 4096
+# Entries of float32 in a cache line.
+LINE = 16
+# Up to this size the forward pass keeps its tiles for the backward pass, which otherwise computes them again: 4096
+# images with a copy of each, in float32. Of more images it could keep a small part only, which costs memory and saves
+# little time.
+KEEP_BYTES = 160 * 2**20
+
+
+def entries_of_a_tile(device: torch.device) -> int:
+    """How many entries a tile has at most."""
+    return TILE_ENTRIES.get(device.type, TILE_ENTRIES_ELSEWHERE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both passes share beside the embeddings.
+
+    Attributes:
+        rows, columns: size of the whole matrix.
+        symmetric: whether it is the anchors' with themselves, so that only tiles on and above the diagonal are made.
+        row_tile, column_tile: size of a tile.
+        excluded: as given.
+        keep_bytes: as given; 0 where no gradient will be asked for.
+    """
+
+    rows: int
+    columns: int
+    symmetric: bool
+    row_tile: int
+    column_tile: int
+    excluded: Tensor
+    logit_map: LogitMap
+    want_cosine: bool
+    keep_bytes: int
+
+    @staticmethod
+    def make(
+        anchors: Tensor,
+        candidates: Tensor | None,
+        excluded: Tensor,
+        logit_map: LogitMap,
+        want_cosine: bool,
+        tile: int | None,
+        keep_bytes: int,
+    ) -> Plan:
+        rows, columns = len(anchors), len(anchors if candidates is None else candidates)
+        side = tile or math.isqrt(entries_of_a_tile(anchors.device))
+        if tile is None and candidates is None:
+            # Blocks of the same size, as those on the diagonal compute too much; and rows of whole cache lines, as a
+            # product into others takes up to twice as long.
+            blocks = -(-rows // side)
+            side = -(-rows // (blocks * LINE)) * LINE
+        row_tile = min(rows, side)
+        # Few anchors against a long queue get wide tiles; those of a symmetric matrix have to be square.
+        column_tile = side if candidates is None or tile else side * side // row_tile
+        return Plan(rows, columns, candidates is None, side, column_tile, excluded, logit_map, want_cosine, keep_bytes)
+
+    @cached_property
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """For every row block and column of `excluded`, its least and largest entry; none for one column block."""
+        spans = []
+        if self.columns > self.column_tile:
+            for block in self.excluded.split(self.row_tile):
+                ends = torch.aminmax(block, dim=0) if block.numel() else ()
+                spans.append(list(zip(*(end.tolist() for end in ends), strict=True)))
+        return spans
+
+    @property
+    def shifted(self) -> bool:
+        """Whether exp needs the largest logit of every row subtracted."""
+        return self.logit_map.bound > UNSHIFTED
+
+    @property
+    def shared(self) -> bool:
+        """Whether one exponential serves a tile and its mirror image: only where neither depends on the row."""
+        return self.symmetric and not self.shifted and self.logit_map.rowless
+
+    def kept_entries(self, like: Tensor) -> int:
+        """Entries that are kept for the backward pass, in the dtype of `like`: those of all tiles, or 0."""
+        entries = self.rows * self.columns
+        if self.symmetric:
+            if not self.shared:  # a mirrored tile with maps of its own for rows and columns would be kept twice
+                return 0
+            blocks, rest = self.rows // self.row_tile, self.rows % self.row_tile
+            entries = (entries + blocks * self.row_tile**2 + rest**2) // 2  # on and above the diagonal
+        entries *= 1 + self.want_cosine
+        return entries if entries * like.itemsize <= self.keep_bytes else 0
+
+    def tiles(self, anchors: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Where the tiles lie, and gain * anchors of their rows."""
+        gain = self.logit_map.gain
+        for r in range(0, self.rows, self.row_tile):
+            rows = slice(r, min(r + self.row_tile, self.rows))
+            scaled = anchors[rows] if gain == 1 else anchors[rows] * gain
+            for c in range(r if self.symmetric else 0, self.columns, self.column_tile):
+                yield rows, slice(c, min(c + self.column_tile, self.columns)), scaled
+
+    def row_maxima(self, anchors: Tensor, others: Tensor) -> Tensor | None:
+        """The largest logit of every row, or None where exp needs no shift."""
+        if not self.shifted:
+            return None
+        maxima = anchors.new_full((self.rows,), -math.inf)
+        for r in range(0, self.rows, self.row_tile):
+            for c in range(0, self.columns, self.column_tile):
+                rows, columns = slice(r, r + self.row_tile), slice(c, c + self.column_tile)
+                logit = self.logit_map.rows(rows).logit(anchors[rows] @ others[columns].T)
+                maxima[rows] = torch.maximum(maxima[rows], self.fill(logit, rows, columns, -math.inf).amax(1))
+        return maxima
+
+    def exponentials(
+        self, scaled: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
+    ) -> tuple[Tensor, Times]:
+        """exp(a(s) - shift) of a tile of gain * s, 0 in its excluded entries; and how to multiply with a' / gain."""
+        logit, times_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
+        out = work and work[0]
+        if shift is not None:
+            logit = torch.sub(logit, shift[rows, None], out=out)
+        return self.fill(torch.exp(logit, out=out), rows, columns, 0.0), times_slope
+
+    def fill(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
+        """The tile with `value` in its excluded entries."""
+        if not self.spans:
+            return tile.scatter_(1, self.excluded[rows].to(tile.device), value)
+        first, end = columns.start, columns.start + tile.shape[1]
+        if any(low < end and high >= first for low, high in self.spans[rows.start // self.row_tile]):
+            there = self.excluded[rows] - first
+            row, which = ((there >= 0) & (there < tile.shape[1])).nonzero(as_tuple=True)
+            tile[row.to(tile.device), there[row, which].to(tile.device)] = value
+        return tile
+
+
+# What a thread keeps from one call to the next.
+_of_thread = threading.local()
+
+
+class _Scratch:
+    """Tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass over
+    it, and gives back what is freed. A GPU's allocator keeps it anyway.
+
+    Args:
+        plan: for the size of a tile.
+        like: for dtype and device.
+    """
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        # With two the exponentials take the place of the products.
+        number = 2 if plan.shared and not plan.want_cosine else 3
+        entries = min(plan.row_tile, plan.rows) * min(plan.column_tile, plan.columns)
+        last: Tensor | None = getattr(_of_thread, "scratch", None)
+        if last is None or last.numel() < number * entries or last.dtype != like.dtype or last.device != like.device:
+            last = like.new_empty(number * entries)
+            if like.device.type == "cpu":
+                _of_thread.scratch = last
+        self.tiles = last[: number * entries].view(number, entries)
+
+    def tile(self, number: int, shape: tuple[int, int]) -> Tensor:
+        return self.tiles[number, : shape[0] * shape[1]].view(shape)
+
+    def product(self, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """left right^T in the first tile, and two as work for a map."""
+        shape = (len(left), len(right))
+        work = self.tile(-2, shape), self.tile(-1, shape)
+        return torch.mm(left, right.T, out=self.tile(0, shape)), work
+
+
+def _room(plan: Plan, like: Tensor) -> Tensor | None:
+    """Where the tiles are kept, if they are."""
+    entries = plan.kept_entries(like)
+    nbytes = entries * like.itemsize
+    if not entries:
+        return None
+    if like.device.type != "cpu" or nbytes < 2**23 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(entries)
+    # To write into new memory takes the system several times as long as a pass over it, so the last call's serves
+    # again, once no tensor holds it any more.
+    memory, holder = getattr(_of_thread, "kept", (b"", lambda: None))
+    if len(memory) < nbytes or holder() is not None:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # in pages of 2 MiB it comes four times as fast; a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    held = memoryview(memory)
+    _of_thread.kept = memory, weakref.ref(held)
+    return torch.frombuffer(held, dtype=like.dtype, count=entries)
+
+
+class _Roll:
+    """Cuts one tile after another off a flat tensor."""
+
+    def __init__(self, rest: Tensor) -> None:
+        self.rest = rest
+
+    def tile(self, shape: torch.Size | tuple[int, int]) -> Tensor:
+        entries = shape[0] * shape[1]
+        cut, self.rest = self.rest[:entries].view(shape), self.rest[entries:]
+        return cut
+
+
+class Passed(NamedTuple):
+    """What the forward pass leaves to the backward pass.
+
+    Attributes:
+        total: (rows,) float64, sum of exp(logit - shift).
+        shift: (rows,), the largest logit, or None where exp needs no shift.
+        kept: flat, of every tile what the backward pass needs, or None.
+    """
+
+    total: Tensor
+    shift: Tensor | None
+    kept: Tensor | None
+
+
+def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Passed]:
+    """L of all rows, and the mean cosine of their negatives if the plan wants it."""
+    others = anchors if candidates is None else candidates
+    shift = plan.row_maxima(anchors, others)
+    # Sums over many tiles in double: they decide the accuracy, and are only vectors.
+    total = torch.zeros(plan.rows, dtype=torch.float64, device=anchors.device)
+    moment = torch.zeros_like(total)
+
+    shared, kept, scratch = plan.shared, _room(plan, anchors), _Scratch(plan, anchors)
+    roll = None if kept is None else _Roll(kept)
+    for rows, columns, left in plan.tiles(anchors):
+        scaled, work = scratch.product(left, others[columns])
+        mirrored = plan.symmetric and rows != columns
+        if roll is not None:
+            work = (roll.tile(scaled.shape), work[1])
+        e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
+        total[rows] += e.sum(1)
+        if plan.want_cosine:
+            moment[rows] += (e * scaled).sum(1)
+        if mirrored:
+            e_mirror = e.T if shared else plan.exponentials(scaled.T, columns, rows, shift, None)[0]
+            total[columns] += e_mirror.sum(1)
+            if plan.want_cosine:
+                moment[columns] += (e_mirror * scaled.T).sum(1)
+        if roll is not None:
+            times_slope(roll.tile(e.shape).copy_(e) if plan.want_cosine else e)
+    negative = total.log() if shift is None else total.log() + shift
+    cosine = moment / (total * plan.logit_map.gain)
+    return negative.to(anchors.dtype), cosine.to(anchors.dtype), Passed(total, shift, kept)
+
+
+def backward(
+    plan: Plan,
+    anchors: Tensor,
+    candidates: Tensor | None,
+    passed: Passed,
+    grad_negative: Tensor | None,
+    grad_cosine: Tensor | None,
+    *,
+    by_candidates: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients by the anchors and by the candidates, the latter None unless asked for."""
+    others = anchors if candidates is None else candidates
+    # dS_ij = e_ij (a'_ij / gain by_slope_i + plain_i): the softmax weight, e over its total, times what arrives.
+    nothing = torch.zeros_like(passed.total)
+    by_slope = nothing if grad_negative is None else grad_negative * plan.logit_map.gain / passed.total
+    plain = nothing if grad_cosine is None else grad_cosine / passed.total
+    by_slope, plain = by_slope.to(anchors.dtype), plain.to(anchors.dtype)
+    grad_anchors = torch.zeros_like(anchors)
+    grad_others = torch.zeros_like(others) if by_candidates else None
+    shared, scratch = plan.shared, _Scratch(plan, anchors)
+    roll = None if passed.kept is None else _Roll(passed.kept)
+
+    def with_slope(scaled: Tensor, rows: slice, columns: slice, work: Work) -> list[Tensor]:
+        """A tile of exponentials times slopes, and of the exponentials alone where they are needed too."""
+        e, times_slope = plan.exponentials(scaled, rows, columns, passed.shift, work)
+        return [times_slope(e.clone()), e] if plan.want_cosine else [times_slope(e)]
+
+    def one_sided(tile: list[Tensor], rows: slice) -> Tensor:
+        block = tile[0] * by_slope[rows, None]
+        return torch.addcmul(block, tile[1], plain[rows, None]) if plan.want_cosine else block
+
+    def both_sided(tile: list[Tensor], rows: slice, columns: slice) -> Tensor:
+        block = scratch.tile(-1, tile[0].shape)  # type: ignore[arg-type]  # the map is done with it
+        torch.add(by_slope[rows, None], by_slope[None, columns], out=block).mul_(tile[0])
+        return block.addcmul_(tile[1], plain[rows, None] + plain[None, columns]) if plan.want_cosine else block
+
+    for rows, columns, left in plan.tiles(anchors):
+        mirrored = plan.symmetric and rows != columns
+        if roll is not None:
+            tile = [roll.tile((len(left), columns.stop - columns.start)) for _ in range(1 + plan.want_cosine)][::-1]
+        else:
+            scaled, work = scratch.product(left, others[columns])
+            tile = with_slope(scaled, rows, columns, work)
+        if shared:
+            block = both_sided(tile, rows, columns)
+        else:
+            block = one_sided(tile, rows)
+            if plan.symmetric:
+                mirror = one_sided(with_slope(scaled.T, columns, rows, None), columns) if mirrored else block
+                block = block + mirror.T
+        grad_anchors[rows].addmm_(block, others[columns])
+        if mirrored:
+            grad_anchors[columns].addmm_(block.T, anchors[rows])
+        if grad_others is not None:
+            grad_others[columns].addmm_(block.T, anchors[rows])
+    return grad_anchors, grad_others
