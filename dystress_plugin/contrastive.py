@@ -14,14 +14,16 @@ from torch.func import functional_call
 
 from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
+from dystress_plugin.embeddings import check_view, normalize, not_finite
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
+from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.layout import LAYOUTS, Block
 from dystress_plugin.objectives import OBJECTIVES
-from dystress_plugin.queue import KeyQueue
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Individual, ModelAware, Temperature
-from dystress_plugin.temperature.base import Batch, LogitMaps
+from dystress_plugin.temperature.base import Batch
+from dystress_plugin.temperature.maps import LogitMaps
 
 
 class Pairs(NamedTuple):
@@ -306,7 +308,7 @@ class ContrastiveLoss(nn.Module):
             and not math.isfinite(together.detach().sum())
             and not torch.isfinite(together).all()
         ):
-            raise ValueError(_not_finite(views))
+            raise ValueError(not_finite(views))
         # A half precision's subnormal rows have few digits left, and gradients beyond its range.
         least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
         return normalize(together, least).view(len(views), *views[0].shape), index, epoch
@@ -322,7 +324,7 @@ class ContrastiveLoss(nn.Module):
                 f"objective='{self.objective}' with {type(self.temperature).__name__} divides by; use 'one_way'."
             )
         for number, view in enumerate(views):
-            _check_view(number, view, views[0])
+            check_view(number, view, views[0])
         if self.queue is not None:
             if views[0].shape[1] != self.queue.keys.shape[1]:
                 raise ValueError(
@@ -343,56 +345,6 @@ class ContrastiveLoss(nn.Module):
             f"objective={self.objective}{own}, layout={self.layout}, engine={self.engine}, "
             f"gather_distributed={self.gather_distributed}"
         )
-
-
-def normalize(z: Tensor, least: float = 0.0) -> Tensor:
-    """z / |z| for every row; a zero row stays zero and gets no gradient, and so does one without an entry of `least`.
-
-    Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
-    """
-    if not tracing.transformed(z):
-        units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
-        return units
-    peak = _peak(z.detach(), least)
-    z = z / peak
-    return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
-
-
-def _peak(z: Tensor, least: float) -> Tensor:
-    """The largest entry of every row, infinite where the row counts as zero."""
-    peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
-    # Below, the gradient 1/|z| itself would leave the dtype's range.
-    return peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
-
-
-class _Normalize(torch.autograd.Function):
-    """u = z / |z| and |z|. Autograd by itself would save three copies of z, this saves u.
-
-    |z| is a result as well, for the second derivative: what a gradient is made of has to be one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        # Over the largest entry first: the squares of tiny and huge rows would leave the range.
-        peak = _peak(z, least)
-        units = z / peak
-        length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
-        units.div_(length.masked_fill(length == 0, 1.0))
-        length = (length * peak).nan_to_num_(math.inf, math.inf)
-        ctx.save_for_backward(units, length)
-        return units, length
-
-    @staticmethod
-    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor | None, None]:
-        units, length = ctx.saved_tensors
-        grad = None
-        if grad_units is not None:
-            grad = (grad_units - units * (units * grad_units).sum(1, keepdim=True)) / length
-        if grad_length is not None:
-            along = units * grad_length
-            grad = along if grad is None else grad + along
-        return grad, None
 
 
 def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -418,24 +370,3 @@ def _queue(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
             f"queue_size={queue_size!r} must be (keys, dim), such as (65536, 128), or 0 for none."
         ) from None
     return KeyQueue(size, dim)
-
-
-def _check_view(number: int, view: Tensor, first: Tensor) -> None:
-    if not isinstance(view, Tensor):
-        raise TypeError(f"View {number} must be a tensor, not {type(view).__name__}.")
-    if not view.is_floating_point():
-        raise TypeError(f"View {number} is {view.dtype}; embeddings must be of a float dtype: call .float().")
-    if view.dim() != 2:
-        raise ValueError(f"View {number} has shape {tuple(view.shape)}, needs (batch, dim): flatten it.")
-    if view.shape != first.shape:
-        raise ValueError(f"View {number} has shape {tuple(view.shape)}, view 0 {tuple(first.shape)}; they must agree.")
-    if view.device != first.device:
-        raise ValueError(f"View {number} is on {view.device}, view 0 on {first.device}; move them together.")
-    if view.numel() == 0:
-        raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
-
-
-def _not_finite(views: Sequence[Tensor]) -> str:
-    bad = [int((~torch.isfinite(view)).any(dim=1).sum()) for view in views]
-    number = next(v for v, rows in enumerate(bad) if rows)
-    return f"View {number} has {bad[number]} of {len(views[0])} rows with NaN or infinity: the model diverged."

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dystress_plugin.contrastive import ContrastiveLoss, Pairs, normalize
+from dystress_plugin.contrastive import ContrastiveLoss, Pairs
+from dystress_plugin.embeddings import normalize
 
 
 def alignment(z0: Tensor, z1: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dystress_plugin.engine.rows import RowStats
-from dystress_plugin.temperature.base import check_positive
+from dystress_plugin.checks import check_positive
+from dystress_plugin.rows import RowStats
 
 
 def ntxent(stats: RowStats) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.frameworks.lightly import DySTreSSLoss
 from dystress_plugin.temperature import Learnable, Temperature, WarmUp
-from dystress_plugin.temperature.base import LogitMaps, Scaled
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 STEPS, IMAGES = 20, 6
 

@@ -5,7 +5,7 @@ import torch
 from grid import EPOCH, Pair, assert_agree, build, embeddings, trained_on
 
 from dystress_plugin import ContrastiveLoss
-from dystress_plugin.queue import KeyQueue
+from dystress_plugin.key_queue import KeyQueue
 
 
 def keys(*numbers, dim=3):

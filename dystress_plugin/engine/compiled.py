@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dystress_plugin.engine.tiles import Passed, Plan, backward, forward
-from dystress_plugin.temperature.base import PartsReader
+from dystress_plugin.temperature.maps import PartsReader
 
 # The same for both passes: embeddings, pieces of the map, and the rest of a plan. Numbers come as a tensor, since a
 # compiler would make another graph for each of a schedule's.

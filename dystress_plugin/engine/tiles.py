@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dystress_plugin.temperature.base import LogitMap, Times, Work
+from dystress_plugin.temperature.maps import LogitMap, Times, Work
 
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
 UNSHIFTED = 60.0

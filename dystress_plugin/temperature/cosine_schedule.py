@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import final
 
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+from dystress_plugin.checks import check_positive, check_range
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
 @final

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import tracing
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+from dystress_plugin.checks import check_positive, check_range
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
 @final

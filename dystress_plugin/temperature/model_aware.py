@@ -6,7 +6,9 @@ import warnings
 from typing import final
 
 from dystress_plugin import tracing
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_number, check_positive
+from dystress_plugin.checks import check_number, check_positive
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 FLOOR = 0.1  # of tau; our choice, since the paper leaves the temperature free to become negative
 

@@ -9,17 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dystress_plugin.temperature.base import (
-    Batch,
-    LogitMap,
-    LogitMaps,
-    Parts,
-    PartsReader,
-    Temperature,
-    Times,
-    Work,
-    check_number,
-)
+from dystress_plugin.checks import check_number
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Parts, PartsReader, Times, Work
 
 
 @dataclass(frozen=True)

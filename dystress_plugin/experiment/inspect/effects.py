@@ -14,7 +14,8 @@ from dystress_plugin.diagnostics import summaries
 from dystress_plugin.engine import RowStats
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import Constant
-from dystress_plugin.temperature.base import Batch, LogitMap, LogitMaps
+from dystress_plugin.temperature.base import Batch
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps
 
 HARDEST = {"hardest_1_percent": 0.01, "hardest_10_percent": 0.1}  # of an anchor's negatives
 

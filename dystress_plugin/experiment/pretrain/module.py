@@ -16,12 +16,12 @@ from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from dystress_plugin.checks import check_fraction
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluate.classifiers import knn_accuracy
 from dystress_plugin.experiment.io.config import recorded
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.temperature.base import check_fraction
 
 MOMENTUM = 0.99  # of the key encoder
 

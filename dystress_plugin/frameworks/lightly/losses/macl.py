@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
+from dystress_plugin.checks import check_number, check_positive
 from dystress_plugin.frameworks.lightly.losses.base import Criterion
-from dystress_plugin.temperature.base import check_number, check_positive
 
 
 @final
