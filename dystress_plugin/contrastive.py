@@ -311,12 +311,14 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    if not tracing.transformed(z):
-        units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
-        return units
-    peak = _peak(z.detach(), least)
-    z = z / peak
-    return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    units: Tensor
+    if tracing.transformed(z):
+        peak = _peak(z.detach(), least)
+        units = z / peak
+        units = units / units.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    else:
+        units = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
+    return units
 
 
 def _peak(z: Tensor, least: float) -> Tensor:
