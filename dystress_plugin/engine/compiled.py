@@ -60,9 +60,9 @@ def _plan(
     mutates_args=(),
     schema=f"({_GIVEN}, SymInt shifts, SymInt kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _tiles(*given: Any) -> tuple[Tensor, ...]:
+def _tiles(*arguments: Any) -> tuple[Tensor, ...]:
     """L, N, and what the backward pass needs: an operation returns tensors only, so empty ones stand for None."""
-    *given, _, _ = given
+    *given, _, _ = arguments
     anchors, candidates, *_ = given
     negative, cosine, passed = forward(_plan(*given), anchors, candidates)
     return negative, cosine, *(anchors.new_empty(0) if x is None else x for x in passed)
@@ -86,8 +86,8 @@ def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
     schema=f"({_GIVEN}, Tensor total, Tensor shift, Tensor kept, Tensor? grad_negative, Tensor? grad_cosine, "
     "bool by_candidates) -> (Tensor, Tensor)",
 )
-def _tiles_backward(*given: Any) -> tuple[Tensor, Tensor]:
-    *given, total, shift, kept, grad_negative, grad_cosine, by_candidates = given
+def _tiles_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, total, shift, kept, grad_negative, grad_cosine, by_candidates = arguments
     anchors, candidates, *_ = given
     passed = Passed(total, *(x if len(x) else None for x in (shift, kept)))
     by_anchors, found = backward(
@@ -98,8 +98,9 @@ def _tiles_backward(*given: Any) -> tuple[Tensor, Tensor]:
 
 @_tiles_backward.register_fake
 def _(anchors: Tensor, candidates: Tensor | None, *given: Any) -> tuple[Tensor, Tensor]:
-    by_candidates = given[-1]
-    return torch.empty_like(anchors), torch.empty_like(candidates) if by_candidates else anchors.new_empty(0)
+    *_, by_candidates = given
+    others = candidates if by_candidates else None
+    return torch.empty_like(anchors), anchors.new_empty(0) if others is None else torch.empty_like(others)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
