@@ -22,7 +22,8 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
         return units
     peak = _peak(z.detach(), least)
     z = z / peak
-    return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    units = z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    return units
 
 
 def _peak(z: Tensor, least: float) -> Tensor:

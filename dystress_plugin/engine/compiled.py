@@ -62,9 +62,9 @@ def _plan(
 )
 def _tiles(*given: Any) -> tuple[Tensor, ...]:
     """L, N, and what the backward pass needs: an operation returns tensors only, so empty ones stand for None."""
-    *given, _, _ = given
-    anchors, candidates, *_ = given
-    negative, cosine, passed = forward(_plan(*given), anchors, candidates)
+    *planned, _, _ = given
+    anchors, candidates, *_ = planned
+    negative, cosine, passed = forward(_plan(*planned), anchors, candidates)
     return negative, cosine, *(anchors.new_empty(0) if x is None else x for x in passed)
 
 
@@ -87,11 +87,11 @@ def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
     "bool by_candidates) -> (Tensor, Tensor)",
 )
 def _tiles_backward(*given: Any) -> tuple[Tensor, Tensor]:
-    *given, total, shift, kept, grad_negative, grad_cosine, by_candidates = given
-    anchors, candidates, *_ = given
+    *planned, total, shift, kept, grad_negative, grad_cosine, by_candidates = given
+    anchors, candidates, *_ = planned
     passed = Passed(total, *(x if len(x) else None for x in (shift, kept)))
     by_anchors, found = backward(
-        _plan(*given), anchors, candidates, passed, grad_negative, grad_cosine, by_candidates=by_candidates
+        _plan(*planned), anchors, candidates, passed, grad_negative, grad_cosine, by_candidates=by_candidates
     )
     return by_anchors, anchors.new_empty(0) if found is None else found
 
@@ -99,7 +99,8 @@ def _tiles_backward(*given: Any) -> tuple[Tensor, Tensor]:
 @_tiles_backward.register_fake
 def _(anchors: Tensor, candidates: Tensor | None, *given: Any) -> tuple[Tensor, Tensor]:
     by_candidates = given[-1]
-    return torch.empty_like(anchors), torch.empty_like(candidates) if by_candidates else anchors.new_empty(0)
+    other = candidates if by_candidates else None
+    return torch.empty_like(anchors), anchors.new_empty(0) if other is None else torch.empty_like(other)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
