@@ -1,4 +1,4 @@
-"""The tiles as one operation, which a compiler puts into its graph without a look inside."""
+"""The tiles as one operation, which a compiler puts into its graph without reading them."""
 
 from __future__ import annotations
 
