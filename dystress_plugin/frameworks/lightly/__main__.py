@@ -46,7 +46,7 @@ def benchmark_directory(repo: str | None) -> Path:
 def load_benchmark(directory: Path) -> ModuleType:
     """lightly's main module, its METHODS extended in place by those of ours whose names it does not have.
 
-    lightly's own methods run as well where Lightning would stop them, see `_fix_knn`.
+    lightly's own methods run as well where Lightning would stop them, see `_mend_knn`.
 
     Raises:
         SystemExit: with a message of two lines, if lightly is missing or the clone needs another version of it.
@@ -69,11 +69,11 @@ def load_benchmark(directory: Path) -> ModuleType:
         ) from error
     for name, entry in BENCHMARK_METHODS.items():
         benchmark.METHODS.setdefault(name, entry)
-    _fix_knn()
+    _mend_knn()
     return benchmark
 
 
-def _fix_knn() -> None:
+def _mend_knn() -> None:
     """Lets lightly's kNN classifier log as the outermost module only, not as a part of the benchmark's own methods.
 
     Those log the metrics that it returns; its own attempt is an error in Lightning. `module.OnlineKNN` is the same
