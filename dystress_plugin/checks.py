@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_positive(name: str, value: float) -> float:
@@ -24,6 +20,14 @@ def check_number(name: str, value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite.")
     return float(value)
+
+
+def check_count(name: str, value: int, *, given: str | None = None) -> int:
+    """`value`, or a ValueError that names it, or what it was `given` as part of, unless it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        shown = f"{name}={value!r}" if given is None else f"{given}: {name}"
+        raise ValueError(f"{shown} must be an int of at least 1.")
+    return value
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -176,7 +176,13 @@ class ContrastiveLoss(nn.Module):
         return value * self._share(len(rows), rows.device)
 
     @torch.no_grad()
-    def pairs(self, *views: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Pairs:
+    def pairs(
+        self,
+        *views: Tensor,
+        index: Tensor | None = None,
+        epoch: float | None = None,
+        max_keys: int | None = None,
+    ) -> Pairs:
         """Every pair of a batch with its temperature; of this rank alone, and without a change of state.
 
         It holds the whole matrix of similarities: give it a few hundred images.
@@ -185,10 +191,11 @@ class ContrastiveLoss(nn.Module):
             *views: as for the loss.
             index: as for the loss.
             epoch: as for the loss.
+            max_keys: how many keys of a queue to compare with at most; None: all of them.
         """
         units, index, epoch = self._checked(views, index, epoch)
         with torch.autocast(views[0].device.type, enabled=False):
-            blocks = self._blocks(units, gather=False)
+            blocks = self._blocks(units, gather=False, max_keys=max_keys)
             batch = self._batch(blocks, len(units[0]), index, epoch, gather=False)
             maps = self.temperature.prepare(batch)
             positive_tau = maps.positive.temperature(batch.positive_cosine)
@@ -209,9 +216,9 @@ class ContrastiveLoss(nn.Module):
             distributed.from_rank_0(*self.parameters(), *self.buffers())
             self._begun = True
 
-    def _blocks(self, units: Tensor, *, gather: bool) -> list[Block]:
+    def _blocks(self, units: Tensor, *, gather: bool, max_keys: int | None = None) -> list[Block]:
         if self.queue is not None:
-            return layouts.queue(units, self.queue.read())
+            return layouts.queue(units, self.queue.read(max_keys))
         return LAYOUTS[self.layout](units, gather=gather)
 
     def _batch(

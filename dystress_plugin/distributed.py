@@ -106,9 +106,10 @@ class _MeanGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, first: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         own = [torch.zeros_like(p) if g is None else g for p, g in zip(ctx.parameters, gradients, strict=True)]
+        sizes = [gradient.numel() for gradient in own]
         found = own[0].new_tensor([gradient is not None for gradient in gradients], dtype=torch.float64)
         together = torch.cat([*(gradient.flatten().double() for gradient in own), found])
-        *means, found = _Mean.apply(together).split([*(gradient.numel() for gradient in own), len(own)])  # type: ignore[no-untyped-call]
+        *means, found = _Mean.apply(together).split([*sizes, len(own)])  # type: ignore[no-untyped-call]
         return first, *(
             # Looking at `found` waits for a GPU, and is needed only where this rank has no gradient.
             None if gradient is None and not found[number] else mean.view_as(like).to(like.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import distributed, tracing
+from dystress_plugin.checks import check_count
 
 
 @final
@@ -37,14 +38,18 @@ class KeyQueue(nn.Module):
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         for name, value in (("keys", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"queue_size=({size!r}, {dim!r}): {name} must be an int of at least 1.")
+            check_count(name, value, given=f"queue_size=({size!r}, {dim!r})")
         self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
-    def read(self) -> Tensor:
-        """A copy of the keys: the queue may be written to before the backward pass reads them."""
-        return tracing.read(self.keys.clone())
+    def read(self, max_keys: int | None = None) -> Tensor:
+        """A copy of the keys: the queue may be written to before the backward pass reads them.
+
+        Args:
+            max_keys: how many at most, at even distances so that old and new ones are among them; None: all of them.
+        """
+        step = 1 if max_keys is None else -(-len(self.keys) // check_count("max_keys", max_keys))
+        return tracing.read(self.keys[::step].clone())
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:

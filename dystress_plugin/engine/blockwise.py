@@ -130,7 +130,7 @@ class _Blockwise(torch.autograd.Function):
         known = ctx.plan, Passed(total, shift, kept), cosine, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
             return None, *_Gradient.apply(*known, *arriving, *inputs)  # type: ignore[no-untyped-call]
-        return None, *_closed_form(*known, *arriving, *inputs)  # type: ignore[arg-type]
+        return None, *_closed_form(*known, *arriving, *inputs)  # type: ignore[arg-type]  # anchors are a tensor
 
 
 class _Gradient(torch.autograd.Function):

@@ -121,7 +121,7 @@ class PretrainSettings:
     progress: bool = option(True, "show a progress bar")
     diagnostics_every_n_steps: int = option(
         50,
-        "steps between two looks at similarities and temperatures, into diagnostics.csv; 0: none",
+        "steps between two samples of similarities and temperatures, into diagnostics.csv; 0: none",
         at_least=0,
         at_most=1_000_000_000,
     )
@@ -219,7 +219,7 @@ class CompareSettings:
     )
     diagnostics_every_n_steps: int | None = option(
         None,
-        "steps between two looks at similarities and temperatures; null: forty looks in a run; 0: none",
+        "steps between two samples of similarities and temperatures; null: forty samples in a run; 0: none",
         at_least=0,
         at_most=1_000_000_000,
     )

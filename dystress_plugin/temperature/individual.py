@@ -194,7 +194,7 @@ class Individual(Temperature):
         counts = torch.zeros_like(sample).scatter_add_(0, sample, torch.ones_like(sample))
 
         def per_sample(values: Tensor, reduce: str) -> Tensor:
-            # Unsafe only leaves out a look at the lengths, which waits for a GPU and which torch 2.1 cannot trace.
+            # Unsafe only leaves out a check of the lengths, which waits for a GPU and which torch 2.1 cannot trace.
             return torch.segment_reduce(values, reduce, lengths=counts, unsafe=True)[sample]
 
         peak = per_sample(log_s[order], "max")

@@ -5,13 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 # Fresh memory costs more than the arithmetic on a tile that fits a cache, so engines hand in tiles to overwrite.
 Work: TypeAlias = "tuple[Tensor, Tensor] | None"

@@ -86,7 +86,7 @@ def main(tokens):
         ours = next(type(callback) for callback in others if hasattr(callback, "every_n_steps"))
         for owner, name in (
             (ours, "on_train_batch_start"),
-            (diagnostics.Recorder, "_look"),
+            (diagnostics.Recorder, "_sample"),
             (ours, "on_train_batch_end"),
         ):
             timed(owner, name, start.inside)

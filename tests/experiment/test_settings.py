@@ -167,7 +167,7 @@ def test_the_words_are_those_that_there_is_something_for():
     words = {
         f.name: f.metadata["words"] for structure in (LongTailSettings, PretrainSettings) for f in fields(structure)
     }
-    assert words["long_tail_profile"] == tuple(selection.PROFILES)
+    assert words["long_tail_profile"] == tuple(selection.TAIL_PROFILES)
     assert words["optimizer"] == tuple(module.OPTIMIZERS)
     assert words["on_bad_image"] == scan.ON_BAD_IMAGE
 

@@ -26,9 +26,9 @@ from dystress_plugin.experiment.data.scan import read as read_scan
 from dystress_plugin.experiment.io import pictures
 from dystress_plugin.experiment.settings import PretrainSettings
 
-Picture: TypeAlias = Any  # PIL.Image.Image
+PILImage: TypeAlias = Any  # PIL.Image.Image
 
-Load: TypeAlias = Callable[[int], Picture]
+Load: TypeAlias = Callable[[int], PILImage]
 
 HELD_OUT = 0.25  # of data that comes without a test part
 
@@ -89,7 +89,7 @@ class Views(Dataset[tuple[Any, int, int]]):
             i), whichever process loads it and whatever came before. `EpochOrder` asks for such items.
     """
 
-    def __init__(self, images: Images, transform: Callable[[Picture], Any], seed: int | None = None) -> None:
+    def __init__(self, images: Images, transform: Callable[[PILImage], Any], seed: int | None = None) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
@@ -372,13 +372,13 @@ def _usable(images: Images, without: Collection[str], data: Data) -> Images:
     return kept
 
 
-def _load_of_subset(load: Load, positions: np.ndarray, i: int) -> Picture:
+def _load_of_subset(load: Load, positions: np.ndarray, i: int) -> PILImage:
     return load(int(positions[i]))
 
 
-def _pixels(pixels: np.ndarray, i: int) -> Picture:
+def _pixels(pixels: np.ndarray, i: int) -> PILImage:
     return Image.fromarray(pixels[i]).convert("RGB")
 
 
-def _file(files: np.ndarray, i: int) -> Picture:
+def _file(files: np.ndarray, i: int) -> PILImage:
     return pictures.read(str(files[i]))

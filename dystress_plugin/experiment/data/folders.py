@@ -229,7 +229,8 @@ def _roles(names: Sequence[str]) -> dict[str, list[str]]:
     by_rest: dict[str, list[str]] = {}
     for name, (_, rest) in read.items():
         by_rest.setdefault(rest, []).append(name)
-    partners = [name for group in by_rest.values() if _complete([read[name][0] for name in group]) for name in group]
+    complete = [group for group in by_rest.values() if _complete([read[name][0] for name in group])]
+    partners = [name for group in complete for name in group]
     everything = list(read) if len(read) == len(names) and _complete([split for split, _ in read.values()]) else []
     roles: dict[str, list[str]] = {}
     for name in by_rest.get("") or everything or partners:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DIGEST = "indices_sha256"  # in config.yaml
 
 # From the rank of a class among C and the ratio to its share of the largest class.
-PROFILES: dict[str, Callable[[int, int, float], float]] = {
+TAIL_PROFILES: dict[str, Callable[[int, int, float], float]] = {
     "exponential": lambda rank, classes, ratio: ratio ** (rank / max(1, classes - 1)),
     "step": lambda rank, classes, ratio: 1.0 if rank < (classes + 1) // 2 else ratio,
 }
@@ -45,9 +45,9 @@ def class_sizes(largest: int, classes: int, ratio: float, profile: str = "expone
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"long_tail={ratio} must lie in (0, 1]: the last class's share of the first's size.")
-    if profile not in PROFILES:
-        raise ValueError(unknown_name("long_tail_profile", profile, PROFILES))
-    return [max(1, int(largest * PROFILES[profile](rank, classes, ratio))) for rank in range(classes)]
+    if profile not in TAIL_PROFILES:
+        raise ValueError(unknown_name("long_tail_profile", profile, TAIL_PROFILES))
+    return [max(1, int(largest * TAIL_PROFILES[profile](rank, classes, ratio))) for rank in range(classes)]
 
 
 def draw(

@@ -25,7 +25,7 @@ class ContrastiveCallback(TrainerCallback):
 
     Args:
         trainer: a SentenceTransformerTrainer with one or more of our losses, also inside of others'.
-        diagnostics_every_n_steps: steps between two looks; 0 for none.
+        diagnostics_every_n_steps: steps between two samples; 0 for none.
 
     Raises:
         ValueError: if the trainer has none of our losses.
