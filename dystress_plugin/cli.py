@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def methods_table() -> str:
     """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
-    variants = {name: base for name in METHODS if (base := name.rpartition("_")[0]) in METHODS}
+    variants = {
+        name: base
+        for name in METHODS
+        if (base := name.rpartition("_")[0]) in METHODS and METHODS[name].temperature is METHODS[base].temperature
+    }
     lines = _columns(
         [("method", "temperature", "objective", "paper")]
         + [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dystress_plugin.frameworks.lightly.layouts import LAYOUTS, TRANSFORMS
 from dystress_plugin.frameworks.lightly.module import ContrastiveModule
-from dystress_plugin.recipes import METHODS, Recipe
+from dystress_plugin.recipes import Recipe, follow
 
 transform = TRANSFORMS["views"]
 
@@ -23,11 +23,17 @@ def _module_class(method: Recipe) -> type[ContrastiveModule]:
     return type(name, (base,), {"method": method.name, "__doc__": text, "__module__": __name__})
 
 
-BENCHMARK_METHODS: dict[str, dict[str, Any]] = {
-    method.name: {"model": _module_class(method), "transform": TRANSFORMS[method.layout]} for method in METHODS.values()
-}
-# By name in this module, so that they can be imported, pickled and found by load_from_checkpoint.
-globals().update({entry["model"].__name__: entry["model"] for entry in BENCHMARK_METHODS.values()})
+BENCHMARK_METHODS: dict[str, dict[str, Any]] = {}
+
+
+def _add(method: Recipe) -> None:
+    model = _module_class(method)
+    BENCHMARK_METHODS[method.name] = {"model": model, "transform": TRANSFORMS[method.layout]}
+    # By name in this module, so that it can be imported, pickled and found by load_from_checkpoint.
+    globals()[model.__name__] = model
+
+
+follow(_add)
 
 if TYPE_CHECKING:
 

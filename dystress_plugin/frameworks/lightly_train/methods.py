@@ -18,7 +18,7 @@ from torch import Tensor
 from dystress_plugin import diagnostics
 from dystress_plugin.frameworks.lightly_train.arguments import ViewsArgs, args_class
 from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.recipes import METHODS, Recipe
+from dystress_plugin.recipes import Recipe, follow
 from dystress_plugin.temperature import CosineSchedule, Individual
 
 
@@ -176,5 +176,12 @@ def _class(recipe: Recipe) -> type[Views]:
     return type(name, (LAYOUTS[recipe.layout],), body)
 
 
-CLASSES: dict[str, type[Views]] = {recipe.name: _class(recipe) for recipe in METHODS.values()}
-globals().update({cls.__name__: cls for cls in CLASSES.values()})  # where pickle looks for them
+CLASSES: dict[str, type[Views]] = {}
+
+
+def _add(recipe: Recipe) -> None:
+    CLASSES[recipe.name] = cls = _class(recipe)
+    globals()[cls.__name__] = cls  # where pickle looks for it
+
+
+follow(_add)

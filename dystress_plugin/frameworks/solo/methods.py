@@ -18,7 +18,7 @@ from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
 from dystress_plugin.frameworks.solo.settings import DIAGNOSTICS, complete, loss_settings
 from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.recipes import METHODS, Recipe
+from dystress_plugin.recipes import Recipe, follow
 from dystress_plugin.temperature import CosineSchedule, Individual
 
 try:
@@ -198,10 +198,16 @@ def _class(recipe: Recipe, base: type[AdaptiveTemperature]) -> type[AdaptiveTemp
     return type(name, (base,), {"recipe": recipe, "__doc__": doc, "__module__": __name__, "__qualname__": name})
 
 
-CLASSES: dict[str, type[AdaptiveTemperature]] = {
-    recipe.name: _class(recipe, LAYOUTS[recipe.layout]) for recipe in METHODS.values() if recipe.layout in LAYOUTS
-}
-globals().update({cls.__name__: cls for cls in CLASSES.values()})  # where pickle looks for them
+CLASSES: dict[str, type[AdaptiveTemperature]] = {}
+
+
+def _add(recipe: Recipe) -> None:
+    if recipe.layout in LAYOUTS:
+        CLASSES[recipe.name] = cls = _class(recipe, LAYOUTS[recipe.layout])
+        globals()[cls.__name__] = cls  # where pickle looks for it
+
+
+follow(_add)
 
 
 def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:
