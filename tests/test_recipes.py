@@ -49,10 +49,10 @@ def test_methods_are_those_of_the_contract():
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
 def test_a_suffix_changes_the_objective_or_the_layout_and_nothing_else(name):
     base, suffix = METHODS[name.rsplit("_", 1)[0]], name.rsplit("_", 1)[1]
-    changed = {"layout": "queue"} if suffix == "moco" else {"objective": suffix}
+    changed = {"queue": True} if suffix == "moco" else {"objective": suffix}
     title = f"{base.title} {'MoCo' if suffix == 'moco' else suffix.upper()}"
     assert METHODS[name] == dataclasses.replace(base, name=name, title=title, **changed)
-    assert base.layout == "views"
+    assert not base.queue
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +72,7 @@ def test_every_recipe_builds_from_its_own_parameters(name):
     parameters = {
         key: 5 if value is inspect.Parameter.empty else value for key, value in METHODS[name].parameters.items()
     }
-    queue_size = (8, 3) if METHODS[name].layout == "queue" else None
+    queue_size = (8, 3) if METHODS[name].queue else None
     needed = {"num_samples": 5} if name == "isogclr" else {}
     built, plain = (ContrastiveLoss(name, queue_size=queue_size, **own) for own in (parameters, needed))
     assert repr(built) == repr(plain)
