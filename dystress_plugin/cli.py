@@ -72,7 +72,7 @@ def _defaults(recipe: Recipe, without: Collection[str] = ()) -> str:
 
 
 def _difference(recipe: Recipe, base: Recipe) -> tuple[str, str]:
-    if recipe.layout == "queue":
+    if recipe.queue:
         return (
             f"objective {recipe.objective}",
             "a queue of negatives and a momentum encoder: queue_size, momentum_encoder",

@@ -1,4 +1,4 @@
-"""THE table: method name -> temperature, objective, layout, defaults, paper. Every framework reads it.
+"""THE table: method name -> temperature, objective, queue, defaults, paper. Every framework reads it.
 
 Other packages add to it: `register` says how.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
@@ -25,6 +25,8 @@ from dystress_plugin.temperature import (
     TemperatureFree,
 )
 
+TABLE = "num_samples"  # by contract the parameter of every temperature that keeps a table of samples
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -38,7 +40,7 @@ class Recipe:
         paper: title or short name, with year.
         url: where to read it.
         defaults: values of the temperature's parameters where they differ from the class's own.
-        layout: "views" of a batch, or "queue" for anchors, momentum keys and a queue of negatives (MoCo).
+        queue: anchors, momentum keys and a queue of negatives (MoCo) instead of the views of a batch.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Recipe:
     paper: str
     url: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    layout: str = "views"
+    queue: bool = False
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -56,6 +58,39 @@ class Recipe:
         signature = inspect.signature(self.temperature).parameters
         own = {name: self.defaults.get(name, parameter.default) for name, parameter in signature.items()}
         return own | dict(OBJECTIVES[self.objective].parameters)
+
+    @property
+    def keeps_table(self) -> bool:
+        """Whether its temperature keeps a table of samples; the parameter `num_samples` is then its length."""
+        return TABLE in inspect.signature(self.temperature).parameters
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The parameters that are a matter of choice: all but the length of a table, which the data decide."""
+        return {name: default for name, default in self.parameters.items() if name != TABLE}
+
+    def table_length(self, settings: Mapping[str, Any]) -> int | None:
+        """The length of its table according to the settings; None if they leave it open, or it keeps none."""
+        return settings.get(TABLE) if self.keeps_table else None
+
+    def sized(self, settings: Mapping[str, Any], num_samples: int = 1) -> dict[str, Any]:
+        """The settings with the length of the table, where it keeps one and they leave it open.
+
+        Args:
+            settings: parameters of the method.
+            num_samples: length of the table; 1 for hosts that learn it later, see `Temperature.resize`.
+        """
+        opened = self.keeps_table and settings.get(TABLE) is None
+        return {**settings, TABLE: num_samples} if opened else dict(settings)
+
+    def check_names(self, settings: Iterable[str]) -> None:
+        """A ValueError at a parameter that the method does not have, with the nearest that it has."""
+        self._check_names(settings, self.parameters)
+
+    def _check_names(self, settings: Iterable[str], known: Collection[str]) -> None:
+        for name in settings:
+            if name not in known:
+                raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, known or ["(none)"]))
 
     def build_temperature(self, **settings: Any) -> Temperature:
         """The temperature with some of its parameters set.
@@ -65,9 +100,7 @@ class Recipe:
             TypeError: if a parameter without default is missing.
         """
         parameters = {n: v for n, v in self.parameters.items() if n not in OBJECTIVES[self.objective].parameters}
-        for name in settings:
-            if name not in parameters:
-                raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, parameters or ["(none)"]))
+        self._check_names(settings, parameters)
         missing = [n for n, v in parameters.items() if v is inspect.Parameter.empty and settings.get(n) is None]
         if missing:
             raise TypeError(f"Method '{self.name}' needs {', '.join(f'{n}=...' for n in missing)}.")
@@ -80,7 +113,7 @@ def _variants(base: Recipe) -> list[Recipe]:
         base,
         replace(base, name=f"{base.name}_dcl", title=f"{base.title} DCL", objective="dcl"),
         replace(base, name=f"{base.name}_dclw", title=f"{base.title} DCLW", objective="dclw"),
-        replace(base, name=f"{base.name}_moco", title=f"{base.title} MoCo", layout="queue"),
+        replace(base, name=f"{base.name}_moco", title=f"{base.title} MoCo", queue=True),
     ]
 
 
@@ -132,6 +165,11 @@ def recipe(name: str) -> Recipe:
     if name not in _methods():
         raise ValueError(unknown_name("method", name, _methods()))
     return _methods()[name]
+
+
+def class_name(recipe: Recipe) -> str:
+    """The title of a method as the name of a class."""
+    return "".join(letter for letter in recipe.title if letter.isalnum())
 
 
 def follow(function: Callable[[Recipe], None]) -> None:
@@ -208,8 +246,8 @@ def _add(recipe: Recipe, *, by: str, variants: bool = False) -> None:
     _check(recipe)
     added = [recipe]
     if variants:
-        points = {(recipe.objective, recipe.layout)}
-        added += [v for v in _variants(recipe)[1:] if (v.objective, v.layout) not in points]
+        points = {(recipe.objective, recipe.queue)}
+        added += [v for v in _variants(recipe)[1:] if (v.objective, v.queue) not in points]
     for new in added:  # all, before the first is added
         _check_free(new)
     for new in added:
@@ -230,7 +268,7 @@ def _check(recipe: Recipe) -> None:
     name, kind = _typed(recipe).name, recipe.temperature
     if not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"name={name!r} must be of letters, digits and underscores: it is typed as method=name.")
-    if not (isinstance(recipe.title, str) and _class_name(recipe).isidentifier()):
+    if not (isinstance(recipe.title, str) and class_name(recipe).isidentifier()):
         raise ValueError(f"title={recipe.title!r} must have letters first: classes of method '{name}' are called so.")
     if not (isinstance(kind, type) and issubclass(kind, Temperature)):
         raise TypeError(f"Method '{name}' has temperature={kind!r}, which must be a subclass of Temperature.")
@@ -258,12 +296,8 @@ def _check_free(recipe: Recipe) -> None:
     for taken in _TABLE.values():
         if taken.name == recipe.name:
             raise ValueError(f"Method '{recipe.name}' is there already, by {_BY[taken.name]}: choose another name.")
-        if _class_name(taken) == _class_name(recipe):
+        if class_name(taken) == class_name(recipe):
             raise ValueError(
                 f"title='{recipe.title}' of method '{recipe.name}' is that of '{taken.name}', by {_BY[taken.name]}: "
                 "choose another, as classes are called so."
             )
-
-
-def _class_name(recipe: Recipe) -> str:
-    return "".join(letter for letter in recipe.title if letter.isalnum())

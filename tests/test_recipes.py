@@ -62,10 +62,10 @@ def test_methods_are_those_of_the_contract():
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
 def test_a_suffix_changes_the_objective_or_the_layout_and_nothing_else(name):
     base, suffix = METHODS[name.rsplit("_", 1)[0]], name.rsplit("_", 1)[1]
-    changed = {"layout": "queue"} if suffix == "moco" else {"objective": suffix}
+    changed = {"queue": True} if suffix == "moco" else {"objective": suffix}
     title = f"{base.title} {'MoCo' if suffix == 'moco' else suffix.upper()}"
     assert METHODS[name] == dataclasses.replace(base, name=name, title=title, **changed)
-    assert base.layout == "views"
+    assert not base.queue
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -85,7 +85,7 @@ def test_every_recipe_builds_from_its_own_parameters(name):
     parameters = {
         key: 5 if value is inspect.Parameter.empty else value for key, value in METHODS[name].parameters.items()
     }
-    queue_size = (8, 3) if METHODS[name].layout == "queue" else None
+    queue_size = (8, 3) if METHODS[name].queue else None
     needed = {"num_samples": 5} if name == "isogclr" else {}
     built, plain = (ContrastiveLoss(name, queue_size=queue_size, **own) for own in (parameters, needed))
     assert repr(built) == repr(plain)
@@ -215,7 +215,7 @@ def test_a_registered_method_is_one_of_the_table(table):
     [
         ({}, ["own", "own_dclw", "own_moco"]),
         ({"objective": "ntxent"}, ["own", "own_dcl", "own_dclw", "own_moco"]),
-        ({"layout": "queue"}, ["own", "own_dclw"]),
+        ({"queue": True}, ["own", "own_dclw"]),
     ],
 )
 def test_variants_are_those_that_differ(table, change, names):
@@ -225,7 +225,7 @@ def test_variants_are_those_that_differ(table, change, names):
         assert table[name].temperature is Own
         suffix = name.partition("_")[2]
         assert table[name].objective == (suffix if "dcl" in suffix else own.objective)
-        assert table[name].layout == ("queue" if suffix == "moco" else own.layout)
+        assert table[name].queue == (suffix == "moco" or own.queue)
 
 
 def test_who_follows_the_table_is_told_of_what_is_there_and_of_what_comes(table):

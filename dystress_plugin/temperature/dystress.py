@@ -261,6 +261,14 @@ class DySTreSS(Temperature):
                     stacklevel=2,
                 )
 
+    def concerns(self, epochs: float) -> list[str]:
+        if self.stabilise is None or epochs > self.stabilise:
+            return []
+        return [
+            f"tau_min never arrives at tau_max={self.tau_max}: it takes stabilise={self.stabilise:g} epochs, but "
+            f"training ends after {epochs:g}."
+        ]
+
     def prepare(self, batch: Batch) -> LogitMaps:
         positive = self._map(self.tau_min, self.tau_max, batch)
         if self.negative_range is None:

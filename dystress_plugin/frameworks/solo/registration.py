@@ -36,8 +36,8 @@ def register() -> bool:
     ours: set[str] = set()
 
     def add(recipe: Recipe) -> None:
-        cls = CLASSES.get(recipe.name)
-        if cls is not None and host.METHODS.setdefault(recipe.name, cls) is cls:
+        cls = CLASSES[recipe.name]
+        if host.METHODS.setdefault(recipe.name, cls) is cls:
             ours.add(recipe.name)
 
     follow(add)
