@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def methods_table() -> str:
     """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
-    variants = {name: base for name in METHODS if (base := name.rpartition("_")[0]) in METHODS}
+    variants = {
+        name: base
+        for name in METHODS
+        if (base := name.rpartition("_")[0]) in METHODS and METHODS[name].temperature is METHODS[base].temperature
+    }
     lines = _columns(
         [("method", "temperature", "objective", "paper")]
         + [
@@ -68,7 +72,7 @@ def _defaults(recipe: Recipe, without: Collection[str] = ()) -> str:
 
 
 def _difference(recipe: Recipe, base: Recipe) -> tuple[str, str]:
-    if recipe.layout == "queue":
+    if recipe.queue:
         return (
             f"objective {recipe.objective}",
             "a queue of negatives and a momentum encoder: queue_size, momentum_encoder",

@@ -19,9 +19,9 @@ from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
 from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.layout import LAYOUTS, Block
-from dystress_plugin.objectives import OBJECTIVES
+from dystress_plugin.objectives import OBJECTIVES, Objective
 from dystress_plugin.recipes import recipe
-from dystress_plugin.temperature import Individual, ModelAware, Temperature
+from dystress_plugin.temperature import Temperature
 from dystress_plugin.temperature.base import Batch
 from dystress_plugin.temperature.maps import LogitMaps
 
@@ -56,8 +56,9 @@ class ContrastiveLoss(nn.Module):
     Args:
         temperature: a method's name, from `dystress_plugin.recipes.METHODS`, or an instance of a class in
             `dystress_plugin.temperature`.
-        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw". None takes the recipe's; for an instance "ntxent", but
-            "macl" for ModelAware and "sogclr" for Individual.
+        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw", or a `dystress_plugin.objectives.Objective`. None takes
+            the recipe's; for an instance of a temperature its own: "macl" for ModelAware, "sogclr" for Individual, for
+            WarmUp that of the temperature it arrives at, "ntxent" for the others.
         queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
@@ -72,7 +73,11 @@ class ContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown name (with the nearest valid one) or a parameter out of its range.
-        TypeError: for a temperature that is neither a name nor a `Temperature`, or its settings beside an instance.
+        TypeError: for a temperature that is neither a name nor a `Temperature`, or its settings beside an instance;
+            for an objective that is neither a name nor an `Objective`.
+
+    Attributes:
+        objective: the objective's name, also where an instance was given.
 
     Examples:
         >>> loss = ContrastiveLoss("dystress", tau_min=0.1, tau_max=0.2)
@@ -83,7 +88,7 @@ class ContrastiveLoss(nn.Module):
         self,
         temperature: str | Temperature = "dystress",
         *,
-        objective: str | None = None,
+        objective: str | Objective | None = None,
         queue_size: tuple[int, int] | int | None = None,
         layout: str = "views",
         engine: str = "auto",
@@ -92,21 +97,22 @@ class ContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         chosen = recipe(temperature) if isinstance(temperature, str) else None
+        if chosen is None and not isinstance(temperature, Temperature):
+            raise TypeError(
+                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
+                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
+            )
         if objective is None:
-            default = {ModelAware: "macl", Individual: "sogclr"}.get(type(temperature), "ntxent")  # type: ignore[arg-type]
-            objective = chosen.objective if chosen else default
-        for kind, name, known in (
-            ("objective", objective, OBJECTIVES),
-            ("layout", layout, LAYOUTS),
-            ("engine", engine, ENGINES),
-        ):
+            objective = chosen.objective if chosen else temperature.default_objective  # type: ignore[union-attr]
+        self._objective = _objective(objective)
+        for kind, name, known in (("layout", layout, LAYOUTS), ("engine", engine, ENGINES)):
             if name not in known:
                 raise ValueError(unknown_name(kind, name, known))
 
-        own = {name: settings.pop(name) for name in OBJECTIVES[objective].parameters if name in settings}
+        own = {name: settings.pop(name) for name in self._objective.parameters if name in settings}
         if chosen:
             temperature = chosen.build_temperature(**settings)
-            if chosen.layout == "queue" and not queue_size:
+            if chosen.queue and not queue_size:
                 raise ValueError(
                     f"Method '{chosen.name}' keeps a queue: give queue_size=(keys, dim), such as (65536, 128)."
                 )
@@ -115,15 +121,10 @@ class ContrastiveLoss(nn.Module):
                 f"{', '.join(settings)}: settings go into the temperature itself when it is given as an instance, "
                 f"{type(temperature).__name__}(...)."
             )
-        if not isinstance(temperature, Temperature):
-            raise TypeError(
-                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
-                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
-            )
 
-        self.temperature = temperature
-        self.objective = objective
-        self.objective_settings = OBJECTIVES[objective].checked(own)
+        self.temperature: Temperature = temperature  # type: ignore[assignment]  # a name no longer
+        self.objective = self._objective.name
+        self.objective_settings = self._objective.checked(own)
         self.layout = layout
         self.engine = engine
         self.gather_distributed = bool(gather_distributed)
@@ -166,9 +167,8 @@ class ContrastiveLoss(nn.Module):
         with torch.autocast(units.device.type, enabled=False):
             stats, batch = self._row_stats(units, index, epoch)
             stats = replace(stats, log_s=self.temperature.running_mean(stats, batch))
-            objective = OBJECTIVES[self.objective]
-            rows = objective.row_loss(stats, **self.objective_settings)
-            value = rows.mean() * (batch.views if objective.sum_over_views else 1)
+            rows = self._objective.row_loss(stats, **self.objective_settings)
+            value = rows.mean() * (batch.views if self._objective.sum_over_views else 1)
         if learns:
             self.temperature.update(stats, batch)
             if self.queue is not None:
@@ -344,7 +344,7 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def _counts_negatives(self) -> bool:
-        return OBJECTIVES[self.objective].needs_negative_cosine or self.temperature.needs_negative_cosine
+        return self._objective.needs_negative_cosine or self.temperature.needs_negative_cosine
 
     def extra_repr(self) -> str:
         own = "".join(f", {name}={value}" for name, value in self.objective_settings.items())
@@ -352,6 +352,19 @@ class ContrastiveLoss(nn.Module):
             f"objective={self.objective}{own}, layout={self.layout}, engine={self.engine}, "
             f"gather_distributed={self.gather_distributed}"
         )
+
+
+def _objective(objective: str | Objective) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    if not isinstance(objective, str):
+        raise TypeError(
+            f"objective={objective!r} must be a name, such as 'dcl', or an instance of "
+            f"dystress_plugin.objectives.Objective, not {type(objective).__name__}."
+        )
+    if objective not in OBJECTIVES:
+        raise ValueError(unknown_name("objective", objective, OBJECTIVES))
+    return OBJECTIVES[objective]
 
 
 def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:

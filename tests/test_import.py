@@ -46,14 +46,28 @@ def test_an_unknown_measure_is_an_attribute_error():
 
 
 def test_public_names_are_those_of_the_contract():
-    assert sorted(dystress_plugin.__all__) == ["ContrastiveLoss", "__version__", "metrics", "recipes", "temperature"]
+    assert sorted(dystress_plugin.__all__) == [
+        "ContrastiveLoss",
+        "RowStats",
+        "__version__",
+        "metrics",
+        "objectives",
+        "recipes",
+        "temperature",
+    ]
     assert dystress_plugin.temperature.__all__ == [
+        "Batch",
         "Constant",
         "CosineSchedule",
         "DySTreSS",
         "Individual",
         "Learnable",
+        "LogitMap",
+        "LogitMaps",
+        "MixedMap",
         "ModelAware",
+        "ProfiledMap",
+        "Scaled",
         "StepSchedule",
         "Temperature",
         "TemperatureFree",

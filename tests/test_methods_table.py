@@ -58,5 +58,5 @@ def test_solo_learns_column_is_what_the_adapter_registers(script):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     lines = {line.split()[0]: set(line.split()[1:]) for line in result.stdout.splitlines() if line.strip()}
     assert lines["own"] == script.HOSTS_OWN, result.stderr
-    served = {name for name, recipe in METHODS.items() if recipe.layout in script._layouts_of("solo")}
+    served = {name for name, recipe in METHODS.items() if recipe.queue in script._served_by("solo")}
     assert lines["registered"] == served - script.HOSTS_OWN

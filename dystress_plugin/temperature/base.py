@@ -45,12 +45,36 @@ class Temperature(nn.Module, ABC):
         needs_epoch: the loss must be given `epoch`.
         needs_negative_cosine: `running_mean` and `update` read `RowStats.negative_cosine`.
         per_step: adapters pass the epoch with the fraction of it that is over, not the whole number.
+        default_objective: name of the objective that it was published with, which `ContrastiveLoss` takes unless told.
     """
 
     needs_index = False
     needs_epoch = False
     needs_negative_cosine = False
     per_step = False
+    default_objective: str = "ntxent"
+
+    @property
+    def num_samples(self) -> int | None:
+        """Length of its table of samples; None where it keeps none."""
+        return None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether its table of samples holds more than it started with."""
+        return False
+
+    def resize(self, num_samples: int) -> None:
+        """Starts a fresh table of another length, for hosts that know the data set only after the loss exists.
+
+        Raises:
+            TypeError: if it keeps no table.
+        """
+        raise TypeError(f"{type(self).__name__} keeps no table of samples that could have num_samples={num_samples}.")
+
+    def concerns(self, epochs: float) -> list[str]:
+        """What a training of so many epochs should be warned of, a sentence each."""
+        return []
 
     @abstractmethod
     def prepare(self, batch: Batch) -> LogitMaps:

@@ -45,6 +45,15 @@ class CosineSchedule(Temperature):
         """The temperature at an epoch."""
         return self.tau_min + 0.5 * (self.tau_max - self.tau_min) * (1 + math.cos(2 * math.pi * epoch / self.period))
 
+    def concerns(self, epochs: float) -> list[str]:
+        if epochs > self.period / 2:
+            return []
+        return [
+            f"The temperature never comes down to tau_min={self.tau_min}: it takes half a period of "
+            f"{self.period / 2:g} epochs, but training ends after {epochs:g}, at {self.tau(max(epochs - 1, 0)):.3g}. "
+            f"Set period={epochs:g} for one full cycle."
+        ]
+
     def prepare(self, batch: Batch) -> LogitMaps:
         if batch.epoch is None:
             raise ValueError("CosineSchedule needs the epoch: call loss(z0, z1, epoch=current_epoch).")

@@ -71,12 +71,13 @@ class Individual(Temperature):
         ValueError: if a value is out of its range, or at an index outside of the tables.
 
     Warns:
-        UserWarning: once, when rho >= log(n): no distribution over n negatives is that far from uniform, so every
-            temperature would sink to tau_min.
+        UserWarning: at the first batch that is learned from, when rho >= log(n): no distribution over n negatives is
+            that far from uniform, so every temperature would sink to tau_min.
     """
 
     needs_index = True
     needs_negative_cosine = True
+    default_objective = "sogclr"
 
     tau: Tensor
     log_s: Tensor
@@ -119,11 +120,13 @@ class Individual(Temperature):
 
     @property
     def num_samples(self) -> int:
-        """Length of the tables."""
         return len(self.tau)
 
+    @property
+    def has_learned(self) -> bool:
+        return bool(self.visited.any())
+
     def resize(self, num_samples: int) -> None:
-        """Starts fresh tables of another length, for hosts that know the data set only after the loss exists."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
             raise TypeError(f"num_samples={num_samples!r} must be an int, the size of the data set.")
         if num_samples < 1:
@@ -145,12 +148,12 @@ class Individual(Temperature):
 
     @torch.no_grad()
     def running_mean(self, stats: RowStats, batch: Batch) -> Tensor:
-        self._check_rho(stats.num_negatives)
         seen = self._seen(stats, batch)
         return tracing.read((seen.log_s + seen.positive / seen.tau).to(stats.negative.dtype))
 
     @torch.no_grad()
     def update(self, stats: RowStats, batch: Batch) -> None:
+        self._check_rho(stats.num_negatives)
         seen = self._seen(stats, batch)
         assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
         weight = torch.exp(seen.log_g - seen.log_s)

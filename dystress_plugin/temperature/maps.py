@@ -33,60 +33,89 @@ class PartsReader:
 
     def map(self) -> LogitMap:
         """The map that comes next."""
-        kinds = {kind.__name__: kind for kind in LogitMap.__subclasses__()}
+        kinds = {_path(kind): kind for kind in _subclasses(LogitMap)}
         return kinds[next(self.words)].from_parts(self)
+
+
+def _subclasses(cls: type[LogitMap]) -> list[type[LogitMap]]:
+    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
+
+
+def _path(cls: type[LogitMap]) -> str:
+    """What tells a class from one of another package with the same name."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class LogitMap(ABC):
     """A pointwise map a(s) from cosine similarity to logit, for one batch.
 
-    Every method takes cosines of shape (rows, any) and returns the same shape. A map whose parameters differ from
-    row to row holds them as (rows, 1), so that `rows` can cut it to the rows of a tile.
+    A subclass has to give `logit` and `bound`. A map whose parameters differ from row to row holds them as (rows, 1),
+    and gives `rowless` and `rows` too. All else is for speed, for torch.compile, or for parameters to train; `Scaled`
+    has it, so that most temperatures need no map of their own. It is best a frozen dataclass.
+
+    Every method takes cosines of shape (rows, any), or (any, any) where all rows have the same map, and returns the
+    same shape and dtype.
     """
 
     @abstractmethod
     def logit(self, cosine: Tensor) -> Tensor:
         """a(s), differentiable in the cosine exactly as far as the method lets gradients pass."""
 
+    @property
     @abstractmethod
-    def slope(self, cosine: Tensor) -> Tensor:
-        """da/ds as `logit` differentiates it, in closed form, so that tiles need no autograd."""
+    def bound(self) -> float:
+        """A number that |a(s)| does not exceed, known without looking at a tensor."""
 
-    @abstractmethod
+    def slope(self, cosine: Tensor) -> Tensor:
+        """da/ds as `logit` differentiates it. By autograd here; in closed form it is faster, and `parts` need it so."""
+        with torch.inference_mode(False), torch.enable_grad():
+            cosine = cosine.detach().clone().requires_grad_()
+            logit = self.logit(cosine)
+            if not logit.requires_grad:
+                raise NotImplementedError(f"{type(self).__name__}.logit has no gradient here: give it a `slope`.")
+            (slope,) = torch.autograd.grad(logit.sum(), cosine)
+        return slope
+
     def temperature(self, cosine: Tensor) -> Tensor:
-        """The temperature at each cosine, for logs and figures; in the unit of a cosine, positive."""
+        """The temperature at each cosine, for logs and figures; in the unit of a cosine, positive. Here 1 / a'(s)."""
+        return 1 / self.slope(cosine)
 
     @property
     def gain(self) -> float:
         """A factor for the cosines that saves the map a pass over them; a product of matrices has it for nothing."""
         return 1.0
 
-    @abstractmethod
     def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
-        """a(s), and how to multiply with da/d(gain s); without autograd.
+        """a(s), and how to multiply with da/d(gain s), in place; without autograd.
 
         Args:
             scaled: gain * s, any tile; it may itself be returned, and is not needed for the slope any more.
             work: two tensors of its shape, the first for the logit, which may be `scaled`, the second for what the
                 slope needs.
         """
-
-    @abstractmethod
-    def rows(self, rows: slice) -> LogitMap:
-        """The map restricted to some rows."""
-
-    @property
-    @abstractmethod
-    def bound(self) -> float:
-        """A number that |a(s)| does not exceed, known without looking at a tensor."""
+        gain = self.gain
+        cosine = torch.div(scaled, gain, out=work and work[1])
+        # The forward pass alone asks for no slope.
+        return self.logit(cosine), lambda tile: tile.mul_(self.slope(cosine) / gain)
 
     @property
-    @abstractmethod
     def rowless(self) -> bool:
         """Whether every row has the same map."""
+        return True
+
+    def rows(self, rows: slice) -> LogitMap:
+        """The map restricted to some rows."""
+        if not self.rowless:
+            raise NotImplementedError(f"{type(self).__name__} differs from row to row: give it `rows`.")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The first word of its `parts`."""
+        return _path(type(self))
 
     def parts(self) -> Parts | None:
-        """The map in pieces, the first word its class's name; None where an engine has to take it as it is."""
+        """The map in pieces, the first word its `kind`; None where an engine has to take it as it is."""
         return None
 
     @classmethod
@@ -97,7 +126,8 @@ class LogitMap(ABC):
     def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
         """A zero per row whose gradient, in the map's own parameters, is that of logsumexp_j a(s_j).
 
-        For engines that differentiate in the cosines alone. None where the map has no parameter to train.
+        For engines that differentiate in the cosines alone; a map that has it has `parts` too. None where the map has
+        no parameter to train.
 
         Args:
             mean_cosine: (rows,) mean of the s_j under the softmax of their logits.
@@ -152,8 +182,8 @@ class Scaled(LogitMap):
     def parts(self) -> Parts:
         if isinstance(self.tau, Tensor):
             assert self.least is not None  # needed where tau is a tensor; narrows the type
-            return Parts(("Scaled", "tensor"), (self.least,), (self.tau,))
-        return Parts(("Scaled", "number"), (self.tau,), ())
+            return Parts((self.kind, "tensor"), (self.least,), (self.tau,))
+        return Parts((self.kind, "number"), (self.tau,), ())
 
     @classmethod
     def from_parts(cls, parts: PartsReader) -> Scaled:
@@ -193,10 +223,6 @@ class MixedMap(LogitMap):
     def slope(self, cosine: Tensor) -> Tensor:
         return (1 - self.share) * self.first.slope(cosine) + self.share * self.second.slope(cosine)
 
-    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
-        slope = self.slope(scaled)
-        return self.logit(scaled), lambda tile: tile.mul_(slope)
-
     def temperature(self, cosine: Tensor) -> Tensor:
         inverse = (1 - self.share) / self.first.temperature(cosine) + self.share / self.second.temperature(cosine)
         return 1 / inverse
@@ -209,7 +235,7 @@ class MixedMap(LogitMap):
         if first is None or second is None:
             return None
         return Parts(
-            ("MixedMap", *first.words, *second.words),
+            (self.kind, *first.words, *second.words),
             (self.share, *first.numbers, *second.numbers),
             (*first.tensors, *second.tensors),
         )

@@ -40,6 +40,14 @@ class StepSchedule(Temperature):
         """The temperature at an epoch."""
         return self.tau_max if epoch % self.period < self.period / 2 else self.tau_min
 
+    def concerns(self, epochs: float) -> list[str]:
+        if epochs > self.period / 2:
+            return []
+        return [
+            f"The temperature never changes to tau_min={self.tau_min}: it does after half a period of "
+            f"{self.period / 2:g} epochs, but training ends after {epochs:g}. Set period={epochs:g} for one full cycle."
+        ]
+
     def prepare(self, batch: Batch) -> LogitMaps:
         if batch.epoch is None:
             raise ValueError("StepSchedule needs the epoch: call loss(z0, z1, epoch=current_epoch).")

@@ -45,6 +45,25 @@ class WarmUp(Temperature):
         self.per_step = bool(per_step) or temperature.per_step
         self.needs_index = temperature.needs_index
         self.needs_negative_cosine = temperature.needs_negative_cosine
+        self.default_objective = temperature.default_objective
+
+    @property
+    def num_samples(self) -> int | None:
+        return self.temperature.num_samples
+
+    @property
+    def has_learned(self) -> bool:
+        return self.temperature.has_learned
+
+    def resize(self, num_samples: int) -> None:
+        self.temperature.resize(num_samples)
+
+    def concerns(self, epochs: float) -> list[str]:
+        own = (
+            f"The warm-up never arrives at {type(self.temperature).__name__}: it takes epochs={self.epochs:g}, but "
+            f"training ends after {epochs:g}."
+        )
+        return ([own] if epochs <= self.epochs else []) + self.temperature.concerns(epochs)
 
     def prepare(self, batch: Batch) -> LogitMaps:
         if batch.epoch is None:

@@ -18,7 +18,7 @@ from dystress_plugin.recipes import METHODS
 
 PACKAGE = Path(dystress_plugin.__file__).parent
 TARGET = Path(__file__).parents[2] / "METHODS.md"
-LAYOUTS = {"views": "views of a batch", "queue": "queue of keys"}
+LAYOUTS = {False: "views of a batch", True: "queue of keys"}  # by whether a recipe has a queue
 # solo-learn and LightlyTrain have a method of this name, which the registration leaves in place.
 HOSTS_OWN = {"simclr"}
 
@@ -42,8 +42,8 @@ temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxi
 
 def table():
     """The whole file."""
-    solo, criteria = _layouts_of("solo"), _lightly_criteria()
-    lightly_train = _layouts_of("lightly_train")
+    solo, criteria = _served_by("solo"), _lightly_criteria()
+    lightly_train = _served_by("lightly_train")
     columns = (
         *("method", "temperature", "objective", "layout", "paper", "defaults"),
         *("command", "solo-learn", "lightly: criterion", "lightly: module", "sentences", "LightlyTrain"),
@@ -57,29 +57,29 @@ def table():
                 f"`{recipe.name}`",
                 f"`{recipe.temperature.__name__}`",
                 f"`{recipe.objective}`",
-                LAYOUTS[recipe.layout],
+                LAYOUTS[recipe.queue],
                 f"[{recipe.paper}]({recipe.url})",
                 _defaults(recipe),
-                _mark(recipe.layout in MODULES),
-                "its own" if recipe.name in HOSTS_OWN else _mark(recipe.layout in solo),
+                _mark(recipe.queue in MODULES),
+                "its own" if recipe.name in HOSTS_OWN else _mark(recipe.queue in solo),
                 criteria.get((recipe.temperature, recipe.objective), "–"),
                 f"`{module['model'].__name__}`" if module else "–",
-                _mark(recipe.layout != "queue"),
-                "its own" if recipe.name in HOSTS_OWN else _mark(recipe.layout in lightly_train),
+                _mark(not recipe.queue),
+                "its own" if recipe.name in HOSTS_OWN else _mark(recipe.queue in lightly_train),
                 ", ".join(_link(file) for file in _files(recipe)),
             ]
         )
     return HEAD + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _layouts_of(framework):
-    """The layouts that an adapter serves: the keys of its `LAYOUTS`, read, as importing it needs the host."""
+def _served_by(framework):
+    """With a queue or without: the keys of an adapter's `BASES`, read, as importing it needs the host."""
     file = PACKAGE / "frameworks" / framework / "methods.py"
     tree = ast.parse(file.read_text())
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "LAYOUTS":
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "BASES":
             return {ast.literal_eval(key) for key in node.value.keys}
-    raise ValueError(f"{file} has no annotated dict LAYOUTS: say here which layouts it serves.")
+    raise ValueError(f"{file} has no annotated dict BASES: say here what it serves.")
 
 
 def _lightly_criteria():
@@ -101,7 +101,7 @@ def _defaults(recipe):
 
 def _files(recipe):
     files = [Path(inspect.getfile(recipe.temperature)), PACKAGE / "objectives.py"]
-    return [*files, PACKAGE / "queue.py"] if recipe.layout == "queue" else files
+    return [*files, PACKAGE / "key_queue.py"] if recipe.queue else files
 
 
 def _link(file):

@@ -8,7 +8,7 @@ import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment.pretrain import module
+from dystress_plugin import training
 from dystress_plugin.experiment.pretrain.callbacks import COLUMNS, SeedEveryEpoch
 from dystress_plugin.recipes import METHODS
 
@@ -201,7 +201,7 @@ def test_the_encoder_of_the_keys_follows_and_the_queue_fills(tiny):
 
 def test_the_momentum_rises_from_its_start_to_one(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "update_momentum", lambda model, ema, m: seen.append(m))
+    monkeypatch.setattr(training, "update_momentum", lambda pairs, m: seen.extend([m] * len(pairs)))
     assert dystress("pretrain", tiny | {"method": "simclr_moco", "queue_size": 30, "epochs": 2}) == 0
     assert seen[::2] == seen[1::2] == sorted(seen[::2])
     assert (len(seen[::2]), seen[0], seen[-1]) == (6, 0.99, 1.0)

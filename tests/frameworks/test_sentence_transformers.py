@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from dystress_plugin import temperature
-from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Learnable, ModelAware
+from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, Learnable, ModelAware, WarmUp
 
 pytest.importorskip("sentence_transformers", reason="SENTENCE-TRANSFORMERS IS NOT TESTED: install the extra sentences")
 
@@ -225,6 +225,11 @@ def test_a_table_learns_from_training_alone(model, cls):
     assert not loss.criterion.loss.temperature.visited.any()
     loss(features, labels).backward()
     assert loss.criterion.loss.temperature.visited.tolist() == [False] * 2 + [True] * 7
+
+
+def test_a_warm_up_has_the_objective_of_what_it_arrives_at(model):
+    for inner, objective in ((ModelAware(), "macl"), (Individual(9), "sogclr"), (Constant(), "ntxent")):
+        assert ContrastiveSentenceLoss(model, WarmUp(inner)).criterion.loss.objective == objective
 
 
 def test_a_queue_needs_no_layout(model):

@@ -74,7 +74,7 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
 
 def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Arm]) -> list[PretrainSettings]:
     """A run for every seed and arm; seed by seed, so that an unfinished comparison is one of fewer seeds."""
-    queues = any(recipes.recipe(arm.method).layout == "queue" for arm in arms)
+    queues = any(recipes.recipe(arm.method).queue for arm in arms)
     runs = []
     for seed in settings.seeds:
         for arm in arms:
@@ -86,7 +86,7 @@ def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Ar
                 out=str(Path(settings.out, "runs", f"{arm.name}-{seed}")),
                 progress=False,
             )
-            if queues and recipes.recipe(arm.method).layout != "queue":
+            if queues and not recipes.recipe(arm.method).queue:
                 run = replace(run, queue_size=None, momentum_encoder=None)
             runs.append(run)
     return runs

@@ -226,8 +226,7 @@ def _losses(settings: InspectSettings, seen: Seen) -> dict[str, ContrastiveLoss]
         if seen.run is not None and name == seen.run[0] and not own:
             continue
         recipe = recipes.recipe(_without_queue(_method(name)))
-        if "num_samples" in recipe.parameters:
-            own = {"num_samples": seen.samples} | own
+        own = recipe.sized(own, seen.samples)
         word = name.partition("-")[2]
         losses[f"{recipe.title} ({word})" if word else recipe.title] = ContrastiveLoss(recipe.name, **own)
     if not losses:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pytorch_lightning import Trainer
 
-from dystress_plugin import recipes
+from dystress_plugin import recipes, training
 from dystress_plugin.experiment import hardware, places
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data import scan
@@ -24,7 +24,7 @@ from dystress_plugin.experiment.pretrain import figures
 from dystress_plugin.experiment.pretrain.folder import open_run
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.pretrain.module import PretrainModule
-from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve, warn_short_schedule
+from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
 from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, make_loaders, make_trainer
 from dystress_plugin.experiment.settings import PretrainSettings, output_folder
 
@@ -60,7 +60,7 @@ def _run(
     image_size = settings.image_size or data.image_size
     module = build_module(settings, recipe, data, image_size)
     hardware.check_step(module.backbone, trainer, image_size)
-    warn_short_schedule(module.loss, settings.epochs)
+    training.warn_of_concerns(module.loss.temperature, settings.epochs, warnings.warn)
 
     last = out / "checkpoints" / "last.ckpt"
     if trainer.global_rank == 0:

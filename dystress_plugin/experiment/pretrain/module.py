@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,18 +9,18 @@ from typing import Any, NamedTuple, final
 
 import torch
 from lightly.models.modules import SimCLRProjectionHead
-from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
+from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from dystress_plugin import training
 from dystress_plugin.checks import check_fraction
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluate.classifiers import knn_accuracy
 from dystress_plugin.experiment.io.config import recorded
 from dystress_plugin.experiment.settings import PretrainSettings
-from dystress_plugin.metrics import temperature_summary
 
 MOMENTUM = 0.99  # of the key encoder
 
@@ -81,24 +80,11 @@ class PretrainModule(LightningModule, ABC):
     def training_step(self, batch: tuple[list[Tensor], Tensor, Tensor], batch_idx: int) -> Tensor:
         views, _, index = batch
         z = self.embed(views)
-        epoch = self.loss.temperature.clock(self.current_epoch, batch_idx, int(self.trainer.num_training_batches))
+        epoch = training.clock(self, self.loss.temperature, batch_idx)
         self.last_step = Step(tuple(view.detach() for view in z), index, epoch)
-        # First, since the loss moves queue and tables on.
-        summary = temperature_summary(self.loss, *z, index=index, epoch=epoch)
-        loss: Tensor = self.loss(*z, index=index, epoch=epoch)
+        loss = training.contrast(self, self.loss, z, index=index, epoch=epoch, on_epoch=True)
         self.last_step = self.last_step._replace(loss=loss.detach())
-        log: dict[str, Any] = {"batch_size": len(index), "on_step": False, "on_epoch": True}
-        self.log("loss", loss, prog_bar=True, sync_dist=True, **log)
-        for name, value in summary.items():
-            how = name.rsplit("_", 1)[-1]
-            self.log(
-                "tau" if name == "tau_positive_mean" else name,
-                value,
-                prog_bar=name == "tau_positive_mean",
-                reduce_fx=how if how in ("min", "max") else "mean",
-                sync_dist=True,
-                **log,
-            )
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(index))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
@@ -173,10 +159,8 @@ class QueueModule(PretrainModule):
         super().__init__(backbone, features, loss, settings, num_classes)
         assert settings.momentum_encoder is not None  # as resolved; narrows the type
         self.momentum = check_fraction("momentum_encoder", settings.momentum_encoder)
-        self.key_backbone = copy.deepcopy(self.backbone)
-        self.key_projection_head = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.key_backbone)
-        deactivate_requires_grad(self.key_projection_head)
+        copies = training.momentum_copies(self.backbone, self.projection_head)
+        self.key_backbone, self.key_projection_head = copies
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueueModule:
         # The average moves in steps that half precision would round to nothing: precision="bf16-true" leaves it alone.
@@ -194,8 +178,8 @@ class QueueModule(PretrainModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         steps = int(self.trainer.estimated_stepping_batches)
         momentum = cosine_schedule(self.global_step, steps, self.momentum, 1.0)
-        update_momentum(self.backbone, self.key_backbone, momentum)
-        update_momentum(self.projection_head, self.key_projection_head, momentum)
+        pairs = ((self.backbone, self.key_backbone), (self.projection_head, self.key_projection_head))
+        training.update_momentum(pairs, momentum)
 
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         anchors = _project(self.backbone, self.projection_head, views[0])
@@ -205,7 +189,8 @@ class QueueModule(PretrainModule):
         return anchors, keys
 
 
-MODULES: dict[str, type[PretrainModule]] = {"views": ViewsModule, "queue": QueueModule}
+# By whether a recipe has a queue.
+MODULES: dict[bool, type[PretrainModule]] = {False: ViewsModule, True: QueueModule}
 
 
 def _project(backbone: nn.Module, head: nn.Module, images: Tensor) -> Tensor:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import replace
 
 from pytorch_lightning import seed_everything
 
 from dystress_plugin import recipes
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data.datasets import Data
 from dystress_plugin.experiment.data.transforms import augmentation
 from dystress_plugin.experiment.pretrain.module import MODULES, MOMENTUM, OPTIMIZERS, PretrainModule
 from dystress_plugin.experiment.settings import PretrainSettings
-from dystress_plugin.temperature import CosineSchedule
 
 QUEUE_SIZE = 4096
 
@@ -38,15 +35,12 @@ def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devi
     Raises:
         ValueError: for a parameter that the method does not have, or a table that is not of the data's size.
     """
-    parameters = recipe.parameters
-    for name in settings.method_kwargs:
-        if name not in parameters:
-            raise ValueError(unknown_name(f"parameter of method '{recipe.name}'", name, parameters))
-    own = {name: None if value is inspect.Parameter.empty else value for name, value in parameters.items()}
-    if "num_samples" in own:
-        own["num_samples"] = size = len(data.train.labels)
-        if (given := settings.method_kwargs.get("num_samples", size)) != size:
-            raise ValueError(f"num_samples={given} must be that of the training images, {size}; leave it out.")
+    recipe.check_names(settings.method_kwargs)
+    size = len(data.train.labels)
+    own = {n: None if default is inspect.Parameter.empty else default for n, default in recipe.parameters.items()}
+    own = recipe.sized(own | settings.method_kwargs, size)
+    if (given := recipe.table_length(own)) not in (None, size):
+        raise ValueError(f"num_samples={given} must be that of the training images, {size}; leave it out.")
     lr, weight_decay = OPTIMIZERS[settings.optimizer]
     image_size = settings.image_size or data.image_size
     defaults = {
@@ -56,11 +50,11 @@ def resolve(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, devi
         "weight_decay": weight_decay,
         "warmup_epochs": min(10.0, settings.epochs / 10),
     }
-    if recipe.layout == "queue":
+    if recipe.queue:
         defaults |= {"queue_size": QUEUE_SIZE, "momentum_encoder": MOMENTUM}
     chosen = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     chosen |= augmentation(settings, data, image_size)
-    return replace(settings, **chosen, method_kwargs=own | settings.method_kwargs)
+    return replace(settings, **chosen, method_kwargs=own)
 
 
 def build_module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data, image_size: int) -> PretrainModule:
@@ -74,26 +68,14 @@ def build_module(settings: PretrainSettings, recipe: recipes.Recipe, data: Data,
         gather_distributed=settings.gather_distributed,
         **settings.method_kwargs,
     )
-    return MODULES[recipe.layout](backbone, features, loss, settings, data.num_classes)
+    return MODULES[recipe.queue](backbone, features, loss, settings, data.num_classes)
 
 
 def _queue_size(settings: PretrainSettings, recipe: recipes.Recipe) -> tuple[int, int] | None:
-    if recipe.layout == "queue":
+    if recipe.queue:
         assert settings.queue_size is not None  # as resolved; narrows the type
         return settings.queue_size, settings.projection_dim
     for key in ("queue_size", "momentum_encoder"):
         if (value := getattr(settings, key)) is not None:
             raise ValueError(f"{key}={value} is for methods with a queue, such as 'simclr_moco', not '{recipe.name}'.")
     return None
-
-
-def warn_short_schedule(loss: ContrastiveLoss, epochs: int) -> None:
-    """Warns of a schedule that the training is too short for."""
-    schedule = loss.temperature
-    if isinstance(schedule, CosineSchedule) and epochs <= schedule.period / 2:
-        warnings.warn(
-            f"The temperature falls from {schedule.tau_max} to {schedule.tau_min} over half a period of "
-            f"{schedule.period / 2:g} epochs, but training ends after {epochs}, at {schedule.tau(epochs - 1):.3g}. "
-            f"Set method_kwargs.period={epochs} for one full cycle.",
-            stacklevel=2,
-        )

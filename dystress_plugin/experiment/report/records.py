@@ -43,9 +43,9 @@ class Run:
         named = name == method or name.startswith((f"{method}-", "constant-", "constant_"))
         if dash and seed == str(self.settings.seed) and named:
             return name
-        own = recipes.recipe(method).parameters
+        own = recipes.recipe(method).choices
         kwargs = self.settings.method_kwargs.items()
-        changed = [f"{k}={v}" for k, v in kwargs if k in own and v != own[k] and k != "num_samples"]
+        changed = [f"{k}={v}" for k, v in kwargs if k in own and v != own[k]]
         return "-".join([method, *changed])
 
     @property

@@ -42,7 +42,7 @@ class SentenceCriterion(nn.Module):
     ) -> None:
         super().__init__()
         queued = bool(queue_size) or (
-            isinstance(temperature, str) and temperature in METHODS and METHODS[temperature].layout == "queue"
+            isinstance(temperature, str) and temperature in METHODS and METHODS[temperature].queue
         )
         self.loss = ContrastiveLoss(
             temperature,
