@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images  # beside this file
+from omegaconf import OmegaConf
 from test_pretrain import rows, settings_of
 
 from dystress_plugin.experiment.data import datasets as data_module
@@ -132,3 +133,7 @@ def test_processes_that_lightning_spawns_share_the_images_and_return_the_weights
     backbone = torch.load(out / "backbone.pt", weights_only=True)
     assert all(torch.equal(value, state[f"backbone.{name}"]) for name, value in backbone.items())
     assert list(out.glob("tensorboard/events*"))
+    # In the spawned process, which makes the loggers: the learning rate of both devices together.
+    hparams, config = OmegaConf.load(out / "tensorboard" / "hparams.yaml"), OmegaConf.load(out / "config.yaml")
+    assert hparams == config.settings
+    assert hparams.lr == pytest.approx(0.075 * 6**0.5)

@@ -41,7 +41,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         SystemExit: after SIGTERM, with status 143.
     """
     settings = checked(settings)
-    recipes.recipe(settings.method)  # the first that is wrong, where it is
+    recipes.recipe(settings.method)  # or a name without a method would be found only after the images were decoded
     out = output_folder(settings)
     with resumable(out) as progress:
         files.check_place(out)
