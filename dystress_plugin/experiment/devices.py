@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import HardwareSpec
 
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "single_device")  # the beginnings of the names of those for CPU and GPU
 FORKING = ("fork", "notebook")  # after a computation on several threads a forked process may wait for them forever
@@ -35,40 +35,40 @@ def torch_device(accelerator: str) -> str:
     return "mps" if accelerator in ("gpu", "mps") else "cpu"
 
 
-def build_trainer(settings: PretrainSettings, **options: Any) -> Trainer:
-    """Lightning's Trainer on the devices that the settings name, with further options; writes nothing.
+def build_trainer(hardware: HardwareSpec, **options: Any) -> Trainer:
+    """Lightning's Trainer on the devices that are asked for, with further options; writes nothing.
 
     Raises:
         ValueError: for an accelerator, a number of devices or nodes, a strategy or a precision that cannot be had, or
             that Lightning would replace by another.
     """
     there = _accelerators()
-    _check_accelerator(settings.accelerator, there)
-    cpu = settings.accelerator == "cpu" or not there["gpu"]
-    devices = _devices(settings.devices, cpu)
+    _check_accelerator(hardware.accelerator, there)
+    cpu = hardware.accelerator == "cpu" or not there["gpu"]
+    devices = _devices(hardware.devices, cpu)
     known = ["auto", *filter(_usable, StrategyRegistry.available_strategies())]
-    if settings.strategy not in known:
-        raise ValueError(unknown_name("strategy", settings.strategy, known, choices="auto, ddp, or Lightning's others"))
-    if cpu and settings.precision in HALF:
-        raise ValueError(f"precision={settings.precision} needs a GPU; on the CPU it is bf16-mixed or bf16-true.")
+    if hardware.strategy not in known:
+        raise ValueError(unknown_name("strategy", hardware.strategy, known, choices="auto, ddp, or Lightning's others"))
+    if cpu and hardware.precision in HALF:
+        raise ValueError(f"precision={hardware.precision} needs a GPU; on the CPU it is bf16-mixed or bf16-true.")
     keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
-    chosen = " ".join(f"{key}={getattr(settings, key)}" for key in keys)
+    chosen = " ".join(f"{key}={getattr(hardware, key)}" for key in keys)
     try:
         trainer = Trainer(
-            accelerator=settings.accelerator,
+            accelerator=hardware.accelerator,
             devices=devices,
-            num_nodes=settings.num_nodes,
-            strategy=settings.strategy,
-            precision=settings.precision,  # type: ignore[arg-type]
+            num_nodes=hardware.num_nodes,
+            strategy=hardware.strategy,
+            precision=hardware.precision,  # type: ignore[arg-type]
             **options,
         )
     except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"{chosen}: {' '.join(str(error).split())}") from None
-    processes = settings.num_nodes * (devices if isinstance(devices, int) and devices > 0 else trainer.num_devices)
+    processes = hardware.num_nodes * (devices if isinstance(devices, int) and devices > 0 else trainer.num_devices)
     if trainer.world_size != processes:
         raise ValueError(f"{chosen}: this strategy trains in {trainer.world_size} process, not in {processes}.")
-    if settings.num_nodes > 1:
-        _check_nodes(settings.num_nodes, getattr(trainer.strategy, "cluster_environment", None))
+    if hardware.num_nodes > 1:
+        _check_nodes(hardware.num_nodes, getattr(trainer.strategy, "cluster_environment", None))
     return trainer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ LARGEST_SEED = 2**32 - 1  # of NumPy, and so of Lightning
 
 @dataclass
 class PretrainSettings:
-    """Keys of `dystress pretrain`."""
+    """Keys of `dystress pretrain`, as typed; `spec.RunSpec` is the same with nothing left open."""
 
     method: str = option("dystress", "a method of `dystress methods`")
     method_kwargs: dict[str, Any] = option({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
@@ -133,18 +133,6 @@ class PretrainSettings:
         """A ValueError for values that do not go together."""
         if (self.warmup_epochs or 0) > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must lie between 0 and epochs={self.epochs}.")
-
-    def on(self, data: str | None, data_root: str | None, download: bool) -> PretrainSettings:
-        """The same with other data, whose tail nobody cut; None: its own."""
-        own = data is None or places.same(data, self.data)
-        return replace(
-            self,
-            data=data or self.data,
-            data_root=data_root or self.data_root,
-            download=download,
-            long_tail=self.long_tail if own else None,
-            indices=self.indices if own else None,
-        )
 
 
 @dataclass

@@ -33,7 +33,7 @@ class PartsReader:
 
     def map(self) -> LogitMap:
         """The map that comes next."""
-        kinds = {_path(kind): kind for kind in _subclasses(LogitMap)}
+        kinds = {_path(kind): kind for kind in _subclasses(LogitMap)}  # type: ignore[type-abstract]
         return kinds[next(self.words)].from_parts(self)
 
 

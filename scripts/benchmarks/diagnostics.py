@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pytorch_lightning import Callback
 
-from dystress_plugin import diagnostics, recipes
+from dystress_plugin import diagnostics
 from dystress_plugin.diagnostics import EVERY_N_STEPS
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.keys import parse
@@ -73,10 +73,8 @@ def main(tokens):
         data = data_module.load(
             settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
         )
-        recipe = recipes.recipe(settings.method)
-        settings = resolve.resolve(settings, recipe, data, 1)
-        image_size = settings.image_size
-        module = resolve.build_module(settings, recipe, data, image_size)
+        spec = resolve.resolve(settings, data, 1)
+        module = resolve.build_module(spec, data)
         trainer = make_trainer(settings, Path(folder))
         start = Start()
         stop = Stop(start)
@@ -90,7 +88,7 @@ def main(tokens):
             (ours, "on_train_batch_end"),
         ):
             timed(owner, name, start.inside)
-        train, _ = make_loaders(settings, data, image_size, trainer)
+        train, _ = make_loaders(spec, data, trainer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(module, train)

@@ -105,7 +105,7 @@ def step(name: str, image_size: int, data: Data) -> dict[str, Any]:
     """Trains a step and looks at what comes out; whatever is wrong is a RuntimeError, or as it comes."""
     recipe = recipes.recipe("dystress")
     settings = PretrainSettings(method=recipe.name, backbone=name, image_size=image_size, batch_size=IMAGES)
-    module = build_module(resolve(settings, recipe, data, 1), recipe, data, image_size)
+    module = build_module(resolve(settings, data, 1), data)
     trainer = SimpleNamespace(estimated_stepping_batches=10)
     module.trainer = trainer  # type: ignore[assignment]
     optimizer = module.configure_optimizers()["optimizer"]

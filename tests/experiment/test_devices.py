@@ -9,6 +9,7 @@ from dystress_plugin.experiment.data import scan
 from dystress_plugin.experiment.devices import build_trainer, torch_device
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import HardwareSpec, part
 
 WITHOUT_GPU = [
     ({"accelerator": "gpu"}, "accelerator=gpu is not there: PyTorch finds no such device. Choose from: auto, cpu."),
@@ -66,10 +67,10 @@ def test_several_machines_need_to_know_where_to_meet(node, missing, monkeypatch)
     settings = PretrainSettings(accelerator="cpu", num_nodes=2)
     monkeypatch.setenv("NODE_RANK", str(node))
     with pytest.raises(ValueError, match=f"; {', '.join(missing)} is not set"):
-        build_trainer(settings, logger=False)
+        build_trainer(part(HardwareSpec, settings), logger=False)
     for name in missing:
         monkeypatch.setenv(name, "12345" if name == "MASTER_PORT" else "example.org")
-    trainer = build_trainer(settings, logger=False)
+    trainer = build_trainer(part(HardwareSpec, settings), logger=False)
     assert (trainer.world_size, trainer.global_rank) == (2, node)
 
 
@@ -77,5 +78,5 @@ def test_several_machines_need_to_know_where_to_meet(node, missing, monkeypatch)
     ("setting", "processes"), [({"devices": "auto"}, 1), ({"devices": " 2"}, 2), ({"strategy": "ddp"}, 1)]
 )
 def test_devices_that_are_there_are_taken(setting, processes):
-    trainer = build_trainer(PretrainSettings(**{"accelerator": "cpu"} | setting), logger=False)
+    trainer = build_trainer(part(HardwareSpec, PretrainSettings(**{"accelerator": "cpu"} | setting)), logger=False)
     assert trainer.world_size == processes

@@ -530,7 +530,7 @@ def test_data_that_is_gone_is_an_error_and_found_again_where_it_is_said_to_be(ow
     monkeypatch.chdir(tmp_path)
     sizes(monkeypatch)
     config = own / "runs" / "x" / "config.yaml"
-    config.write_text(config.read_text().replace(f"data: {read_config(config).data}", "data: /gone/photos"))
+    config.write_text(config.read_text().replace(f"data: {read_config(config).data.name}", "data: /gone/photos"))
     checkpoint = f"checkpoint={own}/runs/x"
     (own / "photos").rename(tmp_path / "moved")
     assert main(["evaluate", checkpoint]) == 2
@@ -553,7 +553,7 @@ def test_data_that_is_gone_is_an_error_and_found_again_where_it_is_said_to_be(ow
 def test_a_part_of_images_that_are_others_now_is_an_error(own, monkeypatch, capsys):
     sizes(monkeypatch)
     config = own / "runs" / "x" / "config.yaml"
-    config.write_text(config.read_text().replace(read_config(config).data, str(own / "photos")))
+    config.write_text(config.read_text().replace(read_config(config).data.name, str(own / "photos")))
     (own / "photos" / "class1" / "0.png").unlink()
     assert main(["evaluate", f"checkpoint={own}/runs/x"]) == 2
     assert "has other images, or other splits, than" in capsys.readouterr().err

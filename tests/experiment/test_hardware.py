@@ -17,7 +17,7 @@ from dystress_plugin.experiment.evaluate import features
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.pretrain import resolve
 from dystress_plugin.experiment.settings import PretrainSettings
-from dystress_plugin.recipes import recipe
+from dystress_plugin.experiment.spec import DataSpec, part
 
 # What it trains in on a CPU, and the weights are then.
 PRECISIONS = {
@@ -89,8 +89,8 @@ def test_a_moving_average_is_in_float32_at_least(tiny):
     settings = PretrainSettings(
         **{"method": "simclr_moco", "data": "digits", "backbone": "test_resnet", "queue_size": 8}
     )
-    data, chosen = load_for(settings), recipe("simclr_moco")
-    module = resolve.build_module(resolve.resolve(settings, chosen, data, 1), chosen, data, 8)
+    data = load_for(part(DataSpec, settings), settings.seed)
+    module = resolve.build_module(resolve.resolve(settings, data, 1), data)
     before = module.key_backbone.conv1.weight.clone()
     for move, dtype in ((module.half, torch.float16), (module.bfloat16, torch.bfloat16)):
         move()

@@ -168,7 +168,7 @@ def test_an_error_of_the_system_before_anything_has_begun_is_one_line(command, t
 
 
 @pytest.mark.parametrize("what", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("no"), "SIGTERM"])
-@pytest.mark.parametrize("where", ["scan_images", "open_run", "make_trainer"])
+@pytest.mark.parametrize("where", ["scan_images", "RunFolder.open", "make_trainer"])
 def test_what_ends_a_run_before_it_began_does_not_speak_of_epochs(what, where, tiny, monkeypatch, capsys):
     def end(*args):
         if isinstance(what, OSError):
@@ -176,7 +176,7 @@ def test_what_ends_a_run_before_it_began_does_not_speak_of_epochs(what, where, t
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
-    monkeypatch.setattr(pretrain, where, end)
+    monkeypatch.setattr(f"{pretrain.__name__}.{where}", end)
     if what == "SIGTERM":
         with pytest.raises(SystemExit):
             dystress("pretrain", tiny)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images  # beside this file
+from omegaconf import OmegaConf
 from test_pretrain import rows, settings_of
 
-from dystress_plugin import recipes
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data import scan as images_module
 from dystress_plugin.experiment.data.datasets import OwnGenerator, Views
@@ -25,7 +25,10 @@ from dystress_plugin.experiment.keys import parse
 from dystress_plugin.experiment.pretrain import resolve
 from dystress_plugin.experiment.pretrain.trainer import make_loaders, make_trainer
 from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import AugmentationSpec, DataSpec, part
 from dystress_plugin.recipes import METHODS
+
+AUGMENTATION = AugmentationSpec(min_scale=0.2, jitter=0.5, grayscale=0.2, blur=0.5, flip=0.5, rotate=15.0)
 
 
 def sent(thing):
@@ -49,7 +52,7 @@ def sources(images):
 def test_data_sets_and_their_transforms_arrive_as_they_were(images):
     for name, data in sources(images):
         plain = Views(data.train, plain_transform(8, data.normalize))
-        random = Views(data.train, view_transform(PretrainSettings(), data, 8), seed=3)
+        random = Views(data.train, view_transform(AUGMENTATION, 8, data.normalize), seed=3)
         for views in (plain, random):
             for mine, its in zip(views[1][0], sent(views)[1][0], strict=True):
                 assert torch.equal(mine, its), name
@@ -67,12 +70,11 @@ def test_what_lightning_spawns_a_training_with_arrives_as_it_was(method, tiny, t
     given = parse(
         PretrainSettings, [f"{k}={v}" for k, v in settings_of(method, tiny | {"tensorboard": "true"}).items()]
     )
-    data = data_module.load_for(given)
-    recipe = recipes.recipe(method)
-    settings = resolve.resolve(given, recipe, data, 1)
-    module = resolve.build_module(settings, recipe, data, 12)
-    trainer = make_trainer(settings, tmp_path)
-    loaders = make_loaders(settings, data, 12, trainer)
+    data = data_module.load_for(part(DataSpec, given), given.seed)
+    spec = resolve.resolve(given, data, 1)
+    module = resolve.build_module(spec, data)
+    trainer = make_trainer(given, tmp_path)
+    loaders = make_loaders(spec, data, trainer)
     again, its_trainer, (its_loader, _) = sent((module, trainer, loaders))
 
     assert [type(callback) for callback in its_trainer.callbacks] == [type(callback) for callback in trainer.callbacks]
@@ -131,3 +133,7 @@ def test_processes_that_lightning_spawns_share_the_images_and_return_the_weights
     backbone = torch.load(out / "backbone.pt", weights_only=True)
     assert all(torch.equal(value, state[f"backbone.{name}"]) for name, value in backbone.items())
     assert list(out.glob("tensorboard/events*"))
+    # In the spawned process, which makes the loggers: the learning rate of both devices together.
+    hparams, config = OmegaConf.load(out / "tensorboard" / "hparams.yaml"), OmegaConf.load(out / "config.yaml")
+    assert hparams == config.settings
+    assert hparams.lr == pytest.approx(0.075 * 6**0.5)

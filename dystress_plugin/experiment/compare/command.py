@@ -31,6 +31,7 @@ from dystress_plugin.experiment.pretrain.folder import check_settings
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
 from dystress_plugin.experiment.report.command import write as write_report
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
+from dystress_plugin.experiment.spec import DataSpec, HardwareSpec, part
 
 LOOKS = 40  # of the diagnostics in a run, unless set
 
@@ -51,7 +52,7 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
     for name in settings.protocols:
         protocol(name)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    devices = build_trainer(common, logger=False, enable_checkpointing=False).world_size
+    devices = build_trainer(part(HardwareSpec, common), logger=False, enable_checkpointing=False).world_size
     out = Path(settings.out)
     runs = _runs(settings, common, arms)
     places.check_apart(out, common.data)
@@ -104,15 +105,14 @@ def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int,
             folder.mkdir(parents=True)
             scan.write(folder)
         if number == 0 or (run.long_tail is not None and run.seed != runs[number - 1].seed):
-            data = load_for(run, without=scan.left_out if scan is not None else ())
+            data = load_for(part(DataSpec, run), run.seed, without=scan.left_out if scan is not None else ())
             check_batch(run, data, devices)
         if looks is None:
             looks = max(1, run.epochs * (len(data.train.labels) // run.batch_size) // LOOKS)
         run.diagnostics_every_n_steps = looks
-        recipe = recipes.recipe(run.method)
-        resolved = resolve(run, recipe, data, 1)
+        resolved = resolve(run, data, 1)
         if number < arms:
-            build_module(resolved, recipe, data, resolved.image_size or data.image_size)
+            build_module(resolved, data)
         if run.devices == "1" and run.num_nodes == 1:  # with more of them lr=null is another; found out in training
             check_settings(folder, resolved)
 

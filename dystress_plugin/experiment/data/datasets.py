@@ -24,7 +24,7 @@ from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data import selection as tails
 from dystress_plugin.experiment.data.scan import read as read_scan
 from dystress_plugin.experiment.io import pictures
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import DataSpec, RunSpec
 
 PILImage: TypeAlias = Any  # PIL.Image.Image
 
@@ -163,16 +163,16 @@ def load(
     return data
 
 
-def load_for(settings: PretrainSettings, *, without: Collection[str] = (), whole: bool = False) -> Data:
+def load_for(spec: DataSpec, seed: int, *, without: Collection[str] = (), whole: bool = False) -> Data:
     """The data of a run, without the files that its scan left out; `whole`: before a long tail was cut."""
     return load(
-        settings.data,
-        root=settings.data_root,
-        download=settings.download,
-        long_tail=None if whole else settings.long_tail,
-        long_tail_profile=settings.long_tail_profile,
-        indices=None if whole else settings.indices,
-        seed=settings.seed,
+        spec.name,
+        root=spec.data_root,
+        download=spec.download,
+        long_tail=None if whole else spec.long_tail,
+        long_tail_profile=spec.long_tail_profile,
+        indices=None if whole else spec.indices,
+        seed=seed,
         without=without,
     )
 
@@ -181,19 +181,19 @@ class Shown(NamedTuple):
     """What a trained network is shown.
 
     Attributes:
-        settings: of its run, with this data.
+        spec: its run, with this data.
         data: the images.
         own: whether it was trained on them.
     """
 
-    settings: PretrainSettings
+    spec: RunSpec
     data: Data
     own: bool
 
 
 def load_for_run(
     run: Path,
-    trained: PretrainSettings,
+    trained: RunSpec,
     *,
     data: str | None = None,
     data_root: str | None = None,
@@ -204,7 +204,7 @@ def load_for_run(
 
     Args:
         run: its folder.
-        trained: its settings, as `read_config` gives them.
+        trained: it, as `read_config` gives it.
         data: None for its own, which also has other spellings, or another place if it was moved.
         data_root: None for its own.
         download: None for its own.
@@ -213,30 +213,32 @@ def load_for_run(
     Raises:
         ValueError: as `load`; for data that is not there any more; for a part of data that is not the same any more.
     """
-    scan = read_scan(run) if trained.data not in places.NAMED else None
-    if trained.data not in places.NAMED and not Path(trained.data).is_dir():
+    asked = trained.data
+    folder = asked.name not in places.NAMED
+    scan = read_scan(run) if folder else None
+    if folder and not Path(asked.name).is_dir():
         if data is None:
             raise ValueError(
-                f"{run} was trained on data={trained.data}, which is not there. Put it, or a link to it, there; "
+                f"{run} was trained on data={asked.name}, which is not there. Put it, or a link to it, there; "
                 "`dystress evaluate` and `dystress inspect` also take data=FOLDER."
             )
         if scan is not None and is_folder(data) and scan.fits(data):
-            say(f"data={data} has the very files that {run} was trained on in {trained.data}, and is taken for it.")
-            trained = replace(trained, data=data)
-    shown = trained.on(data, data_root, trained.download if download is None else download)
-    own = places.same(shown.data, trained.data)
-    cut = trained.long_tail is not None or trained.indices is not None
-    if not own and (cut or (scan is not None and scan.bad)):
-        say(f"data={shown.data} is not what {run} was trained on: no long tail, indices or skipped files are left out.")
-    if own and trained.indices is not None:
-        tails.check_unchanged(run, trained.indices)
-    if own and scan is not None and not scan.fits(shown.data):
-        changed = f"data={shown.data} has other images, or other splits, than {run} was trained on"
-        if cut:  # positions in it mean other images now
+            say(f"data={data} has the very files that {run} was trained on in {asked.name}, and is taken for it.")
+            asked = replace(asked, name=data)
+    shown = asked.on(data, data_root, asked.download if download is None else download)
+    own = places.same(shown.name, asked.name)
+    if not own and (asked.cut or (scan is not None and scan.bad)):
+        say(f"data={shown.name} is not what {run} was trained on: no long tail, indices or skipped files are left out.")
+    if own and asked.indices is not None:
+        tails.check_unchanged(run, asked.indices)
+    if own and scan is not None and not scan.fits(shown.name):
+        changed = f"data={shown.name} has other images, or other splits, than {run} was trained on"
+        if asked.cut:  # positions in it mean other images now
             raise ValueError(f"{changed}, and only a part of those was used. Put them back as they were.")
         say(f"{changed}.")
     without = scan.left_out if own and scan is not None else ()
-    return Shown(shown, load_for(shown, without=without, whole=whole), own)
+    images = load_for(shown, trained.seed, without=without, whole=whole)
+    return Shown(replace(trained, data=shown), images, own)
 
 
 @functools.cache

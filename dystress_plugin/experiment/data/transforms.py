@@ -10,6 +10,7 @@ from torchvision import transforms as T
 from dystress_plugin.experiment.backbone import SMALL_IMAGE
 from dystress_plugin.experiment.data.datasets import Data
 from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import AugmentationSpec
 
 
 def augmentation(settings: PretrainSettings, data: Data, image_size: int) -> dict[str, float]:
@@ -27,19 +28,18 @@ def augmentation(settings: PretrainSettings, data: Data, image_size: int) -> dic
     return values | {name: getattr(settings, name) for name in values if getattr(settings, name) is not None}
 
 
-def view_transform(settings: PretrainSettings, data: Data, image_size: int) -> SimCLRTransform:
+def view_transform(spec: AugmentationSpec, image_size: int, normalize: dict[str, list[float]]) -> SimCLRTransform:
     """Two random views of a picture."""
-    values = augmentation(settings, data, image_size)
     return SimCLRTransform(
         input_size=image_size,
-        min_scale=values["min_scale"],
-        cj_strength=values["jitter"],
-        random_gray_scale=values["grayscale"],
-        gaussian_blur=values["blur"],
-        hf_prob=values["flip"],
-        rr_prob=1.0 if values["rotate"] else 0.0,
-        rr_degrees=values["rotate"] or None,
-        normalize=data.normalize,
+        min_scale=spec.min_scale,
+        cj_strength=spec.jitter,
+        random_gray_scale=spec.grayscale,
+        gaussian_blur=spec.blur,
+        hf_prob=spec.flip,
+        rr_prob=1.0 if spec.rotate else 0.0,
+        rr_degrees=spec.rotate or None,
+        normalize=normalize,
     )
 
 

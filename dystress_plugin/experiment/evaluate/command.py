@@ -28,11 +28,10 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         data_root=settings.data_root,
         download=settings.download,
     )
-    assert trained.image_size is not None  # as above
     return evaluate(
         backbone,
         shown.data,
-        image_size=trained.image_size,  # whatever the data: the stem depends on it
+        image_size=trained.model.image_size,  # whatever the data: the stem depends on it
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         knn_k=settings.knn_k,

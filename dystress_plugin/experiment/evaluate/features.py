@@ -15,7 +15,7 @@ from dystress_plugin.experiment.data.transforms import plain_transform
 from dystress_plugin.experiment.evaluate.classifiers import knn_accuracy, linear_accuracy
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.config import read_config
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def evaluate(
     return {"knn_top1": knn, "linear_top1": linear_accuracy(train, train_labels, test, labels)}
 
 
-def trained_backbone(run: Path) -> tuple[PretrainSettings, nn.Module]:
-    """The settings, as `config.yaml` has them, and the backbone that `dystress pretrain` left in a folder.
+def trained_backbone(run: Path) -> tuple[RunSpec, nn.Module]:
+    """The run, as `config.yaml` has it, and the backbone that `dystress pretrain` left in a folder.
 
     Raises:
         ValueError: for a folder without a finished run, or with damaged files.
@@ -61,8 +61,6 @@ def trained_backbone(run: Path) -> tuple[PretrainSettings, nn.Module]:
         missing = config if not config.exists() else weights
         raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
     trained = read_config(config)
-    assert trained.backbone is not None  # as resolved; narrows the types
-    assert trained.image_size is not None
-    backbone, _ = build_backbone(trained.backbone, trained.image_size)
+    backbone, _ = build_backbone(trained.model.backbone, trained.model.image_size)
     files.load_state(backbone, weights, f"Delete it and run `dystress pretrain` again with out={run}.")
     return trained, backbone

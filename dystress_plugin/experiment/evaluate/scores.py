@@ -22,7 +22,7 @@ from dystress_plugin.experiment.evaluate.protocols import Features, groups, prot
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.io.tables import write_table
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
 
 MAP_IMAGES = 1000  # of the embedding map
 
@@ -103,25 +103,23 @@ def score_untrained(run: Path, names: Sequence[str], *, with_map: bool = False) 
     )
 
 
-def untrained_backbone(settings: PretrainSettings) -> nn.Module:
+def untrained_backbone(settings: RunSpec) -> nn.Module:
     """The backbone as a run with these settings starts with: for one seed the same with every method."""
     seed_everything(settings.seed, workers=True, verbose=False)
-    assert settings.backbone is not None  # as config.yaml records them; narrows the types
-    assert settings.image_size is not None
-    return build_backbone(settings.backbone, settings.image_size)[0]
+    return build_backbone(settings.model.backbone, settings.model.image_size)[0]
 
 
-def features_of(backbone: nn.Module, settings: PretrainSettings, run: Path) -> Features:
+def features_of(backbone: nn.Module, settings: RunSpec, run: Path) -> Features:
     """The features of a run's data, of every image once."""
     data = load_for_run(run, settings).data
-    cut = settings.long_tail is not None or settings.indices is not None
-    cuda = settings.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    transform = plain_transform(settings.image_size or data.image_size, data.normalize)
+    cut = settings.data.cut
+    cuda = settings.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    transform = plain_transform(settings.model.image_size, data.normalize)
     parts = [data.train, data.test, *([load_for_run(run, settings, whole=True).data.train] if cut else [])]
     taken = [
         extract(
             backbone,
-            DataLoader(Views(part, transform), settings.batch_size, num_workers=settings.num_workers),
+            DataLoader(Views(part, transform), settings.data.batch_size, num_workers=settings.data.num_workers),
             "cuda" if cuda else "cpu",
         )
         for part in parts
@@ -145,7 +143,7 @@ def _score(
     *,
     newer_than: Path,
     backbone: Callable[[], nn.Module],
-    settings: PretrainSettings,
+    settings: RunSpec,
 ) -> list[Score]:
     for name in names:
         protocol(name)

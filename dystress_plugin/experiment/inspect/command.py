@@ -28,6 +28,7 @@ from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.pretrain.module import ViewsModule
 from dystress_plugin.experiment.pretrain.resolve import resolve
 from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings
+from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
 from dystress_plugin.temperature import Constant
 
 MAX_IMAGES = 512  # a million negative pairs
@@ -124,37 +125,38 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _look(settings: InspectSettings, out: Path) -> Seen:
     run = Path(settings.checkpoint) if settings.checkpoint else None
-    trained = _run_settings(run, settings) if run else _untrained_settings(settings)
-    places.check_apart(out, settings.data or trained.data)
-    shown, data, own = _shown(settings, run, trained)
-    module = _network(shown, data)
+    spec, data, own = _shown(settings, run, out)
+    module = _network(spec, data)
     fresh = run is None or settings.untrained
     if run and not fresh:
         _load(module, run)
-    pictures, index = _pictures(settings, shown, data)
+    pictures, index = _pictures(settings, spec, data)
     with torch.no_grad():
         z = module.train().embed(pictures)  # in train mode, as the loss sees the embeddings
-    title = "untrained" if fresh else f"{recipes.recipe(shown.method).title}, trained for {shown.epochs} epochs:"
+    title = "untrained" if fresh else f"{recipes.recipe(spec.method).title}, trained for {spec.epochs} epochs:"
     return Seen(
         # A folder's name need not be UTF-8, which is all that figures take.
-        name=f"{title} {shown.backbone} on {os.fsencode(shown.data).decode(errors='backslashreplace')}",
+        name=f"{title} {spec.model.backbone} on {os.fsencode(spec.data.name).decode(errors='backslashreplace')}",
         z=z,
         numbers=index,
         samples=len(data.train.labels),
-        run=(shown.method, module.loss) if run and own else None,
-        epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else shown.epochs - 1),
+        run=(spec.method, module.loss) if run and own else None,
+        epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else spec.epochs - 1),
     )
 
 
-def _shown(settings: InspectSettings, run: Path | None, trained: PretrainSettings) -> Shown:
-    if run is not None:
-        return load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
-    shown = trained.on(settings.data, settings.data_root, settings.download)
-    data = load_for(shown)
-    return Shown(resolve(shown, recipes.recipe(shown.method), data, 1), data, own=False)
+def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
+    if run is None:
+        asked = _untrained_settings(settings)
+        places.check_apart(out, asked.data)
+        data = load_for(part(DataSpec, asked), asked.seed)
+        return Shown(resolve(asked, data, 1), data, own=False)
+    trained = _run_spec(run, settings)
+    places.check_apart(out, settings.data or trained.data.name)
+    return load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
 
 
-def _run_settings(run: Path, settings: InspectSettings) -> PretrainSettings:
+def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
     config = run / "config.yaml"
     if not config.exists():
         raise ValueError(f"checkpoint={run} holds no run of `dystress pretrain`: {config} is missing.")
@@ -165,23 +167,24 @@ def _run_settings(run: Path, settings: InspectSettings) -> PretrainSettings:
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:
+    default = PretrainSettings()
     return PretrainSettings(
         method="simclr",
-        data=settings.data or "digits",
+        data=settings.data or default.data,
+        data_root=settings.data_root or default.data_root,
+        download=settings.download,
         seed=settings.seed,
         backbone=settings.backbone,
         image_size=settings.image_size,
     )
 
 
-def _network(shown: PretrainSettings, data: Data) -> ViewsModule:
-    """As a run with these settings starts; of a method with a queue the network that is trained."""
-    assert shown.backbone is not None  # as resolved; narrows the types
-    assert shown.image_size is not None
-    seed_everything(shown.seed, workers=True, verbose=False)
-    backbone, features = build_backbone(shown.backbone, shown.image_size)
-    loss = ContrastiveLoss(_without_queue(shown.method), **shown.method_kwargs)
-    return ViewsModule(backbone, features, loss, shown, data.num_classes)
+def _network(spec: RunSpec, data: Data) -> ViewsModule:
+    """As this run starts; of a method with a queue the network that is trained."""
+    seed_everything(spec.seed, workers=True, verbose=False)
+    backbone, features = build_backbone(spec.model.backbone, spec.model.image_size)
+    loss = ContrastiveLoss(_without_queue(spec.method), **spec.method_kwargs)
+    return ViewsModule(backbone, features, loss, spec, data.num_classes)
 
 
 def _load(module: ViewsModule, run: Path) -> None:
@@ -195,12 +198,12 @@ def _load(module: ViewsModule, run: Path) -> None:
     module.load_state_dict(state)
 
 
-def _pictures(settings: InspectSettings, shown: PretrainSettings, data: Data) -> tuple[list[Tensor], Tensor]:
-    number = min(settings.images or min(shown.batch_size, MAX_IMAGES), len(data.train.labels))
+def _pictures(settings: InspectSettings, spec: RunSpec, data: Data) -> tuple[list[Tensor], Tensor]:
+    number = min(settings.images or min(spec.data.batch_size, MAX_IMAGES), len(data.train.labels))
     if number < 2:
         raise ValueError(f"images={number} must be at least 2: one image has no negatives.")
-    assert shown.image_size is not None  # as resolved; narrows the type
-    views = Views(data.train, view_transform(shown, data, shown.image_size), settings.seed)
+    transform = view_transform(spec.augmentation, spec.model.image_size, data.normalize)
+    views = Views(data.train, transform, settings.seed)
     order = EpochOrder(views, 1, 0, shuffle=True, seed=settings.seed)
     loader = DataLoader(views, number, sampler=order, num_workers=settings.num_workers)
     pictures, _, index = next(iter(loader))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +13,59 @@ from yaml import YAMLError
 
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.keys import PATHS, merged
-from dystress_plugin.experiment.settings import PretrainSettings, output_folder
+from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
 
 
-def comparable(settings: PretrainSettings) -> dict[str, Any]:
+def comparable(spec: RunSpec) -> dict[str, Any]:
     """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
     nor where CIFAR, which is the same everywhere, comes from.
     """
-    values = asdict(settings)
+    values = spec.flat()
     for key in ("out", "data_root", "download"):
         del values[key]
-    indices = None if settings.indices is None else places.place(settings.indices)
-    return values | {"data": places.place(settings.data), "indices": indices}
+    indices = None if spec.data.indices is None else places.place(spec.data.indices)
+    return values | {"data": places.place(spec.data.name), "indices": indices}
 
 
-def recorded(settings: PretrainSettings) -> dict[str, Any]:
-    """Every setting as a plain value, as a run keeps them: paths hold from every working directory."""
-    values = asdict(settings) | {"out": str(output_folder(settings))}
+def recorded(spec: RunSpec) -> dict[str, Any]:
+    """Every setting as a plain value, as a run and its loggers keep them: paths hold from every working directory."""
+    values = spec.flat()
     # Links stay in them: a disk may be exchanged under its name.
     absolute = {key: os.path.join(os.getcwd(), path) for key, path in _paths(values).items()}
     return values | absolute
 
 
-def located(settings: PretrainSettings, run: Path, given: PretrainSettings | None = None) -> PretrainSettings:
-    """Settings as recorded with the paths of here and now: where they were, else at the same place beside the run.
+def located(spec: RunSpec, run: Path, given: RunSpec | None = None) -> RunSpec:
+    """A run as recorded with the paths of here and now: where they were, else at the same place beside the run.
 
     The second is for a run and its data that were moved together, and for version 0.1.0, which kept relative paths.
 
     Args:
-        settings: as recorded.
-        run: the folder they are from.
-        given: settings whose choice it is where both places are there, as in a copy of run and data.
+        spec: the run.
+        run: the folder it is from.
+        given: the run whose choice it is where both places are there, as in a copy of run and data.
     """
-    out = str(output_folder(settings))
+    values, wishes = spec.flat(), {} if given is None else given.flat()
     found: dict[str, Any] = {}
-    for key, path in _paths(asdict(settings)).items():
+    for key, path in _paths(values).items():
         here = os.path.join(os.getcwd(), path)
         tried = [here]
-        if os.path.isabs(path) == os.path.isabs(out):
-            tried.append(os.path.normpath(run.resolve() / _way(out, path)))
+        if os.path.isabs(path) == os.path.isabs(spec.out):
+            tried.append(os.path.normpath(run.resolve() / _way(spec.out, path)))
         if not os.path.isabs(path):
             tried.reverse()
-        if given is not None and (wanted := getattr(given, key)) is not None:
+        if (wanted := wishes.get(key)) is not None:
             tried.sort(key=lambda path: not places.same(path, wanted))
         found[key] = next(filter(os.path.exists, tried), here)
-    return replace(settings, **found | {"out": str(run.absolute())})
+    return RunSpec.of(PretrainSettings(**values | found | {"out": str(run.absolute())}))
 
 
-def recorded_settings(values: dict[str, Any], run: Path, given: PretrainSettings) -> PretrainSettings:
-    """Settings from what a checkpoint keeps of them, `located`, with its default for a key that is newer."""
+def recorded_spec(values: dict[str, Any], run: Path, given: RunSpec) -> RunSpec:
+    """A run from what a checkpoint keeps of it, `located`, with its default for a key that is newer."""
     known = {f.name for f in fields(PretrainSettings)}
-    return located(PretrainSettings(**{key: value for key, value in values.items() if key in known}), run, given)
+    settings = PretrainSettings(**{key: value for key, value in values.items() if key in known})
+    return located(RunSpec.of(settings), run, given)
 
 
 def _way(start: str, path: str) -> str:
@@ -79,8 +81,8 @@ def _paths(values: dict[str, Any]) -> dict[str, str]:
     return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in places.NAMED}
 
 
-def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSettings:
-    """The `settings` of a run's `config.yaml`, `located`, with its default for a key that is newer than the file.
+def read_config(path: Path, given: RunSpec | None = None) -> RunSpec:
+    """The run of a `config.yaml`, `located`, with its default for a key that is newer than the file.
 
     Raises:
         ValueError: for a file that is damaged or another program's.
@@ -91,7 +93,7 @@ def read_config(path: Path, given: PretrainSettings | None = None) -> PretrainSe
         settings = config.get("settings") if isinstance(config, DictConfig) else None
         if not isinstance(settings, DictConfig):
             raise ValueError("it has no settings.")
-        return located(merged(PretrainSettings, settings), path.parent, given)
+        return located(RunSpec.of(merged(PretrainSettings, settings)), path.parent, given)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

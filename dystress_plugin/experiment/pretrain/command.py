@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
+from torch.utils.data import DataLoader
 
 from dystress_plugin import recipes, training
 from dystress_plugin.experiment import hardware, places
@@ -21,12 +22,13 @@ from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.pretrain import figures
-from dystress_plugin.experiment.pretrain.folder import open_run
+from dystress_plugin.experiment.pretrain.folder import RunFolder
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
-from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, make_loaders, make_trainer
+from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, Loaders, make_loaders, make_trainer
 from dystress_plugin.experiment.settings import PretrainSettings, output_folder
+from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
 
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         SystemExit: after SIGTERM, with status 143.
     """
     settings = checked(settings)
-    recipe = recipes.recipe(settings.method)
+    recipes.recipe(settings.method)  # or a name without a method would be found only after the images were decoded
     out = output_folder(settings)
     with resumable(out) as progress:
         files.check_place(out)
@@ -47,40 +49,45 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         trainer = make_trainer(settings, out)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
-            return _run(settings, recipe, trainer, out, progress)
+            return _run(settings, trainer, progress)
 
 
-def _run(
-    settings: PretrainSettings, recipe: recipes.Recipe, trainer: Trainer, out: Path, progress: Progress
-) -> dict[str, Any]:
-    scan = scan_images(settings, out)
-    data = data_module.load_for(settings, without=scan.left_out if scan is not None else ())
-    check_batch(settings, data, trainer.world_size)
-    settings = resolve(settings, recipe, data, trainer.world_size)
-    image_size = settings.image_size or data.image_size
-    module = build_module(settings, recipe, data, image_size)
-    hardware.check_step(module.backbone, trainer, image_size)
-    training.warn_of_concerns(module.loss.temperature, settings.epochs, warnings.warn)
-
-    last = out / "checkpoints" / "last.ckpt"
-    if trainer.global_rank == 0:
-        if (finished := open_run(out, settings, module, last)) is not None:
-            return finished
-        if scan is not None:
-            scan.write(out)
+def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    first = trainer.global_rank == 0
+    spec, data, found = prepare(settings, trainer.world_size)
+    folder = RunFolder.open(spec) if first else RunFolder(Path(spec.out))
+    if folder.finished is not None:
+        return folder.finished
+    module = build_module(spec, data)
+    hardware.check_step(module.backbone, trainer, spec.model.image_size)
+    training.warn_of_concerns(module.loss.temperature, spec.epochs, warnings.warn)
+    if first:
+        folder.begin(module)
+        if found is not None:
+            found.write(folder.path)
     progress.begun = True
     started = time.monotonic()
-    untrained = None
-    options: dict[str, Any] = {
-        "image_size": image_size,
-        "batch_size": settings.batch_size,
-        "num_workers": settings.num_workers,
-        "knn_k": settings.knn_k,
-        "knn_t": settings.knn_t,
-    }
-    if trainer.global_rank == 0:
-        untrained = _untrained(out / "untrained.json", module, data, options)
-    loaders = make_loaders(settings, data, image_size, trainer)
+    untrained = _untrained(folder.path / "untrained.json", module, data, _options(spec)) if first else {}
+    loaders = make_loaders(spec, data, trainer)
+    fit(module, loaders, trainer, folder)
+    return summarise(module, data, loaders[0], folder, untrained, started) if first else {}
+
+
+def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, scan.Scan | None]:
+    """The run that settings ask for, its data, and what was found in a folder of images.
+
+    Raises:
+        ValueError: for data, batches or settings that do not fit.
+    """
+    found = scan_images(settings, output_folder(settings))
+    without = found.left_out if found is not None else ()
+    data = data_module.load_for(part(DataSpec, settings), settings.seed, without=without)
+    check_batch(settings, data, devices)
+    return resolve(settings, data, devices), data, found
+
+
+def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunFolder) -> None:
+    """Trains to the end, from the last checkpoint if there is one."""
     # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
     module = trainer.precision_plugin.convert_module(module)
     with warnings.catch_warnings():
@@ -88,38 +95,64 @@ def _run(
             warnings.filterwarnings("ignore", message)
         try:
             with hardware.processes(trainer):
-                trainer.fit(module, *loaders, ckpt_path=str(last) if last.exists() else None)
+                trainer.fit(module, *loaders, ckpt_path=str(folder.last) if folder.last.exists() else None)
         except ValueError:
-            if settings.nan_guard:
-                NanGuard(out).explain(trainer, module)
+            if module.spec.logging.nan_guard:
+                NanGuard(folder.path).explain(trainer, module)
             raise
-    if trainer.global_rank != 0 or untrained is None:
-        return {}
-    if settings.wandb != "off":
+
+
+def summarise(
+    module: PretrainModule,
+    data: Data,
+    loader: DataLoader[Any],
+    folder: RunFolder,
+    untrained: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Scores what was trained, and writes backbone, figures and, last, `summary.json`, whose content it returns."""
+    spec, out = module.spec, folder.path
+    if spec.logging.wandb != "off":
         import wandb
 
         wandb.finish()  # or the next run of this process would go on with it
 
     device = str(module.device)
     module.float()
-    trained = evaluate(module.backbone, data, device=device, **options)
+    trained = evaluate(module.backbone, data, device=device, **_options(spec))
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
-    (out / "figures").mkdir(exist_ok=True)
-    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title)
-    loaders[0].sampler.set_epoch(settings.epochs - 1)  # type: ignore[attr-defined]  # also where nothing was left to train
-    views, _, index = next(iter(loaders[0]))
-    figures.profile(module, views, index, settings.epochs - 1, out / "figures" / "temperature.png", recipe.title)
+    _draw(module, loader, out)
     summary = {
-        "method": settings.method,
-        "data": settings.data,
-        "seed": settings.seed,
-        "epochs": settings.epochs,
+        "method": spec.method,
+        "data": spec.data.name,
+        "seed": spec.seed,
+        "epochs": spec.epochs,
         **trained,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
-    files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
+    title, last = recipes.recipe(module.spec.method).title, module.spec.epochs - 1
+    (out / "figures").mkdir(exist_ok=True)
+    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", title)
+    loader.sampler.set_epoch(last)  # type: ignore[attr-defined]  # also where nothing was left to train
+    views, _, index = next(iter(loader))
+    figures.profile(module, views, index, last, out / "figures" / "temperature.png", title)
+
+
+def _options(spec: RunSpec) -> dict[str, Any]:
+    """How `evaluate` scores a backbone of the run."""
+    return {
+        "image_size": spec.model.image_size,
+        "batch_size": spec.data.batch_size,
+        "num_workers": spec.data.num_workers,
+        "knn_k": spec.evaluation.knn_k,
+        "knn_t": spec.evaluation.knn_t,
+    }
 
 
 def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:

@@ -20,7 +20,7 @@ from dystress_plugin.checks import check_fraction
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluate.classifiers import knn_accuracy
 from dystress_plugin.experiment.io.config import recorded
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
 
 MOMENTUM = 0.99  # of the key encoder
 
@@ -56,18 +56,18 @@ class PretrainModule(LightningModule, ABC):
         backbone: maps images to (batch, features).
         features: width of the backbone's output.
         loss: what to minimise.
-        settings: the keys of the command, as `resolve` in pretrain.py leaves them.
+        spec: the run, which the checkpoint and the loggers record.
         num_classes: number of classes, for the kNN.
     """
 
     def __init__(
-        self, backbone: nn.Module, features: int, loss: ContrastiveLoss, settings: PretrainSettings, num_classes: int
+        self, backbone: nn.Module, features: int, loss: ContrastiveLoss, spec: RunSpec, num_classes: int
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.projection_head = SimCLRProjectionHead(features, settings.hidden_dim, settings.projection_dim)
+        self.projection_head = SimCLRProjectionHead(features, spec.model.hidden_dim, spec.model.projection_dim)
         self.loss = loss
-        self.settings = settings
+        self.spec = spec
         self.num_classes = num_classes
         self.last_step: Step | None = None
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -76,6 +76,11 @@ class PretrainModule(LightningModule, ABC):
     @abstractmethod
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the loss compares, (batch, projection_dim) each."""
+
+    def on_fit_start(self) -> None:
+        # Here and not where loggers are made: before all is resolved, and maybe in another process.
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(recorded(self.spec))
 
     def training_step(self, batch: tuple[list[Tensor], Tensor, Tensor], batch_idx: int) -> Tensor:
         views, _, index = batch
@@ -105,16 +110,16 @@ class PretrainModule(LightningModule, ABC):
             queries,
             query_labels,
             num_classes=self.num_classes,
-            k=self.settings.knn_k,
-            t=self.settings.knn_t,
+            k=self.spec.evaluation.knn_k,
+            t=self.spec.evaluation.knn_t,
         )
         self.log("knn_top1", accuracy, prog_bar=True, sync_dist=True, batch_size=len(queries))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"] = recorded(self.settings)
+        checkpoint["settings"] = recorded(self.spec)
 
     def configure_optimizers(self) -> Any:
-        s = self.settings
+        s = self.spec.optimizer
         decayed, others = get_weight_decay_parameters([self.backbone, self.projection_head])
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         # A learnable temperature trains like a bias: at the same rate and undecayed.
@@ -125,10 +130,9 @@ class PretrainModule(LightningModule, ABC):
             "momentum": s.momentum,
             "weight_decay": s.weight_decay,
         }
-        optimizer = LARS(groups, **options) if s.optimizer == "lars" else torch.optim.SGD(groups, **options)
+        optimizer = LARS(groups, **options) if s.name == "lars" else torch.optim.SGD(groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)
-        assert s.warmup_epochs is not None  # as resolved; narrows the type
-        warmup = round(steps * s.warmup_epochs / s.epochs)
+        warmup = round(steps * s.warmup_epochs / self.spec.epochs)
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -145,7 +149,7 @@ class ViewsModule(PretrainModule):
 class QueueModule(PretrainModule):
     """Anchors from the trained encoder, keys from its moving average, as in MoCo.
 
-    The weight of the past in the average rises from `settings.momentum_encoder` to 1 on half a cosine over the
+    The weight of the past in the average rises from `momentum` to 1 on half a cosine over the
     training, as in MoCo v3; the queue starts with random directions. Batch norm sees the batch as it is, without MoCo's
     shuffling over devices: on GPUs its statistics are those of all devices, and MoCo v3 does without as well.
 
@@ -154,11 +158,16 @@ class QueueModule(PretrainModule):
     """
 
     def __init__(
-        self, backbone: nn.Module, features: int, loss: ContrastiveLoss, settings: PretrainSettings, num_classes: int
+        self,
+        backbone: nn.Module,
+        features: int,
+        loss: ContrastiveLoss,
+        spec: RunSpec,
+        num_classes: int,
+        momentum: float,
     ) -> None:
-        super().__init__(backbone, features, loss, settings, num_classes)
-        assert settings.momentum_encoder is not None  # as resolved; narrows the type
-        self.momentum = check_fraction("momentum_encoder", settings.momentum_encoder)
+        super().__init__(backbone, features, loss, spec, num_classes)
+        self.momentum = check_fraction("momentum_encoder", momentum)
         copies = training.momentum_copies(self.backbone, self.projection_head)
         self.key_backbone, self.key_projection_head = copies
 
@@ -187,10 +196,6 @@ class QueueModule(PretrainModule):
             images = views[1].to(next(self.key_backbone.parameters()).dtype)
             keys = _project(self.key_backbone, self.key_projection_head, images)
         return anchors, keys
-
-
-# By whether a recipe has a queue.
-MODULES: dict[bool, type[PretrainModule]] = {False: ViewsModule, True: QueueModule}
 
 
 def _project(backbone: nn.Module, head: nn.Module, images: Tensor) -> Tensor:

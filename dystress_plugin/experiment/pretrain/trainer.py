@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -21,6 +20,7 @@ from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.pretrain.callbacks import EpochTable, SeedEveryEpoch
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import HardwareSpec, RunSpec, part
 
 # What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved, and loading
 # in the process itself.
@@ -32,27 +32,33 @@ HOST_NOISE = (
 )
 
 
-def make_loaders(
-    settings: PretrainSettings, data: Data, image_size: int, trainer: Trainer
-) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
+Loaders: TypeAlias = "tuple[DataLoader[Any], list[DataLoader[Any]]]"
+
+
+def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
     """The loader of views to train on, and those of plain images for the kNN."""
+    batch_size, image_size = spec.data.batch_size, spec.model.image_size
     common: dict[str, Any] = {
-        "num_workers": settings.num_workers,
-        "persistent_workers": settings.num_workers > 0,
+        "num_workers": spec.data.num_workers,
+        "persistent_workers": spec.data.num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
         # Or every new iterator would take a number from the generator that dropout draws from.
         "generator": OwnGenerator(),
     }
-    views = Views(data.train, view_transform(settings, data, image_size), settings.seed)
+    views = Views(data.train, view_transform(spec.augmentation, image_size, data.normalize), spec.seed)
     # Not shuffle=True: the order of a resumed run must not depend on what was drawn before. Lightning sets the epoch.
-    order = EpochOrder(views, trainer.world_size, trainer.global_rank, shuffle=True, seed=settings.seed)
-    train = DataLoader(views, settings.batch_size, sampler=order, drop_last=True, **common)
+    order = EpochOrder(views, trainer.world_size, trainer.global_rank, shuffle=True, seed=spec.seed)
+    train = DataLoader(views, batch_size, sampler=order, drop_last=True, **common)
     plain = plain_transform(image_size, data.normalize)
-    return train, [DataLoader(Views(part, plain), settings.batch_size, **common) for part in (data.train, data.test)]
+    return train, [DataLoader(Views(images, plain), batch_size, **common) for images in (data.train, data.test)]
 
 
 def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
-    """Lightning's Trainer with all callbacks and loggers of a run; writes nothing."""
+    """Lightning's Trainer with all callbacks and loggers of a run; writes nothing.
+
+    It comes before all is resolved, as the learning rate depends on its devices. What loggers record of the run the
+    module tells them.
+    """
     callbacks: list[Callback] = [
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
@@ -63,7 +69,7 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
     if settings.progress:
         callbacks.append(TQDMProgressBar())
     return build_trainer(
-        settings,
+        part(HardwareSpec, settings),
         max_epochs=settings.epochs,
         sync_batchnorm=settings.accelerator != "cpu" and torch.cuda.is_available(),
         callbacks=callbacks,
@@ -99,5 +105,5 @@ def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:
     if settings.wandb != "off":
         name = f"{settings.method}-{settings.data}-{settings.seed}"
         offline = settings.wandb == "offline"
-        loggers.append(WandbLogger(name, out, offline=offline, project=settings.wandb_project, config=asdict(settings)))
+        loggers.append(WandbLogger(name, out, offline=offline, project=settings.wandb_project))
     return loggers

@@ -72,7 +72,7 @@ def write(
     missing = dict.fromkeys(f.name for f in folders if not (f / "summary.json").exists()) if failures is None else {}
     runs = in_order(runs)
     check_together(runs)
-    check_outside(out, runs[0].settings.data)
+    check_outside(out, runs[0].settings.data.name)
     first_seed = min(run.settings.seed for run in runs)
     rows = [row for run in runs for row in rows_of(run, score_run(run.folder, names, with_map=_mapped(run, runs)))]
     for run in one_per(runs, lambda run: run.settings.seed):

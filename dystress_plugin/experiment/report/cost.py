@@ -12,7 +12,6 @@ from statistics import median, quantiles
 
 import torch
 
-from dystress_plugin import recipes
 from dystress_plugin.experiment.data.datasets import load_for_run
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.io.tables import write_table
@@ -83,13 +82,11 @@ def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
     settings = {name: read_config(run / "config.yaml") for name, run in runs.items()}
     name, some = next(iter(settings.items()))
     data = load_for_run(runs[name], some).data
-    device = "cuda" if some.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
-    size = some.image_size or data.image_size
-    modules = {
-        name: build_module(run, recipes.recipe(run.method), data, size).to(device) for name, run in settings.items()
-    }
-    views = [torch.randn(some.batch_size, 3, size, size, device=device) for _ in range(2)]
-    index = torch.arange(some.batch_size, device=device)
+    device = "cuda" if some.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
+    size, batch = some.model.image_size, some.data.batch_size
+    modules = {name: build_module(run, data).to(device) for name, run in settings.items()}
+    views = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
+    index = torch.arange(batch, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     started = time.perf_counter()
     for number in range(WARM_UP + ROUNDS[1]):

@@ -87,12 +87,13 @@ def _groups(rows: Sequence[Row]) -> list[str]:
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:
     s = runs[0].settings
-    tail = f", long tail {s.long_tail:g} ({s.long_tail_profile})" if s.long_tail is not None else ""
+    d = s.data
+    tail = f", long tail {d.long_tail:g} ({d.long_tail_profile})" if d.long_tail is not None else ""
     return {
-        "data": s.data + tail + (f", indices {s.indices}" if s.indices else ""),
-        "backbone": f"{s.backbone}, {s.image_size} px",
+        "data": d.name + tail + (f", indices {d.indices}" if d.indices else ""),
+        "backbone": f"{s.model.backbone}, {s.model.image_size} px",
         "epochs": str(s.epochs),
-        "batch": str(s.batch_size),
-        "optimizer": f"{s.optimizer}, lr {s.lr:g}",
+        "batch": str(d.batch_size),
+        "optimizer": f"{s.optimizer.name}, lr {s.optimizer.lr:g}",
         "seeds": ", ".join(map(str, sorted({run.settings.seed for run in runs}))),
     }

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from dystress_plugin import recipes
 from dystress_plugin.experiment.evaluate.scores import Score
 from dystress_plugin.experiment.io.config import comparable, read_config
-from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
 from dystress_plugin.temperature import Constant
 
 UNTRAINED = "untrained"
@@ -32,7 +32,7 @@ class Run:
     """
 
     folder: Path
-    settings: PretrainSettings
+    settings: RunSpec
     versions: Mapping[str, str]
 
     @cached_property
