@@ -40,10 +40,10 @@ def callback(
         ValueError: for a number that is not positive; when training starts, for a module without `ContrastiveLoss`.
         ImportError: if there is no Lightning.
     """
+    check_count("every_n_steps", every_n_steps)
+    check_count("max_images", max_images)
     loaded = [name for name in HOSTS if name in sys.modules]
-    made: Any = _callback_class(*(loaded or _installed_host()))(
-        path, check_count("every_n_steps", every_n_steps), check_count("max_images", max_images)
-    )
+    made: Any = _callback_class(*(loaded or _installed_host()))(path, every_n_steps, max_images)
     return made
 
 
