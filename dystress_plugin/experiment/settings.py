@@ -111,6 +111,14 @@ class PretrainSettings:
         200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
     )
     knn_t: float = option(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    protocols: list[str] = option(
+        [], "how the trained backbone is scored as well, into protocols.csv; as for `dystress report`", once=True
+    )
+    map: bool = option(False, "also a t-SNE map of the test images, into map.csv")
+    arm: str | None = option(None, "its name in a report; null: the method, and what differs from its defaults")
+    family: str | None = option(
+        None, "whose fixed temperatures a report compares it with; null: what follows the method's underscore"
+    )
     gather_distributed: bool = option(True, "compare with the batches of all devices")
 
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)

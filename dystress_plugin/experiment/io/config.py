@@ -18,10 +18,10 @@ from dystress_plugin.experiment.settings import PretrainSettings, output_folder
 
 def comparable(settings: PretrainSettings) -> dict[str, Any]:
     """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
-    nor where CIFAR, which is the same everywhere, comes from.
+    nor where CIFAR, which is the same everywhere, comes from, nor how the result is scored and called.
     """
     values = asdict(settings)
-    for key in ("out", "data_root", "download"):
+    for key in ("out", "data_root", "download", "protocols", "map", "arm", "family"):
         del values[key]
     indices = None if settings.indices is None else places.place(settings.indices)
     return values | {"data": places.place(settings.data), "indices": indices}

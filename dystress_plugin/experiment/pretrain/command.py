@@ -16,7 +16,14 @@ from dystress_plugin.experiment import hardware, places
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data import scan
 from dystress_plugin.experiment.data.datasets import Data
-from dystress_plugin.experiment.evaluate.features import evaluate
+from dystress_plugin.experiment.evaluate.protocols import protocol
+from dystress_plugin.experiment.evaluate.scores import (
+    features_of,
+    pool_for,
+    read_untrained,
+    score_features,
+    score_run,
+)
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
 from dystress_plugin.experiment.keys import checked
@@ -39,6 +46,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         SystemExit: after SIGTERM, with status 143.
     """
     settings = checked(settings)
+    for name in settings.protocols:
+        protocol(name)
     recipe = recipes.recipe(settings.method)
     out = output_folder(settings)
     with resumable(out) as progress:
@@ -47,7 +56,10 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         trainer = make_trainer(settings, out)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
-            return _run(settings, recipe, trainer, out, progress)
+            summary = _run(settings, recipe, trainer, out, progress)
+        if trainer.global_rank == 0:  # a run that had finished may not have been scored by all of them
+            score_run(out, settings.protocols, with_map=settings.map)
+        return summary
 
 
 def _run(
@@ -75,11 +87,9 @@ def _run(
         "image_size": image_size,
         "batch_size": settings.batch_size,
         "num_workers": settings.num_workers,
-        "knn_k": settings.knn_k,
-        "knn_t": settings.knn_t,
     }
     if trainer.global_rank == 0:
-        untrained = _untrained(out / "untrained.json", module, data, options)
+        untrained = _untrained(out, module, data, settings, options)
     loaders = make_loaders(settings, data, image_size, trainer)
     # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
     module = trainer.precision_plugin.convert_module(module)
@@ -102,8 +112,14 @@ def _run(
 
     device = str(module.device)
     module.float()
-    trained = evaluate(module.backbone, data, device=device, **options)
+    without = scan.left_out if scan is not None else ()
+    pool = pool_for(settings, settings.protocols, lambda: data_module.load_for(settings, without=without, whole=True))
+    features = features_of(module.backbone, data, device=device, pool=pool, **options)
+    trained = score_features(
+        features, settings.protocols, knn_k=settings.knn_k, knn_t=settings.knn_t, with_map=settings.map
+    )
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
+    trained.write(out)
     (out / "figures").mkdir(exist_ok=True)
     figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title)
     loaders[0].sampler.set_epoch(settings.epochs - 1)  # type: ignore[attr-defined]  # also where nothing was left to train
@@ -114,7 +130,7 @@ def _run(
         "data": settings.data,
         "seed": settings.seed,
         "epochs": settings.epochs,
-        **trained,
+        **trained.top1,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -135,11 +151,14 @@ def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:
     )
 
 
-def _untrained(path: Path, module: PretrainModule, data: Data, options: dict[str, Any]) -> dict[str, Any]:
+def _untrained(
+    out: Path, module: PretrainModule, data: Data, settings: PretrainSettings, options: dict[str, Any]
+) -> dict[str, float]:
     """The accuracies before training, which a resumed run has no need to measure again."""
-    if path.exists():
-        return files.read_json(path)
-    accuracies = evaluate(module.backbone, data, device="cpu", **options)
+    if (found := read_untrained(out, settings)) is not None:
+        return found
+    features = features_of(module.backbone, data, device="cpu", **options)
     module.backbone.train()
-    files.write_text(path, json.dumps(accuracies) + "\n")
-    return accuracies
+    measured = score_features(features, knn_k=settings.knn_k, knn_t=settings.knn_t)
+    measured.write_untrained(out, settings)
+    return measured.top1

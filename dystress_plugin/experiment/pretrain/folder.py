@@ -11,12 +11,17 @@ from omegaconf import OmegaConf
 
 from dystress_plugin import __version__
 from dystress_plugin.experiment.data import scan, selection
+from dystress_plugin.experiment.evaluate.scores import UNTRAINED_FILES
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.config import comparable, read_config, recorded, recorded_settings
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.settings import PretrainSettings
 
 VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "scikit-learn", "numpy")
+
+# What an interruption leaves before config.yaml is there, a scan that found bad images, and what `dystress compare`
+# puts there for all runs of a seed.
+BEFORE = {"config.yaml", scan.RECORD, lock.NAME, *UNTRAINED_FILES}
 
 
 def open_run(out: Path, settings: PretrainSettings, module: PretrainModule, last: Path) -> dict[str, Any] | None:
@@ -28,8 +33,7 @@ def open_run(out: Path, settings: PretrainSettings, module: PretrainModule, last
             return files.read_json(out / "summary.json")
         if last.exists():
             _check_checkpoint(last, module)
-    # What an interruption leaves before config.yaml is there, and a scan that found bad images.
-    elif out.exists() and {path.name for path in out.iterdir()} - {"config.yaml.part", scan.RECORD, lock.NAME}:
+    elif out.exists() and {path.name.removesuffix(".part") for path in out.iterdir()} - BEFORE:
         raise ValueError(f"out={out} is not empty and holds no run of this command. Choose another out.")
     files.check_room(out, module, have=int(last.exists()))
     if not config.exists():
