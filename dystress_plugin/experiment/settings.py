@@ -117,7 +117,7 @@ class PretrainSettings:
     map: bool = option(False, "also a t-SNE map of the test images, into map.csv")
     arm: str | None = option(None, "its name in a report; null: the method, and what differs from its defaults")
     family: str | None = option(
-        None, "whose fixed temperatures a report compares it with; null: what follows the method's underscore"
+        None, "the method whose fixed temperatures a report compares it with; null: simclr with its underscore's word"
     )
     gather_distributed: bool = option(True, "compare with the batches of all devices")
 
@@ -232,6 +232,7 @@ class CompareSettings:
         at_most=1_000_000_000,
     )
     progress: bool = option(True, "show a progress bar over all runs")
+    plan: bool = option(False, "train nothing; print a shell line for each run, and a last one for the report")
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""
@@ -252,6 +253,7 @@ class ReportSettings:
         some=True,
         once=True,
     )
+    cost: bool = option(False, "measure what a training step of each method costs, into cost.csv beside the report")
 
 
 @dataclass

@@ -34,7 +34,9 @@ UNTRAINED = "untrained_"  # before the names of the files that are of the backbo
 
 UNTRAINED_TOP1 = "untrained.json"
 
-UNTRAINED_FILES = (UNTRAINED_TOP1, f"{UNTRAINED}{TABLE}", f"{UNTRAINED}{MAP}")
+UNTRAINED_TABLE = f"{UNTRAINED}{TABLE}"
+
+UNTRAINED_FILES = (UNTRAINED_TOP1, UNTRAINED_TABLE, f"{UNTRAINED}{MAP}")
 
 # The settings that the scores of the untrained backbone depend on.
 OF_THE_START = (
@@ -142,7 +144,7 @@ def score_features(
     knn, linear = (next(s for s in found if (s.protocol, s.group) == (name, "all")) for name in (own.name, "linear"))
     # A share of whole images, as after every epoch: equal to the last digit.
     top1 = {"knn_top1": 100 * round(knn.value * knn.n / 100) / knn.n, "linear_top1": linear.value}
-    chosen = [each for each in found if each.protocol in names]
+    chosen = [each for name in names for each in found if each.protocol == name]
     return Scores(top1, chosen, _map(features) if with_map else None)
 
 
@@ -213,6 +215,23 @@ def untrained_backbone(settings: PretrainSettings) -> nn.Module:
     return build_backbone(settings.backbone, settings.image_size)[0]
 
 
+def score_start(
+    settings: PretrainSettings, data: Data, names: Sequence[str], *, pool: Images | None, with_map: bool
+) -> Scores:
+    """Scores of what a run with these settings, as `resolve` leaves them, starts from; `pool` as of `pool_for`."""
+    assert settings.image_size is not None  # as resolved; narrows the type
+    features = features_of(
+        untrained_backbone(settings),
+        data,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        device=_device(settings),
+        pool=pool,
+    )
+    return score_features(features, names, knn_k=settings.knn_k, knn_t=settings.knn_t, with_map=with_map)
+
+
 def features_of_run(backbone: nn.Module, run: Path, settings: PretrainSettings, names: Iterable[str]) -> Features:
     """The features of a run's data, and of the pool where one of the protocols draws from it."""
     assert settings.image_size is not None  # as above
@@ -222,8 +241,7 @@ def features_of_run(backbone: nn.Module, run: Path, settings: PretrainSettings, 
         image_size=settings.image_size,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        # A run from a GPU may be scored where there is none.
-        device=torch_device("cpu" if settings.accelerator == "cpu" else "auto"),
+        device=_device(settings),
         pool=pool_for(settings, names, lambda: load_for_run(run, settings, whole=True).data),
     )
 
@@ -237,9 +255,9 @@ def read(table: Path) -> list[Score]:
         ]
 
 
-def is_scored(run: Path, names: Iterable[str], *, with_map: bool, prefix: str = "") -> bool:
-    """Whether a run has been scored by all these protocols."""
-    return not _missing(run, prefix, names, with_map)
+def is_scored(run: Path, names: Iterable[str], with_map: bool) -> bool:
+    """Whether a run has been scored by all these protocols, and has a map if one is wanted."""
+    return not _missing(run, "", names, with_map)
 
 
 def _missing(run: Path, prefix: str, names: Iterable[str], with_map: bool) -> list[str]:
@@ -282,6 +300,11 @@ def _current(path: Path, prefix: str) -> bool:
         return path.exists()
     weights = path.parent / "backbone.pt"
     return weights.exists() and path.stat().st_mtime >= weights.stat().st_mtime
+
+
+def _device(settings: PretrainSettings) -> str:
+    # A run from a GPU may be scored where there is none.
+    return torch_device("cpu" if settings.accelerator == "cpu" else "auto")
 
 
 def _write_scores(table: Path, scores: Iterable[Score]) -> None:
