@@ -141,10 +141,14 @@ def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _compare(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.compare.command import command_line, compare
+    from dystress_plugin.experiment.compare.command import command_line, compare, shell_plan
     from dystress_plugin.experiment.compare.plan import parse_compare
 
-    return dict(compare(*parse_compare(tokens), command_line(tokens)))
+    settings, common = parse_compare(tokens)
+    if settings.plan:
+        print("\n".join(shell_plan(settings, common)))
+        return {}
+    return dict(compare(settings, common, command_line(tokens)))
 
 
 def _report(tokens: Sequence[str]) -> dict[str, Any]:

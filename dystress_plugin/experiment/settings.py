@@ -111,6 +111,14 @@ class PretrainSettings:
         200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
     )
     knn_t: float = option(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    protocols: list[str] = option(
+        [], "how the trained backbone is scored as well, into protocols.csv; as for `dystress report`", once=True
+    )
+    map: bool = option(False, "also a t-SNE map of the test images, into map.csv")
+    arm: str | None = option(None, "its name in a report; null: the method, and what differs from its defaults")
+    family: str | None = option(
+        None, "the method whose fixed temperatures a report compares it with; null: simclr with its underscore's word"
+    )
     gather_distributed: bool = option(True, "compare with the batches of all devices")
 
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
@@ -212,6 +220,7 @@ class CompareSettings:
         at_most=1_000_000_000,
     )
     progress: bool = option(True, "show a progress bar over all runs")
+    plan: bool = option(False, "train nothing; print a shell line for each run, and a last one for the report")
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""
@@ -232,6 +241,7 @@ class ReportSettings:
         some=True,
         once=True,
     )
+    cost: bool = option(False, "measure what a training step of each method costs, into cost.csv beside the report")
 
 
 @dataclass

@@ -107,10 +107,12 @@ class HardwareSpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """The weighted kNN."""
+    """The weighted kNN, and by what else the trained backbone is scored."""
 
     knn_k: int
     knn_t: float
+    protocols: list[str]
+    map: bool
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class RunSpec:
         method_kwargs: every parameter of the method's temperature; None where that itself means something.
         out: the folder of the results.
         queue: None for a method without one.
+        arm: its name in a comparison; None outside of one.
+        family: the method of the constants it is compared to; None outside of a comparison.
     """
 
     method: str
@@ -148,6 +152,8 @@ class RunSpec:
     hardware: HardwareSpec
     evaluation: EvaluationSpec
     logging: LoggingSpec
+    arm: str | None = None
+    family: str | None = None
 
     @classmethod
     def of(cls, settings: PretrainSettings) -> RunSpec:
@@ -171,6 +177,8 @@ class RunSpec:
             hardware=part(HardwareSpec, settings),
             evaluation=part(EvaluationSpec, settings),
             logging=part(LoggingSpec, settings),
+            arm=settings.arm,
+            family=settings.family,
         )
 
     def flat(self) -> dict[str, Any]:

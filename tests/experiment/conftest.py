@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from dystress_plugin.cli import main
+from dystress_plugin.experiment.evaluate.scores import Scores
 from dystress_plugin.experiment.pretrain import command as pretrain
 
 
@@ -45,6 +46,8 @@ def tiny(images, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs without what comes before and after the training: accuracies and figures."""
-    monkeypatch.setattr(pretrain, "evaluate", lambda *args, **kwargs: {"knn_top1": 50.0, "linear_top1": 50.0})
+    half = Scores({"knn_top1": 50.0, "linear_top1": 50.0}, [], None)
+    monkeypatch.setattr(pretrain, "features_of", lambda *args, **kwargs: None)
+    monkeypatch.setattr(pretrain, "score_features", lambda *args, **kwargs: half)
     monkeypatch.setattr(pretrain.figures, "curves", lambda *args: None)
     monkeypatch.setattr(pretrain.figures, "profile", lambda *args: None)

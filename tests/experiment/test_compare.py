@@ -2,10 +2,12 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +17,16 @@ from dystress_plugin.cli import main
 from dystress_plugin.experiment.compare import command as module
 from dystress_plugin.experiment.compare.plan import Arm, parse_compare, plan
 from dystress_plugin.experiment.compare.workers import Workers, tokens
+from dystress_plugin.experiment.data.datasets import load_for
+from dystress_plugin.experiment.evaluate import scores
+from dystress_plugin.experiment.evaluate.scores import features_of
 from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.pretrain import command as pretraining
+from dystress_plugin.experiment.pretrain.command import pretrain
+from dystress_plugin.experiment.pretrain.resolve import resolve
+from dystress_plugin.experiment.report import cost
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
+from dystress_plugin.recipes import recipe
 
 
 def names(**settings):
@@ -77,7 +87,7 @@ def test_a_method_can_be_compared_with_itself():
     ],
 )
 def test_bad_settings_stop_before_any_training(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "pretrain", lambda run: pytest.fail("trained"))
+    monkeypatch.setattr(module, "Workers", lambda *args: pytest.fail("trained"))
     assert main(["compare", *arguments, f"out={tmp_path / 'cmp'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cmp" / "runs").exists()
@@ -100,6 +110,23 @@ def command(tiny, **settings):
     chosen = common | {"epochs": 1, "progress": "false", "protocols": "[weighted_knn,knn_1]"}
     chosen |= {"methods": "[simclr,dystress]", "seeds": "[0,1]", "constants": "[0.2]"} | settings
     return ["compare", *(f"{key}={value}" for key, value in chosen.items())]
+
+
+class InProcess(Workers):
+    """Trains in this process, where a test sees what happens."""
+
+    before = staticmethod(lambda run: None)
+
+    def train(self, run):
+        if self.stopped:
+            return
+        try:
+            self.before(run)
+            pretrain(run)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.stop()  # as in a power cut, after which nothing else begins
+            raise
 
 
 class Page(HTMLParser):
@@ -131,22 +158,22 @@ class Page(HTMLParser):
 def test_compare_trains_scores_and_reports_and_only_what_is_missing(tiny, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cmp"
     trained = []
-    pretrain = module.pretrain
 
     def counted(run):
         trained.append(Path(run.out).name)
         if trained[-1] == "dystress-1" and trained.count("dystress-1") == 1:
             raise SystemExit("power cut")
-        return pretrain(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "pretrain", counted)
+        patch.setattr(InProcess, "before", staticmethod(counted))
+        patch.setattr(module, "Workers", InProcess)
         with pytest.raises(SystemExit, match="power cut"):
             main(command(tiny, out=out))
         done = ["simclr-0", "dystress-0", "constant-0.2-0", "simclr-1"]
         assert trained == [*done, "dystress-1"]
         times = {name: (out / "runs" / name / "backbone.pt").stat().st_mtime_ns for name in done}
         assert main(command(tiny, out=out)) == 0
+        assert trained == [*done, "dystress-1", "dystress-1", "constant-0.2-1"]
     assert {name: (out / "runs" / name / "backbone.pt").stat().st_mtime_ns for name in done} == times
     assert sorted(path.name for path in (out / "runs").iterdir()) == sorted([*done, "dystress-1", "constant-0.2-1"])
     capsys.readouterr()
@@ -197,16 +224,13 @@ def test_compare_trains_scores_and_reports_and_only_what_is_missing(tiny, tmp_pa
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_reported(tiny, tmp_path, capsys, monkeypatch):
-    pretrain = module.pretrain
-
     def failing(run):
         if run.method == "dystress":
-            Path(run.out).mkdir(parents=True, exist_ok=True)
             (Path(run.out) / "config.yaml").touch()
             raise RuntimeError("loss is not finite")
-        return pretrain(run)
 
-    monkeypatch.setattr(module, "pretrain", failing)
+    monkeypatch.setattr(InProcess, "before", staticmethod(failing))
+    monkeypatch.setattr(module, "Workers", InProcess)
     assert main(command(tiny, out=tmp_path / "cmp", seeds="[0]", constants="[]")) == 2
     error = capsys.readouterr().err
     assert "1 of 2 runs failed" in error
@@ -214,6 +238,97 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(tiny, tmp_path, c
     text = (tmp_path / "cmp" / "report.html").read_text()
     assert "loss is not finite" in text
     assert "Only fixed temperatures were compared." in text
+
+
+def test_features_are_extracted_once_for_each_run_and_once_for_each_seed(tiny, tmp_path, monkeypatch):
+    extracted, measured = [], []
+
+    def counted(*args, **rest):
+        extracted.append(1)
+        return features_of(*args, **rest)
+
+    for place in (scores, pretraining):  # each knows it by a name of its own
+        monkeypatch.setattr(place, "features_of", counted)
+    monkeypatch.setattr(cost, "_measure", lambda arms: measured.append(list(arms)) or {arm: [1.0] * 5 for arm in arms})
+    monkeypatch.setattr(module, "Workers", InProcess)
+    out = tmp_path / "cmp"
+    settings = {"out": out, "long_tail": 0.4, "protocols": "[weighted_knn,linear,few_shot_1]"}
+    assert main(command(tiny, **settings)) == 0
+    runs = [f"{name}-{seed}" for seed in (0, 1) for name in ("simclr", "dystress", "constant-0.2")]
+    assert sorted(path.name for path in (out / "runs").iterdir()) == sorted(runs)
+    assert len(extracted) == len(runs) + 2
+    assert measured == [["dystress", "simclr"]]
+    for seed in (0, 1):  # what one of them would have found by itself
+        own = [out / "runs" / name for name in runs if name.endswith(f"-{seed}")]
+        summaries = [json.loads((run / "summary.json").read_text()) for run in own]
+        (start,) = {(its["untrained_knn_top1"], its["untrained_linear_top1"]) for its in summaries}
+        alone = tmp_path / f"alone-{seed}"
+        single = tiny | {"out": alone, "epochs": 1, "seed": seed, "long_tail": 0.4}
+        assert main(["pretrain", *(f"{key}={value}" for key, value in single.items())]) == 0
+        summary = json.loads((alone / "summary.json").read_text())
+        assert start == (summary["untrained_knn_top1"], summary["untrained_linear_top1"])
+
+    # Another protocol is one more for each run; the page alone, and a comparison that is complete, are none.
+    del extracted[:]
+    assert main(command(tiny, **settings)) == 0
+    assert main(["report", str(out), f"protocols={settings['protocols']}"]) == 0
+    assert (extracted, len(measured)) == ([], 1)
+    assert main(command(tiny, **settings | {"protocols": "[linear,knn_1]"})) == 0
+    assert len(extracted) == len(runs) + 2
+
+
+def test_what_was_laid_for_another_start_is_not_believed(tiny, tmp_path):
+    run = PretrainSettings(**tiny | {"progress": False, "epochs": 1})
+    data = load_for(run)
+    start = resolve(run, recipe(run.method), data, 1)
+    laid = scores.Scores({"knn_top1": 12.5, "linear_top1": 25.0}, [scores.Score("knn_1", "all", 1.0, 6, 18)], None)
+    for name, seed in (("same", 0), ("other", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        laid.write_untrained(folder, start)
+        summary = pretrain(replace(run, out=str(folder), seed=seed))
+        believed = summary["untrained_knn_top1"] == 12.5 and summary["untrained_linear_top1"] == 25.0
+        assert believed == (name == "same")
+        assert (folder / "untrained_protocols.csv").exists() == (name == "same")
+
+
+def test_a_plan_is_lines_that_give_the_same_table_and_train_nothing_themselves(tiny, tmp_path, capsys):
+    out = tmp_path / "a plan's"
+    arguments = {"methods": "[macl]", "seeds": "[0]", "protocols": "[weighted_knn,knn_1]"}
+    assert main(command(tiny, out=tmp_path / "cmp", **arguments)) == 0
+    capsys.readouterr()
+    assert main(command(tiny, out=out, plan="true", **arguments)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not list(out.rglob("config.yaml"))
+    assert [shlex.split(line)[:2] for line in lines] == [*[["dystress", "pretrain"]] * 2, ["dystress", "report"]]
+    for line in lines:
+        words = shlex.split(line)
+        subprocess.run([sys.executable, "-m", "dystress_plugin.cli", *words[1:]], check=True, timeout=300)
+    assert (out / "results.csv").read_text() == (tmp_path / "cmp" / "results.csv").read_text()
+    assert [path.name for path in sorted(out.glob("*.*"))] == ["cost.csv", "images.json", "report.html", "results.csv"]
+
+
+def test_a_report_without_a_cost_says_how_to_measure_it(tiny, tmp_path, capsys):
+    assert main(["pretrain", *(f"{key}={value}" for key, value in (tiny | {"epochs": 1, "arm": "mine"}).items())]) == 0
+    assert main(["report", tiny["out"], "protocols=[knn_1]", f"out={tmp_path / 'page'}"]) == 0
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "Not measured: <code>dystress report</code> does it with <code>cost=true</code>." in page
+    assert not (tmp_path / "page" / "cost.csv").exists()
+    with (tmp_path / "page" / "results.csv").open() as file:
+        assert {row["name"] for row in csv.DictReader(file)} == {"mine", "untrained"}
+
+
+def test_a_comparison_that_is_asked_to_end_ends_its_processes(tiny, tmp_path):
+    arguments = command(tiny, out=tmp_path / "cmp", methods="[simclr]", seeds="[0]", constants="[]", epochs=100_000)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "dystress_plugin.cli", *arguments], stdout=log, stderr=log)
+    metrics = tmp_path / "cmp" / "runs" / "simclr-0" / "metrics.csv"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in (tmp_path / "cmp" / "logs" / "simclr-0.log").read_text()
 
 
 def test_jobs_are_processes_that_a_killed_comparison_leaves_and_the_next_one_waits_for(tiny, tmp_path):

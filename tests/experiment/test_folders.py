@@ -398,9 +398,12 @@ def spellings(root):
 
 def sizes(monkeypatch):
     """Instead of accuracies the numbers of images."""
-    monkeypatch.setattr(
-        evaluation, "evaluate", lambda _, data, **rest: {"train": len(data.train.labels), "test": len(data.test.labels)}
-    )
+
+    def number(_, data, **rest):
+        return {"train": len(data.train.labels), "test": len(data.test.labels)}
+
+    monkeypatch.setattr(evaluation, "features_of", number)
+    monkeypatch.setattr(evaluation, "score_features", lambda features, **rest: scores.Scores(features, [], None))
 
 
 def test_evaluate_leaves_out_the_same_whatever_the_spelling(project, monkeypatch, capsys):
@@ -438,7 +441,7 @@ def test_protocols_and_cost_find_the_data_from_everywhere(project, monkeypatch, 
     run = project / "runs" / "x"
     settings = read_config(run / "config.yaml")
     backbone = features.trained_backbone(run)[1]
-    its = scores.features_of(backbone, settings, run)
+    its = scores.features_of_run(backbone, run, settings, ["few_shot_1"])
     own = load_for_run(run, settings)
     assert own.own
     assert (

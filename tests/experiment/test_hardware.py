@@ -66,7 +66,7 @@ def test_a_run_in_bfloat16_that_an_older_version_left_without_its_accuracies_get
     untrained = {"knn_top1": 50.0, "linear_top1": 50.0}
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "_untrained", lambda *args: untrained)
-        patch.setattr(pretrain, "evaluate", lambda *args, **kwargs: stop())
+        patch.setattr(pretrain, "features_of", lambda *args, **kwargs: stop())
         with pytest.raises(SystemExit):
             dystress("pretrain", settings)
     checkpoint = torch.load(last(tiny["out"]), weights_only=True)

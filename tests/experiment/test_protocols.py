@@ -32,7 +32,7 @@ NAMES = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot
 
 
 def test_every_protocol_gets_separated_classes_right_and_says_of_how_many_images():
-    scores = score(features(), NAMES)
+    scores = score(features(), map(protocol, NAMES))
     whole = {each.protocol: each for each in scores if each.group == "all"}
     assert list(whole) == NAMES
     assert {each.value for each in whole.values()} == {100.0}
@@ -60,7 +60,9 @@ def test_knn_reports_the_mean_of_classes_and_the_weighted_knn_that_of_images(mon
     f = features()
     # 12 images of class 0, 2 of class 1; only class 0 is right.
     f = replace(f, test=f.test[[0] * 14], labels=torch.tensor([0] * 12 + [1] * 2))
-    whole = {s.protocol: s.value for s in score(f, ["weighted_knn", "knn_1", "linear"]) if s.group == "all"}
+    whole = {
+        s.protocol: s.value for s in score(f, map(protocol, ["weighted_knn", "knn_1", "linear"])) if s.group == "all"
+    }
     assert whole == pytest.approx({"weighted_knn": 100 * 12 / 14, "knn_1": 50.0, "linear": 100 * 12 / 14})
 
 
@@ -76,7 +78,7 @@ def test_few_shot_averages_draws_that_are_balanced_and_always_the_same():
     found = protocol("few_shot_2").classes(noisy)
     assert found.shape == (protocols.DRAWS, 30)
     assert len({tuple(draw) for draw in found.tolist()}) > 1
-    (whole,) = (s.value for s in score(noisy, ["few_shot_2"]) if s.group == "all")
+    (whole,) = (s.value for s in score(noisy, [protocol("few_shot_2")]) if s.group == "all")
     assert whole == pytest.approx(100 * float((found == noisy.labels).double().mean()))
 
 
@@ -102,7 +104,7 @@ def test_groups_are_thirds_by_frequency_and_the_counts_of_the_papers():
 
 def test_a_group_is_the_mean_of_its_classes():
     f = features(counts=(60, 6, 6), spread=0.6)
-    scores = {(s.protocol, s.group): s for s in score(f, ["weighted_knn"])}
+    scores = {(s.protocol, s.group): s for s in score(f, [protocol("weighted_knn")])}
     thirds = {"head": [0], "medium": [1], "tail": [2]}
     for group, classes in thirds.items():
         mean = np.mean([scores["weighted_knn", f"class {c}"].value for c in classes])
@@ -137,7 +139,7 @@ def test_the_scores_of_a_run_agree_with_its_summary_and_are_computed_once(tiny, 
         assert [names[int(place["class"])] for place in places] == [place["name"] for place in places]
 
     extracted = []
-    monkeypatch.setattr(scores, "features_of", lambda *a: extracted.append(a))
+    monkeypatch.setattr(scores, "features_of", lambda *a, **rest: extracted.append(a))
     for function, found in kept.items():
         again = function(run, ["weighted_knn", "linear"], with_map=True)
         assert [(s.protocol, s.group, s.n) for s in again] == [(s.protocol, s.group, s.n) for s in found]
@@ -150,6 +152,7 @@ def test_few_labels_of_a_long_tail_are_drawn_from_what_was_cut(tiny, tmp_path):
     assert main(["pretrain", *(f"{key}={value}" for key, value in settings.items())]) == 0
     run = tmp_path / "run"
     config = read_config(run / "config.yaml")
-    f = scores.features_of(scores.untrained_backbone(config), config, run)
+    backbone = scores.untrained_backbone(config)
+    f = scores.features_of_run(backbone, run, config, ["linear", "few_shot_10pct"])
     assert torch.bincount(f.train_labels).tolist() == [6, 2, 1]
     assert torch.bincount(f.pool_labels).tolist() == [6, 6, 6]

@@ -3,17 +3,24 @@ import re
 import statistics
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 
 from dystress_plugin.experiment.report import command, figures, records
 from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence
 from dystress_plugin.experiment.report.page import spread
-from dystress_plugin.experiment.report.records import Row
 from dystress_plugin.experiment.settings import ReportSettings
 
 
 def row(name, seed, value, protocol="linear", group="all", method=None):
-    return Row(name, method or name.partition("-")[0], None, None, None, seed, protocol, group, value, 10, 90)
+    about = {"name": name, "method": method or name.partition("-")[0], "seed": seed}
+    return about | {"protocol": protocol, "group": group, "value": value, "n": 10, "train_images": 90}
+
+
+def found(rows, constants, protocols):
+    """The differences, where the family of each arm is that of its method."""
+    families = {row["name"]: records.family(row["method"]) for row in rows}
+    return differences(pd.DataFrame(rows), families, constants, protocols)
 
 
 def table(values, protocol="linear"):
@@ -27,18 +34,18 @@ def table(values, protocol="linear"):
 
 def test_interval_is_students():
     values = [1.0, 2.0, 4.5]
-    mean, low, high = interval(values)
+    mean, low, high = interval([5.0, 5.0, 5.5], [4.0, 3.0, 1.0])
     # 4.303: the 97.5 % point of Student's t with 2 degrees of freedom, from any table
     half = 4.30265 * statistics.stdev(values) / math.sqrt(3)
     assert mean == 2.5
     assert (low, high) == pytest.approx((2.5 - half, 2.5 + half), rel=1e-5)
-    assert interval([3.0]) == (3.0, None, None)
-    assert interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
+    assert interval([3.0], [0.0]) == (3.0, None, None)
+    assert interval([3.0, 4.0], [1.0, 2.0]) == (2.0, 2.0, 2.0)
 
 
 def test_differences_are_paired_by_seed_with_the_best_constant():
     rows = table({"dystress": [90.0, 80.0, 70.0], "constant-0.1": [50, 50, 50], "constant-0.2": [89, 79, 69]})
-    first, second = differences(rows, {"constant-0.1": "", "constant-0.2": ""}, ["linear"])
+    first, second = found(rows, ["constant-0.1", "constant-0.2"], ["linear"])
     # Far less than the spread between seeds, but the same every time.
     assert (first.name, first.constant, first.seeds) == ("dystress", "constant-0.2", 3)
     assert (first.mean, first.low, first.high, first.verdict) == (1.0, 1.0, 1.0, "better")
@@ -47,8 +54,8 @@ def test_differences_are_paired_by_seed_with_the_best_constant():
 
 def test_only_common_seeds_are_paired():
     rows = table({"dystress": [90.0, 80.0], "constant-0.1": [88.0]})
-    (found,) = differences(rows, {"constant-0.1": ""}, ["linear"])
-    assert (found.seeds, found.mean, found.low) == (1, 2.0, None)
+    (one,) = found(rows, ["constant-0.1"], ["linear"])
+    assert (one.seeds, one.mean, one.low) == (1, 2.0, None)
 
 
 def test_a_queue_is_compared_with_the_constants_of_a_queue():
@@ -60,8 +67,8 @@ def test_a_queue_is_compared_with_the_constants_of_a_queue():
             ("constant_moco-0.1", 60.0, "simclr_moco"),
         )),
     ]  # fmt: skip
-    found = differences(rows, {"constant-0.1": "", "constant_moco-0.1": "moco"}, ["linear"])
-    assert {d.name: d.mean for d in found} == {"dystress": 10.0, "dystress_moco": 10.0}
+    its = found(rows, ["constant-0.1", "constant_moco-0.1"], ["linear"])
+    assert {d.name: d.mean for d in its} == {"dystress": 10.0, "dystress_moco": 10.0}
 
 
 def difference(low, high, protocol="linear"):

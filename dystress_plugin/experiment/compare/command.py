@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -18,15 +17,16 @@ from tqdm import tqdm
 from dystress_plugin import recipes
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.compare.plan import Arm, plan
-from dystress_plugin.experiment.compare.workers import Workers
-from dystress_plugin.experiment.data.datasets import load_for
+from dystress_plugin.experiment.compare.workers import Workers, shell_lines
+from dystress_plugin.experiment.data.datasets import Data, load_for
 from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.evaluate.scores import score_run
+from dystress_plugin.experiment.evaluate.scores import is_scored, pool_for, score_start
 from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.io.interruption import sigterm_exits
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
-from dystress_plugin.experiment.pretrain.command import pretrain, scan_images
+from dystress_plugin.experiment.pretrain.command import scan_images
 from dystress_plugin.experiment.pretrain.folder import check_settings
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
 from dystress_plugin.experiment.report.command import write as write_report
@@ -34,6 +34,20 @@ from dystress_plugin.experiment.settings import CompareSettings, PretrainSetting
 from dystress_plugin.experiment.spec import DataSpec, HardwareSpec, part
 
 LOOKS = 40  # of the diagnostics in a run, unless set
+
+
+class Prepared(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+        runs: seed by seed.
+        data: for each seed.
+        left_out: files in it that cannot be used.
+    """
+
+    runs: list[PretrainSettings]
+    data: dict[int, Data]
+    left_out: Collection[str]
 
 
 def compare(settings: CompareSettings, common: PretrainSettings, command: str = "") -> dict[str, str]:
@@ -48,29 +62,34 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
         ValueError: before any training, for settings that do not fit; or after it, where runs have failed.
     """
     settings, common = checked(settings), checked(common)
-    arms = plan(settings)
-    for name in settings.protocols:
-        protocol(name)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    devices = build_trainer(part(HardwareSpec, common), logger=False, enable_checkpointing=False).world_size
     out = Path(settings.out)
-    runs = _runs(settings, common, arms)
-    places.check_apart(out, common.data)
     with alone(out, wait=True) as lock:
-        _prepare(settings, runs, len(arms), devices)
+        prepared = _prepare(settings, common)
+        runs = prepared.runs
         files.write_text(out / "compare.yaml", OmegaConf.to_yaml({"command": command, "settings": asdict(settings)}))
-        with _bar(runs, settings.progress):
-            failures = _work(settings, runs, lock)
-        finished = [Path(run.out or "") for run in runs if _finished(run)]
+        _lay_untrained(settings, prepared)
+        failures = _work(settings, runs, lock)
+        finished = [Path(run.out or "") for run in runs if _finished(run) and Path(run.out or "").name not in failures]
         if not finished:
             raise ValueError(f"All {len(runs)} runs failed: {_lines(failures)}")
-        paths = write_report(finished, out, settings.protocols, failures=failures)
+        paths = write_report(finished, out, settings.protocols, failures, measure_cost=True)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries them again, and {paths['report']} "
             f"is of the others: {_lines(failures)}"
         )
     return paths
+
+
+def shell_plan(settings: CompareSettings, common: PretrainSettings) -> list[str]:
+    """A line for the shell for each run, and a last one for the report, that together do what `compare` does.
+
+    Raises:
+        ValueError: for settings that do not fit.
+    """
+    settings, common = checked(settings), checked(common)
+    with alone(Path(settings.out), wait=True):
+        return shell_lines(settings, _prepare(settings, common).runs)
 
 
 def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Arm]) -> list[PretrainSettings]:
@@ -86,6 +105,10 @@ def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Ar
                 seed=seed,
                 out=str(Path(settings.out, "runs", f"{arm.name}-{seed}")),
                 progress=False,
+                protocols=settings.protocols,
+                map=seed == min(settings.seeds),
+                arm=arm.name,
+                family=arm.family,
             )
             if queues and not recipes.recipe(arm.method).queue:
                 run = replace(run, queue_size=None, momentum_encoder=None)
@@ -93,56 +116,81 @@ def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Ar
     return runs
 
 
-def _prepare(settings: CompareSettings, runs: list[PretrainSettings], arms: int, devices: int) -> None:
-    """Finds what is wrong with any method before the first one has trained for an hour; sets the diagnostics."""
-    scan = scan_images(runs[0], Path(settings.out))  # once: the runs find what it found
+def _prepare(settings: CompareSettings, common: PretrainSettings) -> Prepared:
+    """The runs; finds what is wrong with any of them before the first one has trained for an hour.
+
+    Folders of images are scanned once: the runs find in their folders what was found.
+    """
+    arms = plan(settings)
+    for name in settings.protocols:
+        protocol(name)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    devices = build_trainer(part(HardwareSpec, common), logger=False, enable_checkpointing=False).world_size
+    out = Path(settings.out)
+    runs = _runs(settings, common, arms)
+    places.check_apart(out, common.data)
+    scan = scan_images(runs[0], out)
+    left_out = scan.left_out if scan is not None else ()
     if scan is not None:
-        scan.write(Path(settings.out))
+        scan.write(out)
     looks = settings.diagnostics_every_n_steps
+    data: dict[int, Data] = {}
     for number, run in enumerate(runs):
         folder = Path(run.out or "")
         if scan is not None and not folder.exists():
             folder.mkdir(parents=True)
             scan.write(folder)
-        if number == 0 or (run.long_tail is not None and run.seed != runs[number - 1].seed):
-            data = load_for(part(DataSpec, run), run.seed, without=scan.left_out if scan is not None else ())
-            check_batch(run, data, devices)
+        if run.seed not in data:
+            same = run.long_tail is None and data  # nothing else is drawn with the seed
+            here = part(DataSpec, run)
+            data[run.seed] = data[runs[0].seed] if same else load_for(here, run.seed, without=left_out)
+            check_batch(run, data[run.seed], devices)
+        its = data[run.seed]
         if looks is None:
-            looks = max(1, run.epochs * (len(data.train.labels) // run.batch_size) // LOOKS)
+            looks = max(1, run.epochs * (len(its.train.labels) // run.batch_size) // LOOKS)
         run.diagnostics_every_n_steps = looks
-        resolved = resolve(run, data, 1)
-        if number < arms:
-            build_module(resolved, data)
-        if run.devices == "1" and run.num_nodes == 1:  # with more of them lr=null is another; found out in training
-            check_settings(folder, resolved)
+        resolved = resolve(run, its, devices)
+        if number < len(arms):
+            build_module(resolved, its)
+        check_settings(folder, resolved)
+    return Prepared(runs, data, left_out)
+
+
+def _lay_untrained(settings: CompareSettings, prepared: Prepared) -> None:
+    """Scores what the runs of a seed start from, once, and puts the scores into the folders of those not begun."""
+    for seed in settings.seeds:
+        its = [run for run in prepared.runs if run.seed == seed]
+        new = [run for run in its if not Path(run.out or "", "config.yaml").exists()]
+        if not new:
+            continue
+        data = prepared.data[seed]
+        start = resolve(new[0], data, 1)
+        whole = partial(load_for, start.data, seed, without=prepared.left_out, whole=True)
+        scores = score_start(start, data, settings.protocols, pool=pool_for(start, settings.protocols, whole))
+        for run in new:
+            folder = Path(run.out or "")
+            folder.mkdir(parents=True, exist_ok=True)
+            scores.write_untrained(folder, start)
 
 
 def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int | None) -> dict[str, str]:
-    """Trains and scores every run; what went wrong, by the run's name."""
+    """Trains and scores every run, each in a process of its own; what went wrong, by the run's name."""
     failures: dict[str, str] = {}
 
-    def one(run: PretrainSettings, train: Callable[[PretrainSettings], Any]) -> None:
+    def one(run: PretrainSettings, children: Workers) -> None:
         folder = Path(run.out or "")
         try:
-            if not _finished(run):
-                train(run)
-            score_run(folder, settings.protocols, with_map=run.seed == min(settings.seeds))
+            children.train(run)
         except Exception as error:
             if not (folder / "config.yaml").exists():
                 raise  # it never began, and the others would not either
             failures[folder.name] = f"{type(error).__name__}: {error}"
 
-    for run in filter(_finished, runs):
-        pretrain(run)  # which only checks that it was with these settings
-    if settings.jobs == 1 and runs[0].devices == "1" and runs[0].num_nodes == 1:
-        for run in runs:
-            one(run, pretrain)
-        return failures
-    with Workers(settings, lock) as children, ThreadPoolExecutor(settings.jobs) as pool:
-        futures = [pool.submit(one, run, children.train) for run in runs]
+    todo = [run for run in runs if not (_finished(run) and is_scored(Path(run.out or ""), run.protocols, run.map))]
+    with sigterm_exits(), Workers(settings, lock) as children, ThreadPoolExecutor(settings.jobs) as pool:
+        futures = [pool.submit(one, run, children) for run in todo]
         try:
-            for future in futures:
-                future.result()
+            _watch(runs, futures, settings.progress)
         except BaseException:
             children.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -163,33 +211,22 @@ def _lines(failures: dict[str, str]) -> str:
     return "; ".join(f"{name}: {error}" for name, error in failures.items())
 
 
-@contextmanager
-def _bar(runs: Sequence[PretrainSettings], show: bool) -> Iterator[None]:
-    """A progress bar over the epochs of all runs, which it counts in their tables."""
-    stop = threading.Event()
-    bar = tqdm(total=sum(run.epochs for run in runs), unit="epoch", disable=not show, smoothing=0.05)
+def _watch(runs: Sequence[PretrainSettings], futures: Sequence[Future[None]], show: bool) -> None:
+    """Waits for all of them, with a progress bar over the epochs of all runs, which it counts in their tables.
 
-    def count() -> None:
-        done = sum(map(_epochs, runs))
-        finished = sum(map(_finished, runs))
-        bar.set_description(f"{finished} of {len(runs)} runs", refresh=False)
-        bar.update(done - bar.n)
-
-    def watch() -> None:
-        while not stop.wait(1):
-            count()
-
-    bar.initial = sum(map(_epochs, runs))  # so that the time left is estimated from what this process does
-    bar.n = bar.initial
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-        count()
-        bar.close()
+    Raises:
+        BaseException: the first one of theirs, at once.
+    """
+    # What is there already is no measure for the time that is left.
+    options = {"unit": "epoch", "disable": not show, "smoothing": 0.05}
+    with tqdm(total=sum(run.epochs for run in runs), initial=sum(map(_epochs, runs)), **options) as bar:
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+            bar.set_description(f"{sum(map(_finished, runs))} of {len(runs)} runs", refresh=False)
+            bar.update(sum(map(_epochs, runs)) - bar.n)
+            for future in done:
+                future.result()
 
 
 def _epochs(run: PretrainSettings) -> int:

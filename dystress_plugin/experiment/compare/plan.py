@@ -14,7 +14,13 @@ from dystress_plugin.experiment.report import records
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
 from dystress_plugin.temperature import DySTreSS
 
-ELSEWHERE = {"method": "methods=[...]", "seed": "seeds=[...]"}
+ELSEWHERE = {
+    "method": "methods=[...]",
+    "seed": "seeds=[...]",
+    "arm": "NAME-WORD in methods=[...]",
+    "family": "that of the method",
+    "map": "drawn for the first seed",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class Arm:
     name: str
     method: str
     kwargs: dict[str, Any]
+
+    @property
+    def family(self) -> str:
+        """The method of the constants that it is compared to."""
+        return records.family(self.method)
 
 
 def parse_compare(tokens: Sequence[str]) -> tuple[CompareSettings, PretrainSettings]:
@@ -70,18 +81,17 @@ def plan(settings: CompareSettings) -> list[Arm]:
         Arm(name, recipes.recipe(name.partition("-")[0]).name, settings.method_kwargs.get(name, {}))
         for name in settings.methods
     ]
-    families = dict.fromkeys(records.family(arm.method) for arm in arms)
+    families = dict.fromkeys(arm.family for arm in arms)
     return [*arms, *(arm for family in families for arm in _constants(family, arms, settings.constants))]
 
 
 def _constants(family: str, arms: Sequence[Arm], chosen: Sequence[float] | None) -> list[Arm]:
     """The fixed temperatures for the methods of a family; with its objective and layout where simclr has them."""
-    method = f"simclr_{family}" if family else "simclr"
-    own = [arm for arm in arms if records.family(arm.method) == family]
+    own = [arm for arm in arms if arm.family == family]
     taus = list(chosen) if chosen is not None else _range_of(own)
-    there = {_parameters(arm)["tau"] for arm in own if arm.method == method}
-    prefix = f"constant_{family}" if family else "constant"
-    return [Arm(f"{prefix}-{tau:g}", method, {"tau": tau}) for tau in taus if tau not in there]
+    there = {_parameters(arm)["tau"] for arm in own if arm.method == family}
+    prefix = family.replace("simclr", "constant", 1)
+    return [Arm(f"{prefix}-{tau:g}", family, {"tau": tau}) for tau in taus if tau not in there]
 
 
 def _range_of(arms: Sequence[Arm]) -> list[float]:

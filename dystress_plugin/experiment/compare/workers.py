@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,12 +71,22 @@ class Workers:
 
     def _environment(self, slot: int, run: PretrainSettings) -> dict[str, str]:
         chosen = dict(os.environ)
-        chosen.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        if self.jobs > 1:
+            chosen.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
         gpus = [gpu for gpu in visible.split(",") if gpu]
         if run.devices == "1" and len(gpus) > 1:
             chosen["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return chosen
+
+
+def shell_lines(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> list[str]:
+    """What to type for each run, in any order or all at once, and then for the report of them all."""
+    report = [*(run.out or "" for run in runs), f"out={settings.out}", f"protocols={json.dumps(settings.protocols)}"]
+    return [
+        *(shlex.join(["dystress", "pretrain", *tokens(run)]) for run in runs),
+        shlex.join(["dystress", "report", *report, "cost=true"]),
+    ]
 
 
 def tokens(run: PretrainSettings) -> list[str]:

@@ -31,14 +31,6 @@ def knn_classes(
     return torch.cat([knn_predict(part, bank, memory_labels, num_classes, knn_k=k, knn_t=t)[:, 0] for part in parts])
 
 
-def knn_accuracy(
-    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, *, num_classes: int, k: int, t: float
-) -> float:
-    """Share of queries that `knn_classes` gets right, in percent; arguments as there, and the queries' labels."""
-    found = knn_classes(memory, memory_labels, queries, num_classes=num_classes, k=k, t=t)
-    return 100 * int((found == labels).sum()) / len(queries)
-
-
 def linear_classes(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     """The class that multinomial logistic regression on the frozen features gives each test image, (images,).
 
@@ -52,8 +44,3 @@ def linear_classes(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(train.numpy(), train_labels.numpy())
     return torch.from_numpy(probe.predict(test.numpy()))
-
-
-def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, labels: Tensor) -> float:
-    """Percent of the test images that `linear_classes` gets right."""
-    return 100 * float((linear_classes(train, train_labels, test) == labels).double().mean())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dystress_plugin.experiment.data.datasets import load_for_run
 from dystress_plugin.experiment.devices import torch_device
-from dystress_plugin.experiment.evaluate.features import evaluate, trained_backbone
+from dystress_plugin.experiment.evaluate.features import trained_backbone
+from dystress_plugin.experiment.evaluate.scores import features_of, score_features
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.settings import EvaluateSettings
 
@@ -28,13 +29,12 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
         data_root=settings.data_root,
         download=settings.download,
     )
-    return evaluate(
+    features = features_of(
         backbone,
         shown.data,
         image_size=trained.model.image_size,  # whatever the data: the stem depends on it
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        knn_k=settings.knn_k,
-        knn_t=settings.knn_t,
         device=device,
     )
+    return score_features(features, knn_k=settings.knn_k, knn_t=settings.knn_t).top1

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data.datasets import Data, Views
-from dystress_plugin.experiment.data.transforms import plain_transform
-from dystress_plugin.experiment.evaluate.classifiers import knn_accuracy, linear_accuracy
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.spec import RunSpec
@@ -27,27 +24,6 @@ def extract(backbone: nn.Module, loader: DataLoader[Any], device: str) -> tuple[
     backbone.to(device, torch.float32).eval()
     parts = [(backbone(images.to(device)).flatten(1).cpu(), labels) for images, labels, _ in loader]
     return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
-
-
-def evaluate(
-    backbone: nn.Module,
-    data: Data,
-    *,
-    image_size: int,
-    batch_size: int,
-    num_workers: int,
-    knn_k: int,
-    knn_t: float,
-    device: str,
-) -> dict[str, float]:
-    """`knn_top1` and `linear_top1` of a frozen backbone, in percent: fitted on the training images, for the test's."""
-    transform = plain_transform(image_size, data.normalize)
-    (train, train_labels), (test, labels) = (
-        extract(backbone, DataLoader(Views(part, transform), batch_size, num_workers=num_workers), device)
-        for part in (data.train, data.test)
-    )
-    knn = knn_accuracy(train, train_labels, test, labels, num_classes=data.num_classes, k=knn_k, t=knn_t)
-    return {"knn_top1": knn, "linear_top1": linear_accuracy(train, train_labels, test, labels)}
 
 
 def trained_backbone(run: Path) -> tuple[RunSpec, nn.Module]:

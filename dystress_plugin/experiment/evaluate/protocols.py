@@ -61,6 +61,7 @@ class Protocol:
         text: how it works, a sentence.
         classes: from features to the classes it gives the test images, (draws, images).
         per_class_mean: whether its accuracy is the mean over the classes of their accuracies, or over the images.
+        few_labels: whether it draws its labelled images from the pool.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Protocol:
     text: str
     classes: Callable[[Features], Tensor]
     per_class_mean: bool = False
+    few_labels: bool = False
 
 
 def protocol(name: str) -> Protocol:
@@ -77,8 +79,7 @@ def protocol(name: str) -> Protocol:
         ValueError: for any other name, with those that exist.
     """
     if name == "weighted_knn":
-        text = "The class with the largest sum of exp(cosine / 0.1) among the 200 nearest training images."
-        return Protocol(name, "weighted kNN, k=200, t=0.1", text, _weighted_knn)
+        return weighted_knn(k=200, t=0.1)
     if name == "linear":
         text = "Logistic regression (scikit-learn, C=1) on the standardised features of all training images."
         return Protocol(name, "linear probe", text, _linear)
@@ -96,8 +97,15 @@ def protocol(name: str) -> Protocol:
             f"seeds 0 to {DRAWS - 1}, the same images for every run; the mean over the draws."
         )
         classes = partial(_few_shot, amount=amount, percent=percent)
-        return Protocol(name, f"few-shot linear, {each} per class", text, classes)
+        return Protocol(name, f"few-shot linear, {each} per class", text, classes, few_labels=True)
     raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN))
+
+
+def weighted_knn(k: int, t: float) -> Protocol:
+    """The weighted kNN with these settings; "weighted_knn" by name with those of InstDisc."""
+    name = "weighted_knn" if (k, t) == (200, 0.1) else f"weighted_knn_{k}_{t:g}"
+    text = f"The class with the largest sum of exp(cosine / {t:g}) among the {k} nearest training images."
+    return Protocol(name, f"weighted kNN, k={k}, t={t:g}", text, partial(_weighted_knn, k=k, t=t))
 
 
 def groups(counts: np.ndarray) -> dict[str, list[int]]:
@@ -127,8 +135,8 @@ def balanced(labels: np.ndarray, each: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([order[labels[order] == c][:each] for c in np.unique(labels)]))
 
 
-def _weighted_knn(f: Features) -> Tensor:
-    return knn_classes(f.train, f.train_labels, f.test, num_classes=f.num_classes, k=200, t=0.1)[None]
+def _weighted_knn(f: Features, k: int, t: float) -> Tensor:
+    return knn_classes(f.train, f.train_labels, f.test, num_classes=f.num_classes, k=k, t=t)[None]
 
 
 def _majority_knn(f: Features, k: int) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +17,36 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data.datasets import Views, load_for_run
+from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_for_run
 from dystress_plugin.experiment.data.transforms import plain_transform
+from dystress_plugin.experiment.devices import torch_device
 from dystress_plugin.experiment.evaluate.features import extract, trained_backbone
-from dystress_plugin.experiment.evaluate.protocols import Features, groups, protocol
-from dystress_plugin.experiment.io.config import read_config
+from dystress_plugin.experiment.evaluate.protocols import Features, Protocol, groups, protocol, weighted_knn
+from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.io.config import comparable, read_config
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.io.tables import write_table
 from dystress_plugin.experiment.spec import RunSpec
 
-MAP_IMAGES = 1000  # of the embedding map
+TABLE, MAP = "protocols.csv", "map.csv"
+
+UNTRAINED = "untrained_"  # before the names of the files that are of the backbone before training
+
+UNTRAINED_TOP1 = "untrained.json"
+
+UNTRAINED_TABLE = f"{UNTRAINED}{TABLE}"
+
+UNTRAINED_FILES = (UNTRAINED_TOP1, UNTRAINED_TABLE, f"{UNTRAINED}{MAP}")
+
+# The settings that the scores of the untrained backbone depend on.
+OF_THE_START = (
+    *("data", "long_tail", "long_tail_profile", "indices", "on_bad_image"),
+    *("seed", "backbone", "image_size", "knn_k", "knn_t"),
+)
+
+MAP_IMAGES = 1000
+
+MAP_COLUMNS = ("x", "y", "class", "name")
 
 
 @dataclass(frozen=True)
@@ -46,13 +68,13 @@ class Score:
     train_images: int
 
 
-def score(features: Features, names: Sequence[str]) -> list[Score]:
+def score(features: Features, protocols: Iterable[Protocol]) -> list[Score]:
     """Accuracies by every protocol: of all test images, of every class and, where they differ in size, of groups."""
     counts = torch.bincount(features.train_labels, minlength=features.num_classes).numpy()
     in_test = torch.bincount(features.labels, minlength=features.num_classes).numpy()
     present = np.flatnonzero(in_test)
     scores = []
-    for chosen in map(protocol, names):
+    for chosen in protocols:
         right = (chosen.classes(features) == features.labels).double().mean(0)
         of_class = {int(c): 100 * float(right[features.labels == c].mean()) for c in present}
         mean = float(np.mean(list(of_class.values())))
@@ -67,8 +89,101 @@ def score(features: Features, names: Sequence[str]) -> list[Score]:
     return scores
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What one extraction of features gives.
+
+    Attributes:
+        top1: `knn_top1`, by the weighted kNN with the run's own settings, and `linear_top1`, as in a summary.
+        by_protocol: the scores by the protocols that were asked for.
+        map: the lines of a map; None where none was asked for.
+    """
+
+    top1: dict[str, float]
+    by_protocol: list[Score]
+    map: list[dict[str, Any]] | None
+
+    def write(self, run: Path, prefix: str = "") -> None:
+        """Keeps the scores and the map in the folder of a run; of the untrained backbone with that prefix."""
+        if self.by_protocol:
+            _write_scores(run / f"{prefix}{TABLE}", self.by_protocol)
+        if self.map is not None:
+            write_table(run / f"{prefix}{MAP}", MAP_COLUMNS, self.map)
+
+    def write_untrained(self, run: Path, settings: RunSpec) -> None:
+        """Keeps them in a folder as those of the backbone that a run with these settings starts from."""
+        for name in UNTRAINED_FILES:
+            (run / name).unlink(missing_ok=True)
+        self.write(run, UNTRAINED)
+        files.write_text(run / UNTRAINED_TOP1, json.dumps(self.top1 | {"of": _start(settings)}) + "\n")
+
+
+def read_untrained(run: Path, settings: RunSpec) -> dict[str, float] | None:
+    """What the folder says of the backbone that a run with these settings starts from.
+
+    It is there where the run was interrupted, or `dystress compare` has put it there; None where it is not, or is of
+    another start.
+    """
+    if not (run / UNTRAINED_TOP1).exists():
+        return None
+    found = files.read_json(run / UNTRAINED_TOP1)
+    return found if found.pop("of", _start(settings)) == _start(settings) else None
+
+
+def _start(settings: RunSpec) -> dict[str, Any]:
+    """What the scores before training depend on."""
+    return {key: value for key, value in comparable(settings).items() if key in OF_THE_START}
+
+
+def score_features(
+    features: Features, names: Sequence[str] = (), *, knn_k: int, knn_t: float, with_map: bool = False
+) -> Scores:
+    """Scores by the protocols and those of a summary, each computed once."""
+    own = weighted_knn(knn_k, knn_t)
+    found = score(features, {each.name: each for each in (own, protocol("linear"), *map(protocol, names))}.values())
+    knn, linear = (next(s for s in found if (s.protocol, s.group) == (name, "all")) for name in (own.name, "linear"))
+    # A share of whole images, as after every epoch: equal to the last digit.
+    top1 = {"knn_top1": 100 * round(knn.value * knn.n / 100) / knn.n, "linear_top1": linear.value}
+    chosen = [each for name in names for each in found if each.protocol == name]
+    return Scores(top1, chosen, _map(features) if with_map else None)
+
+
+def features_of(
+    backbone: nn.Module,
+    data: Data,
+    *,
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
+    device: str,
+    pool: Images | None = None,
+) -> Features:
+    """The features of every image, once.
+
+    Args:
+        backbone: left in float32 and in eval mode.
+        data: the images.
+        image_size: pixels that the backbone takes.
+        batch_size: images per step.
+        num_workers: processes that load images.
+        device: what it runs on.
+        pool: where few labelled images are drawn from, if not from the training images.
+    """
+    transform = plain_transform(image_size, data.normalize)
+    train, test, *others = (
+        extract(backbone, DataLoader(Views(part, transform), batch_size, num_workers=num_workers), device)
+        for part in (data.train, data.test, *([] if pool is None else [pool]))
+    )
+    return Features(*train, *test, *(others or [train])[0], data.classes)
+
+
+def pool_for(spec: RunSpec, names: Iterable[str], load: Callable[[], Data]) -> Images | None:
+    """The training images that a part of was cut from, by `load`, where one of the protocols draws from them."""
+    return load().train if spec.data.cut and any(protocol(name).few_labels for name in names) else None
+
+
 def score_run(run: Path, names: Sequence[str], *, with_map: bool = False) -> list[Score]:
-    """Scores the backbone of a finished run, once: `protocols.csv` and, if asked for, `map.csv` in its folder.
+    """Scores the backbone of a finished run by what it has not been scored by: `protocols.csv`, `map.csv`.
 
     Args:
         run: a folder of `dystress pretrain`.
@@ -78,29 +193,17 @@ def score_run(run: Path, names: Sequence[str], *, with_map: bool = False) -> lis
     Raises:
         ValueError: for an unknown protocol, or a folder without a finished run.
     """
-    table, map_ = run / "protocols.csv", run / "map.csv"
-    return _score(
-        table,
-        names,
-        map_ if with_map else None,
-        newer_than=run / "backbone.pt",
-        backbone=lambda: trained_backbone(run)[1],
-        settings=read_config(run / "config.yaml"),
-    )
+    return _complete(run, "", names, with_map, trained_backbone)
 
 
 def score_untrained(run: Path, names: Sequence[str], *, with_map: bool = False) -> list[Score]:
     """The same of the backbone that a run started from: `untrained_protocols.csv` and `untrained_map.csv`."""
-    settings = read_config(run / "config.yaml")
-    table, map_ = run / "untrained_protocols.csv", run / "untrained_map.csv"
-    return _score(
-        table,
-        names,
-        map_ if with_map else None,
-        newer_than=run / "config.yaml",
-        backbone=lambda: untrained_backbone(settings),
-        settings=settings,
-    )
+
+    def start(run: Path) -> tuple[RunSpec, nn.Module]:
+        settings = read_config(run / "config.yaml")
+        return settings, untrained_backbone(settings)
+
+    return _complete(run, UNTRAINED, names, with_map, start)
 
 
 def untrained_backbone(settings: RunSpec) -> nn.Module:
@@ -109,22 +212,30 @@ def untrained_backbone(settings: RunSpec) -> nn.Module:
     return build_backbone(settings.model.backbone, settings.model.image_size)[0]
 
 
-def features_of(backbone: nn.Module, settings: RunSpec, run: Path) -> Features:
-    """The features of a run's data, of every image once."""
-    data = load_for_run(run, settings).data
-    cut = settings.data.cut
-    cuda = settings.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    transform = plain_transform(settings.model.image_size, data.normalize)
-    parts = [data.train, data.test, *([load_for_run(run, settings, whole=True).data.train] if cut else [])]
-    taken = [
-        extract(
-            backbone,
-            DataLoader(Views(part, transform), settings.data.batch_size, num_workers=settings.data.num_workers),
-            "cuda" if cuda else "cpu",
-        )
-        for part in parts
-    ]
-    return Features(*taken[0], *taken[1], *taken[2 if cut else 0], data.classes)
+def score_start(spec: RunSpec, data: Data, names: Sequence[str], *, pool: Images | None) -> Scores:
+    """Scores of what a run starts from, with a map if it has one; `pool` as of `pool_for`."""
+    features = features_of(untrained_backbone(spec), data, pool=pool, **how(spec), device=_device(spec))
+    return score_features(features, names, **weighted_by(spec), with_map=spec.evaluation.map)
+
+
+def features_of_run(backbone: nn.Module, run: Path, spec: RunSpec, names: Iterable[str]) -> Features:
+    """The features of a run's data, and of the pool where one of the protocols draws from it."""
+    pool = pool_for(spec, names, lambda: load_for_run(run, spec, whole=True).data)
+    return features_of(backbone, load_for_run(run, spec).data, pool=pool, **how(spec), device=_device(spec))
+
+
+def how(spec: RunSpec) -> dict[str, int]:
+    """How the features of a run are extracted."""
+    return {
+        "image_size": spec.model.image_size,
+        "batch_size": spec.data.batch_size,
+        "num_workers": spec.data.num_workers,
+    }
+
+
+def weighted_by(spec: RunSpec) -> dict[str, Any]:
+    """The weighted kNN of a run's summary."""
+    return {"knn_k": spec.evaluation.knn_k, "knn_t": spec.evaluation.knn_t}
 
 
 def read(table: Path) -> list[Score]:
@@ -136,40 +247,63 @@ def read(table: Path) -> list[Score]:
         ]
 
 
-def _score(
-    table: Path,
+def is_scored(run: Path, names: Iterable[str], with_map: bool) -> bool:
+    """Whether a run has been scored by all these protocols, and has a map if one is wanted."""
+    return not _missing(run, "", names, with_map)
+
+
+def _missing(run: Path, prefix: str, names: Iterable[str], with_map: bool) -> list[str]:
+    """The protocols and, by its file's name, the map that a folder lacks or that are older than the backbone."""
+    table, map_ = run / f"{prefix}{TABLE}", run / f"{prefix}{MAP}"
+    there = {each.protocol for each in read(table)} if _current(table, prefix) else set()
+    missing = [name for name in names if name not in there]
+    return [*missing, MAP] if with_map and not _current(map_, prefix) else missing
+
+
+def _complete(
+    run: Path,
+    prefix: str,
     names: Sequence[str],
-    map_: Path | None,
-    *,
-    newer_than: Path,
-    backbone: Callable[[], nn.Module],
-    settings: RunSpec,
+    with_map: bool,
+    load: Callable[[Path], tuple[RunSpec, nn.Module]],
 ) -> list[Score]:
     for name in names:
         protocol(name)
-
-    def state() -> tuple[list[Score], list[str], bool]:
-        found = read(table) if _current(table, newer_than) else []
-        there = {each.protocol for each in found}
-        return found, [name for name in names if name not in there], map_ is not None and not _current(map_, newer_than)
-
-    found, missing, no_map = state()
-    if missing or no_map:
-        with alone(table.parent, wait=True):
-            found, missing, no_map = state()  # another report may have scored it meanwhile
-            features = features_of(backbone(), settings, table.parent)
-            found += score(features, missing)
-            write_table(table, [f.name for f in fields(Score)], map(vars, found))
-            if map_ and no_map:
-                _write_map(map_, features)
+    table, map_ = run / f"{prefix}{TABLE}", run / f"{prefix}{MAP}"
+    if _missing(run, prefix, names, with_map):
+        with alone(run, wait=True):
+            missing = _missing(run, prefix, names, with_map)  # another report may have scored it meanwhile
+            if missing:
+                settings, backbone = load(run)
+                wanted = [name for name in missing if name != MAP]
+                features = features_of_run(backbone, run, settings, wanted)
+                before = read(table) if _current(table, prefix) else []
+                if wanted:
+                    _write_scores(table, [*before, *score(features, map(protocol, wanted))])
+                if MAP in missing:
+                    write_table(map_, MAP_COLUMNS, _map(features))
+    found = read(table) if names else []
     return [each for name in names for each in found if each.protocol == name]
 
 
-def _current(path: Path, newer_than: Path) -> bool:
-    return path.exists() and path.stat().st_mtime >= newer_than.stat().st_mtime
+def _current(path: Path, prefix: str) -> bool:
+    """Whether a file is there and no older than the weights that it is of."""
+    if not path.exists() or prefix == UNTRAINED:
+        return path.exists()
+    weights = path.parent / "backbone.pt"
+    return weights.exists() and path.stat().st_mtime >= weights.stat().st_mtime
 
 
-def _write_map(path: Path, features: Features) -> None:
+def _device(settings: RunSpec) -> str:
+    # A run from a GPU may be scored where there is none.
+    return torch_device("cpu" if settings.hardware.accelerator == "cpu" else "auto")
+
+
+def _write_scores(table: Path, scores: Iterable[Score]) -> None:
+    write_table(table, [f.name for f in fields(Score)], map(vars, scores))
+
+
+def _map(features: Features) -> list[dict[str, Any]]:
     from sklearn.manifold import TSNE
 
     n = len(features.labels)
@@ -177,8 +311,7 @@ def _write_map(path: Path, features: Features) -> None:
     units = F.normalize(features.test[torch.from_numpy(chosen)], dim=1).numpy()
     places = TSNE(perplexity=min(30.0, (len(units) - 1) / 3), init="pca", random_state=0).fit_transform(units)
     labels = features.labels[torch.from_numpy(chosen)].tolist()
-    rows = [
+    return [
         {"x": x, "y": y, "class": c, "name": features.classes[c]}
         for (x, y), c in zip(places.tolist(), labels, strict=True)
     ]
-    write_table(path, ["x", "y", "class", "name"], rows)

@@ -19,10 +19,10 @@ from dystress_plugin.experiment.spec import RunSpec
 
 def comparable(spec: RunSpec) -> dict[str, Any]:
     """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
-    nor where CIFAR, which is the same everywhere, comes from.
+    nor where CIFAR, which is the same everywhere, comes from, nor how the result is scored and called.
     """
     values = spec.flat()
-    for key in ("out", "data_root", "download"):
+    for key in ("out", "data_root", "download", "protocols", "map", "arm", "family"):
         del values[key]
     indices = None if spec.data.indices is None else places.place(spec.data.indices)
     return values | {"data": places.place(spec.data.name), "indices": indices}

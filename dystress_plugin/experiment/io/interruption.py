@@ -53,7 +53,7 @@ def resumable(out: Path) -> Iterator[Progress]:
         ValueError: before, instead of an OSError.
     """
     progress = Progress(out)
-    with _sigterm_exits() as received:
+    with sigterm_exits() as received:
         try:
             yield progress
         except BaseException as error:
@@ -72,7 +72,7 @@ def resumable(out: Path) -> Iterator[Progress]:
 
 
 @contextmanager
-def _sigterm_exits() -> Iterator[list[int]]:
+def sigterm_exits() -> Iterator[list[int]]:
     """Raises SystemExit on SIGTERM; the list is empty until then."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # no other may set handlers

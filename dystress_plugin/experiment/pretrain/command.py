@@ -17,7 +17,16 @@ from dystress_plugin.experiment import hardware, places
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data import scan
 from dystress_plugin.experiment.data.datasets import Data
-from dystress_plugin.experiment.evaluate.features import evaluate
+from dystress_plugin.experiment.evaluate.protocols import protocol
+from dystress_plugin.experiment.evaluate.scores import (
+    features_of,
+    how,
+    pool_for,
+    read_untrained,
+    score_features,
+    score_run,
+    weighted_by,
+)
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
 from dystress_plugin.experiment.keys import checked
@@ -41,6 +50,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         SystemExit: after SIGTERM, with status 143.
     """
     settings = checked(settings)
+    for name in settings.protocols:
+        protocol(name)
     recipes.recipe(settings.method)  # or a name without a method would be found only after the images were decoded
     out = output_folder(settings)
     with resumable(out) as progress:
@@ -49,7 +60,10 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         trainer = make_trainer(settings, out)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
-            return _run(settings, trainer, progress)
+            summary = _run(settings, trainer, progress)
+        if trainer.global_rank == 0:  # a run that had finished may not have been scored by all of them
+            score_run(out, settings.protocols, with_map=settings.map)
+        return summary
 
 
 def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> dict[str, Any]:
@@ -67,7 +81,7 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
             found.write(folder.path)
     progress.begun = True
     started = time.monotonic()
-    untrained = _untrained(folder.path / "untrained.json", module, data, _options(spec)) if first else {}
+    untrained = _untrained(folder.path, module, data) if first else {}
     loaders = make_loaders(spec, data, trainer)
     fit(module, loaders, trainer, folder)
     return summarise(module, data, loaders[0], folder, untrained, started) if first else {}
@@ -119,15 +133,18 @@ def summarise(
 
     device = str(module.device)
     module.float()
-    trained = evaluate(module.backbone, data, device=device, **_options(spec))
+    pool = pool_for(spec, spec.evaluation.protocols, lambda: data_module.load_for_run(out, spec, whole=True).data)
+    features = features_of(module.backbone, data, device=device, pool=pool, **how(spec))
+    trained = score_features(features, spec.evaluation.protocols, **weighted_by(spec), with_map=spec.evaluation.map)
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
+    trained.write(out)
     _draw(module, loader, out)
     summary = {
         "method": spec.method,
         "data": spec.data.name,
         "seed": spec.seed,
         "epochs": spec.epochs,
-        **trained,
+        **trained.top1,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -144,17 +161,6 @@ def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
     figures.profile(module, views, index, last, out / "figures" / "temperature.png", title)
 
 
-def _options(spec: RunSpec) -> dict[str, Any]:
-    """How `evaluate` scores a backbone of the run."""
-    return {
-        "image_size": spec.model.image_size,
-        "batch_size": spec.data.batch_size,
-        "num_workers": spec.data.num_workers,
-        "knn_k": spec.evaluation.knn_k,
-        "knn_t": spec.evaluation.knn_t,
-    }
-
-
 def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:
     """What `scan.scan_folder` finds in the data of a run; None where it is no folder of images."""
     if not data_module.is_folder(settings.data):
@@ -168,11 +174,13 @@ def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:
     )
 
 
-def _untrained(path: Path, module: PretrainModule, data: Data, options: dict[str, Any]) -> dict[str, Any]:
+def _untrained(out: Path, module: PretrainModule, data: Data) -> dict[str, float]:
     """The accuracies before training, which a resumed run has no need to measure again."""
-    if path.exists():
-        return files.read_json(path)
-    accuracies = evaluate(module.backbone, data, device="cpu", **options)
+    spec = module.spec
+    if (found := read_untrained(out, spec)) is not None:
+        return found
+    features = features_of(module.backbone, data, pool=None, device="cpu", **how(spec))
     module.backbone.train()
-    files.write_text(path, json.dumps(accuracies) + "\n")
-    return accuracies
+    measured = score_features(features, **weighted_by(spec))
+    measured.write_untrained(out, spec)
+    return measured.top1

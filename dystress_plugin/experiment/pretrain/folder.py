@@ -12,12 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from dystress_plugin import __version__
 from dystress_plugin.experiment.data import scan, selection
+from dystress_plugin.experiment.evaluate.scores import UNTRAINED_FILES
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.config import comparable, read_config, recorded, recorded_spec
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.spec import RunSpec
 
 VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "scikit-learn", "numpy")
+
+# What an interruption leaves before config.yaml is there, a scan that found bad images, and what `dystress compare`
+# puts there for all runs of a seed.
+BEFORE = {"config.yaml", scan.RECORD, lock.NAME, *UNTRAINED_FILES}
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,7 @@ class RunFolder:
         if folder.config.exists():
             check_settings(folder.path, spec)
             return replace(folder, finished=files.read_json(folder.summary)) if folder.summary.exists() else folder
-        # What an interruption leaves before config.yaml is there, and a scan that found bad images.
-        own = {"config.yaml.part", scan.RECORD, lock.NAME}
-        if folder.path.exists() and {path.name for path in folder.path.iterdir()} - own:
+        if folder.path.exists() and {path.name.removesuffix(".part") for path in folder.path.iterdir()} - BEFORE:
             raise ValueError(f"out={spec.out} is not empty and holds no run of this command. Choose another out.")
         return folder
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dystress_plugin import training
 from dystress_plugin.checks import check_fraction
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.experiment.evaluate.classifiers import knn_accuracy
+from dystress_plugin.experiment.evaluate.classifiers import knn_classes
 from dystress_plugin.experiment.io.config import recorded
 from dystress_plugin.experiment.spec import RunSpec
 
@@ -104,15 +104,15 @@ class PretrainModule(LightningModule, ABC):
             part.clear()
         # Each device answers for its share of the queries, against the memory of all.
         memory, memory_labels = self.all_gather(memory), self.all_gather(memory_labels)
-        accuracy = knn_accuracy(
+        found = knn_classes(
             memory.view(-1, memory.shape[-1]),
             memory_labels.flatten(),
             queries,
-            query_labels,
             num_classes=self.num_classes,
             k=self.spec.evaluation.knn_k,
             t=self.spec.evaluation.knn_t,
         )
+        accuracy = 100 * int((found == query_labels).sum()) / len(queries)
         self.log("knn_top1", accuracy, prog_bar=True, sync_dist=True, batch_size=len(queries))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
 from dystress_plugin.experiment.evaluate.scores import score_run, score_untrained
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
-from dystress_plugin.experiment.io.tables import write_table
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.places import check_outside
+from dystress_plugin.experiment.report import cost
 from dystress_plugin.experiment.report.page import render
 from dystress_plugin.experiment.report.records import (
-    UNTRAINED,
-    Row,
     Run,
     check_together,
     in_order,
     one_per,
+    read_rows,
     read_run,
-    rows_of,
     run_folders,
 )
 from dystress_plugin.experiment.settings import ReportSettings
@@ -42,7 +39,7 @@ def report(settings: ReportSettings) -> dict[str, str]:
     folders = run_folders(map(Path, settings.runs))
     out = Path(settings.out) if settings.out else _beside(folders)
     with alone(out):
-        return write(folders, out, settings.protocols)
+        return write(folders, out, settings.protocols, measure_cost=settings.cost)
 
 
 def _beside(folders: Sequence[Path]) -> Path:
@@ -53,15 +50,21 @@ def _beside(folders: Sequence[Path]) -> Path:
 
 
 def write(
-    folders: Sequence[Path], out: Path, names: Sequence[str], failures: Mapping[str, str] | None = None
+    folders: Sequence[Path],
+    out: Path,
+    names: Sequence[str],
+    failures: Mapping[str, str] | None = None,
+    *,
+    measure_cost: bool = False,
 ) -> dict[str, str]:
-    """Scores what is not scored yet, and writes the table and the page to `out`.
+    """Scores what is not scored yet, then reads the tables of the runs and writes table and page to `out`.
 
     Args:
         folders: of runs; unfinished ones are named on the page.
         out: where to.
         names: protocols.
         failures: from a run to what went wrong with it.
+        measure_cost: whether to measure what a step of each method costs where `cost.csv` in `out` does not say it.
 
     Raises:
         ValueError: for no finished run, or runs that do not belong on one page.
@@ -73,17 +76,22 @@ def write(
     runs = in_order(runs)
     check_together(runs)
     check_outside(out, runs[0].settings.data.name)
-    first_seed = min(run.settings.seed for run in runs)
-    rows = [row for run in runs for row in rows_of(run, score_run(run.folder, names, with_map=_mapped(run, runs)))]
-    for run in one_per(runs, lambda run: run.settings.seed):
-        scores = score_untrained(run.folder, names, with_map=run.settings.seed == first_seed)
-        rows += [Row(UNTRAINED, UNTRAINED, None, None, None, run.settings.seed, **asdict(score)) for score in scores]
     out.mkdir(parents=True, exist_ok=True)
+    _score_missing(runs, names)
+    if measure_cost:
+        cost.measure(runs, out / cost.TABLE)
+    rows = read_rows(runs, names)
     table, page = out / "results.csv", out / "report.html"
-    write_table(table, [f.name for f in fields(Row)], map(vars, rows))
+    files.write_text(table, rows.to_csv(index=False, float_format="%.8g", lineterminator="\n"))
     files.write_text(page, render(runs, rows, names, out, {**missing, **(failures or {})}))
     return {"results": str(table), "report": str(page)}
 
 
-def _mapped(run: Run, runs: Sequence[Run]) -> bool:
-    return run.settings.seed == min(other.settings.seed for other in runs if other.name == run.name)
+def _score_missing(runs: Sequence[Run], names: Sequence[str]) -> None:
+    """Scores the runs by what they have not been scored by, and once per seed what they started from."""
+    first_seed = min(run.settings.seed for run in runs)
+    for run in runs:
+        own_first = min(other.settings.seed for other in runs if other.name == run.name)
+        score_run(run.folder, names, with_map=run.settings.seed == own_first)
+    for run in one_per(runs, lambda run: run.settings.seed):
+        score_untrained(run.folder, names, with_map=run.settings.seed == first_seed)

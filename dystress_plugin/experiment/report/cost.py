@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
 
+import pandas as pd
 import torch
 
 from dystress_plugin.experiment.data.datasets import load_for_run
@@ -17,6 +17,9 @@ from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.io.tables import write_table
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module
+from dystress_plugin.experiment.report.records import Run, one_per
+
+TABLE = "cost.csv"
 
 WARM_UP = 2
 
@@ -48,34 +51,41 @@ class Cost:
     machine: str
 
 
-def costs(runs: Mapping[str, Path], reference: str, table: Path) -> list[Cost]:
-    """Measures a step of each arm; what `table` has for the same arms already is not measured again.
+def measured_arms(runs: Sequence[Run]) -> tuple[dict[str, Path], str]:
+    """A folder for each arm whose cost a report shows, and the arm that ratios are to: the first constant, if any.
 
-    Args:
-        runs: from the name of an arm to the folder of one of its runs.
-        reference: the arm that ratios are to.
-        table: a CSV.
+    Another constant costs the same.
     """
-    if table.exists():
-        with table.open(newline="") as file:
-            found = [_cost(row) for row in csv.DictReader(file)]
-        if [cost.name for cost in found] == list(runs):
-            return found
-    seconds = _measure(runs)
-    rounds = len(seconds[reference])
+    arms = {run.name: run for run in one_per(runs, lambda run: run.name)}
+    reference = next((name for name, run in arms.items() if run.constant is not None), next(iter(arms)))
+    shown = {name: run.folder for name, run in arms.items() if run.constant is None or name == reference}
+    return shown, reference
+
+
+def measure(runs: Sequence[Run], table: Path) -> None:
+    """Measures a step of each arm into `table`, unless that is of the same arms already."""
+    if not read(runs, table):
+        arms, reference = measured_arms(runs)
+        found = _compared(_measure(arms), reference)
+        write_table(table, [f.name for f in fields(Cost)], map(vars, found))
+
+
+def read(runs: Sequence[Run], table: Path) -> list[Cost]:
+    """What `measure` has found for these arms; nothing where it has not."""
+    arms, _ = measured_arms(runs)
+    found = pd.read_csv(table, dtype={"name": str}, keep_default_na=False) if table.exists() else pd.DataFrame()
+    costs = [Cost(**line) for line in found.to_dict("records")]
+    return costs if [cost.name for cost in costs] == list(arms) else []
+
+
+def _compared(seconds: Mapping[str, Sequence[float]], reference: str) -> list[Cost]:
     machine = _machine()
     found = []
     for name, taken in seconds.items():
         ratios = [mine / its for mine, its in zip(taken, seconds[reference], strict=True)]
         low, _, high = quantiles(ratios, n=4)
-        found.append(Cost(name, median(taken), median(ratios), low, high, rounds, machine))
-    write_table(table, [f.name for f in fields(Cost)], map(vars, found))
+        found.append(Cost(name, median(taken), median(ratios), low, high, len(ratios), machine))
     return found
-
-
-def _cost(row: Mapping[str, str]) -> Cost:
-    numbers = {name: float(row[name]) for name in ("seconds", "ratio", "low", "high")}
-    return Cost(name=row["name"], rounds=int(row["rounds"]), machine=row["machine"], **numbers)
 
 
 def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 from scipy import stats
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.report.records import UNTRAINED, Row, family
+from dystress_plugin.experiment.report.records import UNTRAINED
 
 LEVEL = 0.95
 
@@ -48,39 +49,42 @@ class Difference:
         return "better" if self.mean > 0 else "worse"
 
 
-def differences(rows: Sequence[Row], constants: Mapping[str, str], protocols: Sequence[str]) -> list[Difference]:
+def differences(
+    rows: pd.DataFrame, families: Mapping[str, str], constants: Collection[str], protocols: Sequence[str]
+) -> list[Difference]:
     """Of every arm to the best constant of its family, by every protocol.
 
     Args:
         rows: the whole table.
-        constants: from an arm with a fixed temperature to its family.
+        families: of every arm, in their order.
+        constants: the arms with a fixed temperature.
         protocols: their names.
     """
-    families = {row.name: family(row.method) for row in rows if row.name != UNTRAINED}
+    whole = rows[(rows["group"] == "all") & (rows["name"] != UNTRAINED)]
     found = []
     for name in protocols:
-        by_seed: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if (row.protocol, row.group) == (name, "all") and row.name != UNTRAINED:
-                by_seed.setdefault(row.name, {})[row.seed] = row.value
-        for arm, values in by_seed.items():
-            rivals = [c for c, its in constants.items() if its == families[arm] and c in by_seed]
+        accuracy = whole[whole["protocol"] == name].pivot(index="seed", columns="name", values="value")
+        for arm in families:
+            rivals = [other for other in constants if families[other] == families[arm]]
             if not rivals:
                 continue
-            best = max(rivals, key=lambda c: statistics.fmean(by_seed[c].values()))
-            paired = [values[seed] - by_seed[best][seed] for seed in values if seed in by_seed[best]]
-            if arm != best and paired:
-                found.append(Difference(arm, name, best, len(paired), *interval(paired)))
+            best = accuracy[rivals].mean().idxmax()
+            paired = accuracy[[arm, best]].dropna() if arm != best else accuracy[:0]
+            if len(paired):
+                found.append(Difference(arm, name, best, len(paired), *interval(paired[arm], paired[best])))
     return found
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean and the ends of its 95 % confidence interval by Student's t; None for a single value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+def interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean difference and the ends of its 95 % confidence interval by Student's t, paired; None for a single pair."""
+    difference = np.subtract(values, others)
+    mean = float(difference.mean())
+    if len(difference) < 2:
         return mean, None, None
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+    if np.ptp(difference) == 0:  # of which scipy warns
+        return mean, mean, mean
+    low, high = stats.ttest_rel(values, others).confidence_interval(LEVEL)
+    return mean, float(low), float(high)
 
 
 def sentence(title: str, found: Sequence[Difference]) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
@@ -21,7 +20,7 @@ from dystress_plugin.experiment.evaluate.protocols import protocol
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.report.differences import Difference
-    from dystress_plugin.experiment.report.records import Row, Run
+    from dystress_plugin.experiment.report.records import Run
 
 TEXT = "#010203"  # stands for the colour of the text, which only the page knows
 
@@ -84,7 +83,7 @@ def styles(methods: Sequence[str], constants: Sequence[str]) -> dict[str, Style]
 
 def all_figures(
     runs: Sequence[Run],
-    rows: Sequence[Row],
+    rows: pd.DataFrame,
     found: Sequence[Difference],
     titles: Mapping[str, str],
     style: Mapping[str, Style],
@@ -151,7 +150,7 @@ def _curves(
 ) -> Picture:
     def draw(axes: Axes) -> None:
         for name, mine in arms.items():
-            curves = [_column(run.folder / "metrics.csv", column) for run in mine]
+            curves = [pd.read_csv(run.folder / "metrics.csv")[column] for run in mine]
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
             epochs, mean = np.arange(1, length + 1), values.mean(0)
@@ -168,19 +167,17 @@ def _curves(
     return _picture(draw, f"{title} over the epochs, mean and standard deviation over the seeds", (SIZE[0], 3.9))
 
 
-def _classes(rows: Sequence[Row], name: str, titles: Mapping[str, str], style: Mapping[str, Style]) -> Picture:
+def _classes(rows: pd.DataFrame, name: str, titles: Mapping[str, str], style: Mapping[str, Style]) -> Picture:
+    classes = rows[(rows["protocol"] == name) & rows["group"].str.startswith("class ")]
+    points = classes.groupby(["name", "group"], sort=False)[["train_images", "value"]].mean()
+
     def draw(axes: Axes) -> None:
-        counts = set()
-        for arm in _unique(row.name for row in rows):
-            points: dict[str, list[Row]] = {}
-            for row in rows:
-                if (row.name, row.protocol) == (arm, name) and row.group.startswith("class "):
-                    points.setdefault(row.group, []).append(row)
-            at = sorted((_mean(p, "train_images"), _mean(p, "value")) for p in points.values())
-            counts |= {x for x, _ in at}
-            x, y = zip(*at, strict=True)
-            axes.plot(x, y, style[arm].marker, color=style[arm].color, alpha=0.8, markersize=5, label=titles[arm])
-        if max(counts) >= 3 * min(counts):
+        for arm, its in points.groupby(level="name", sort=False):
+            its = its.sort_values(["train_images", "value"])
+            color, marker = style[arm].color, style[arm].marker
+            x, y = its["train_images"], its["value"]
+            axes.plot(x, y, marker, color=color, alpha=0.8, markersize=5, label=titles[arm])
+        if points["train_images"].max() >= 3 * points["train_images"].min():
             axes.set_xscale("log")
             axes.xaxis.set(
                 major_locator=LogLocator(subs=(1, 2, 5)),
@@ -197,25 +194,23 @@ def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
     """Shares of the pairs over training, positives above negatives."""
     if not table.exists():
         return None
-    with table.open(newline="") as file:
-        lines = [row for row in csv.DictReader(file) if row["quantity"] == quantity]
-    if not lines:
+    lines = pd.read_csv(table)
+    lines = lines[lines["quantity"] == quantity]
+    if lines.empty:
         return None
-    top = max(float(line["bin_high"]) for line in lines)
-    low = min(float(line["bin_low"]) for line in lines)
-    edges = np.linspace(low, top * 1.02, 41)
+    edges = np.linspace(lines["bin_low"].min(), lines["bin_high"].max() * 1.02, 41)
 
     def draw(axes: Sequence[Axes]) -> None:
         for panel, pairs in zip(axes, ("positive", "negative"), strict=True):
-            mine = [line for line in lines if line["pairs"] == pairs]
-            steps = [int(line["step"]) for line in mine]
-            shares = np.array([_rebinned(line, edges) for line in mine]).T
+            mine = lines[lines["pairs"] == pairs]
+            steps = mine["step"].tolist()
+            shares = np.array([_rebinned(line, edges) for _, line in mine.iterrows()]).T
             width = steps[1] - steps[0] if len(steps) > 1 else 1
             panel.grid(visible=False)
             mesh = panel.pcolormesh(
                 [*steps, steps[-1] + width], edges, 100 * shares, cmap="viridis", vmin=0, rasterized=True
             )
-            panel.plot(np.array(steps) + width / 2, [float(line["mean"]) for line in mine], color="white", linewidth=1)
+            panel.plot(np.array(steps) + width / 2, mine["mean"], color="white", linewidth=1)
             panel.set(ylabel=f"{quantity}\nof {pairs}s")
             colorbar = panel.figure.colorbar(mesh, ax=panel, pad=0.02)
             colorbar.set_label("share of pairs (%)", fontsize=8)
@@ -227,21 +222,21 @@ def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
     return _picture(draw, f"{title}: histograms of the {quantity} over training", (SIZE[0], 3.9), panels=2)
 
 
-def _rebinned(line: Mapping[str, str], edges: np.ndarray) -> np.ndarray:
+def _rebinned(line: pd.Series, edges: np.ndarray) -> np.ndarray:
     """Shares in other bins: the values of a bin are spread evenly over it."""
-    counts = [int(value) for key, value in line.items() if re.fullmatch(r"bin_\d+", key)]
-    own = np.linspace(float(line["bin_low"]), float(line["bin_high"]), len(counts) + 1)
-    cumulated = np.concatenate([[0.0], np.cumsum(counts) / max(1, sum(counts))])
+    counts = line.filter(regex=r"^bin_\d+$").to_numpy(float)
+    own = np.linspace(line["bin_low"], line["bin_high"], len(counts) + 1)
+    cumulated = np.concatenate([[0.0], np.cumsum(counts) / max(1, counts.sum())])
     shares: np.ndarray = np.diff(np.interp(edges, own, cumulated))
     return shares
 
 
 def _map(path: Path, title: str) -> Picture:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    x, y, c = np.array([[float(row[key]) for key in ("x", "y", "class")] for row in rows]).T
-    # A map of an earlier version has numbers alone.
-    names = {int(row["class"]): _short(row.get("name", row["class"])) for row in rows}
+    # A class may be called 007 or NA. A map of an earlier version has numbers alone.
+    rows = pd.read_csv(path, dtype={"name": str}, keep_default_na=False)
+    x, y, c = rows[["x", "y", "class"]].to_numpy(float).T
+    labels = rows.get("name", rows["class"].astype(str))
+    names = {number: _short(name) for number, name in zip(rows["class"], labels, strict=True)}
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
@@ -290,17 +285,8 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
-def _column(table: Path, name: str) -> list[float]:
-    with table.open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file)]
-
-
-def _mean(rows: Sequence[Row], key: str) -> float:
-    return statistics.fmean(getattr(row, key) for row in rows)
-
-
-def _class_protocols(rows: Sequence[Row]) -> list[str]:
-    there = _unique(row.protocol for row in rows)
+def _class_protocols(rows: pd.DataFrame) -> list[str]:
+    there = list(rows["protocol"].unique())
     return [name for name in PER_CLASS if name in there] or there[:1]
 
 

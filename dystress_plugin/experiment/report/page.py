@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 from omegaconf import OmegaConf
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.report import figures
-from dystress_plugin.experiment.report.cost import costs
+from dystress_plugin.experiment.report import cost, figures
 from dystress_plugin.experiment.report.differences import FEW_SEEDS, differences, sentence
-from dystress_plugin.experiment.report.records import UNTRAINED, Row, Run, family, one_per, unequal
+from dystress_plugin.experiment.report.records import UNTRAINED, Run, one_per, unequal
 
 
-def render(
-    runs: Sequence[Run], rows: Sequence[Row], names: Sequence[str], out: Path, missing: Mapping[str, Any]
-) -> str:
-    """The page as HTML."""
+def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: Path, missing: Mapping[str, Any]) -> str:
+    """The page as HTML, from tables alone.
+
+    Args:
+        runs: in their order on the page.
+        rows: of `read_rows`.
+        names: protocols.
+        out: where `cost.csv` and `compare.yaml` are, if anywhere.
+        missing: from a run that is not on the page to what went wrong with it.
+    """
     arms = {run.name: run for run in one_per(runs, lambda run: run.name)}
     titles = {name: run.title for name, run in arms.items()} | {UNTRAINED: "untrained backbone"}
-    constants = {name: family(run.settings.method) for name, run in arms.items() if run.constant is not None}
-    found = differences(rows, constants, names)
-    style = figures.styles([name for name in arms if name not in constants], list(constants))
-    reference = next(iter(constants), next(iter(arms)))
-    measured = {n: run.folder for n, run in arms.items() if n not in constants or n == reference}
-    cost = costs(measured, reference, out / "cost.csv")
+    constants = [name for name, run in arms.items() if run.constant is not None]
+    found = differences(rows, {name: run.family for name, run in arms.items()}, constants, names)
+    style = figures.styles([name for name in arms if name not in constants], constants)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dystress_plugin.experiment.report", "."),
         autoescape=True,
@@ -57,8 +59,8 @@ def render(
             if name not in constants and (mine := [d for d in found if d.name == name])
         ],
         comparisons=sum(d.name not in constants and d.low is not None for d in found),
-        cost=cost,
-        reference=reference,
+        cost=cost.read(runs, out / cost.TABLE),
+        reference=cost.measured_arms(runs)[1],
         missing=missing,
         unequal=unequal(runs),
         command=OmegaConf.load(compared).command if compared.exists() else "",
@@ -66,23 +68,20 @@ def render(
     )
 
 
-def _summary(rows: Sequence[Row], group: str) -> dict[str, dict[str, str]]:
+def _summary(rows: pd.DataFrame, group: str) -> dict[str, dict[str, str]]:
     """From arm and protocol to "mean ± standard deviation" over the seeds."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row.group == group:
-            values.setdefault(row.name, {}).setdefault(row.protocol, []).append(row.value)
-    return {name: {p: spread(v) for p, v in of_name.items()} for name, of_name in values.items()}
+    arms = rows[rows["group"] == group].groupby("name", sort=False)
+    return {name: its.groupby("protocol")["value"].agg(spread).to_dict() for name, its in arms}
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Iterable[float]) -> str:
     """Mean and, of more than one, the standard deviation, with two decimals."""
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    series = pd.Series(values)
+    return f"{series.mean():.2f}" + (f" ± {series.std():.2f}" if len(series) > 1 else "")
 
 
-def _groups(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.group for row in rows if row.group != "all" and not row.group.startswith("class ")))
+def _groups(rows: pd.DataFrame) -> list[str]:
+    return [group for group in rows["group"].unique() if group != "all" and not group.startswith("class ")]
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:

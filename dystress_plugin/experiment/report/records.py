@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from omegaconf import OmegaConf
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment.evaluate.scores import Score
+from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE
 from dystress_plugin.experiment.io.config import comparable, read_config
 from dystress_plugin.experiment.spec import RunSpec
 from dystress_plugin.temperature import Constant
 
 UNTRAINED = "untrained"
+
+TAUS = ("tau", "tau_min", "tau_max")
 
 OF_A_RUN = ("method", "method_kwargs", "seed", "out")  # what may differ between the runs of a page
 
@@ -37,16 +40,19 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """Name of the arm: the folder's without the seed if it starts with the method, else from the settings."""
-        name, dash, seed = self.folder.name.rpartition("-")
+        """Name of the arm: as recorded, else the method and what differs from its defaults."""
+        if self.settings.arm is not None:
+            return self.settings.arm
         method = self.settings.method
-        named = name == method or name.startswith((f"{method}-", "constant-", "constant_"))
-        if dash and seed == str(self.settings.seed) and named:
-            return name
         own = recipes.recipe(method).choices
         kwargs = self.settings.method_kwargs.items()
         changed = [f"{k}={v}" for k, v in kwargs if k in own and v != own[k]]
         return "-".join([method, *changed])
+
+    @property
+    def family(self) -> str:
+        """The method of the constants it is compared to: as recorded, else by its own."""
+        return family(self.settings.method) if self.settings.family is None else self.settings.family
 
     @property
     def constant(self) -> float | None:
@@ -64,26 +70,10 @@ class Run:
         return recipe.title + (f" {word}" if dash else "")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of `results.csv`: an accuracy in percent of `n` test images, of one run."""
-
-    name: str
-    method: str
-    tau: float | None
-    tau_min: float | None
-    tau_max: float | None
-    seed: int
-    protocol: str
-    group: str
-    value: float
-    n: int
-    train_images: int
-
-
 def family(method: str) -> str:
-    """What a method shares with the constants it is compared to: "", "dcl", "dclw" or "moco"."""
-    return method.partition("_")[2]
+    """The method with a fixed temperature and the same word behind the underscore, such as simclr_moco; else simclr."""
+    named = "_".join(["simclr", *method.split("_")[1:]])
+    return named if named in recipes.METHODS else "simclr"
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
@@ -138,12 +128,26 @@ def check_together(runs: Sequence[Run]) -> None:
             raise ValueError(f"The runs differ in {key}: {', '.join(sorted(values))}. A report is of one data set.")
 
 
-def rows_of(run: Run, scores: Sequence[Score]) -> list[Row]:
-    """The scores of a run as rows of `results.csv`."""
-    kwargs = run.settings.method_kwargs
-    tau, low, high = (kwargs.get(key) for key in ("tau", "tau_min", "tau_max"))
-    name, method, seed = run.name, run.settings.method, run.settings.seed
-    return [Row(name, method, tau, low, high, seed, **asdict(score)) for score in scores]
+def read_rows(runs: Sequence[Run], protocols: Sequence[str]) -> pd.DataFrame:
+    """What `results.csv` has, from the tables in the runs' folders: their scores, then those of what they started from.
+
+    A line is an accuracy, `value`, in percent of `n` test images, of one run.
+    """
+    parts = [_rows(run.folder / TABLE, protocols, _described(run)) for run in runs]
+    for run in one_per(runs, lambda run: run.settings.seed):
+        about = {"name": UNTRAINED, "method": UNTRAINED, **dict.fromkeys(TAUS), "seed": run.settings.seed}
+        parts.append(_rows(run.folder / UNTRAINED_TABLE, protocols, about))
+    return pd.DataFrame([row for part in parts for row in part])
+
+
+def _described(run: Run) -> dict[str, Any]:
+    taus = {key: run.settings.method_kwargs.get(key) for key in TAUS}
+    return {"name": run.name, "method": run.settings.method, **taus, "seed": run.settings.seed}
+
+
+def _rows(table: Path, protocols: Sequence[str], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    scores = pd.read_csv(table).set_index("protocol", drop=False)
+    return [{**about, **score} for name in protocols for score in scores.loc[[name]].to_dict("records")]
 
 
 def one_per(runs: Sequence[Run], key: Any) -> list[Run]:
@@ -155,5 +159,5 @@ def unequal(runs: Sequence[Run]) -> list[str]:
     """Keys that differ between the runs although they should not."""
     values = [comparable(run.settings) for run in runs]
     keys = [key for key in values[0] if key not in OF_A_RUN and len({str(its[key]) for its in values}) > 1]
-    queue = ("queue_size", "momentum_encoder") if len({family(run.settings.method) for run in runs}) > 1 else ()
+    queue = ("queue_size", "momentum_encoder") if len({run.family for run in runs}) > 1 else ()
     return [key for key in keys if key not in queue]
