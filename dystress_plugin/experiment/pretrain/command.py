@@ -34,6 +34,7 @@ from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve, warn_short_schedule
 from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, make_loaders, make_trainer
 from dystress_plugin.experiment.settings import PretrainSettings, output_folder
+from dystress_plugin.experiment.style import method_color
 
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _run(
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
     trained.write(out)
     (out / "figures").mkdir(exist_ok=True)
-    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title)
+    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title, method_color(recipe.name))
     loaders[0].sampler.set_epoch(settings.epochs - 1)  # type: ignore[attr-defined]  # also where nothing was left to train
     views, _, index = next(iter(loaders[0]))
     figures.profile(module, views, index, settings.epochs - 1, out / "figures" / "temperature.png", recipe.title)
