@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dystress_plugin.experiment.inspect.effects import Effect, Similarities, on_grid, relative_weight
-from dystress_plugin.experiment.pretrain.figures import GREEN, ORANGE, STYLE
+from dystress_plugin.experiment.style import DASHES, NEGATIVE, PNG, POSITIVE, method_color
+from dystress_plugin.recipes import METHODS
 
 BINS = 60
 
@@ -31,7 +32,7 @@ def draw(effects: Mapping[str, Effect], seen: Similarities, folder: Path, title:
         title: the data and the network.
     """
     paths = []
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PNG):
         for name, plot in (
             ("similarities", _similarities),
             ("temperatures", _temperatures),
@@ -49,7 +50,10 @@ def draw(effects: Mapping[str, Effect], seen: Similarities, folder: Path, title:
 
 def _similarities(figure: Figure, _effects: Mapping[str, Effect], seen: Similarities) -> None:
     axes = figure.subplots()
-    for cosine, color, label in ((seen.negative, ORANGE, "negative pairs"), (seen.positive, GREEN, "positive pairs")):
+    for cosine, color, label in (
+        (seen.negative, NEGATIVE, "negative pairs"),
+        (seen.positive, POSITIVE, "positive pairs"),
+    ):
         axes.hist(
             cosine.flatten().numpy(),
             bins=BINS,
@@ -136,13 +140,25 @@ def _binned(cosine: Tensor, strength: Tensor, bins: int, *, density: bool = Fals
 
 def _styles(effects: Mapping[str, Effect]) -> list[dict[str, Any]]:
     constants = [name for name in effects if name.startswith("constant")]
-    colors = iter(mpl.color_sequences["tab10"])
-    return [
-        {"color": str(0.75 - 0.6 * constants.index(name) / len(constants)), "linestyle": "--", "linewidth": 1.2}
-        if name in constants
-        else {"color": next(colors), "linewidth": 1.8}
-        for name in effects
-    ]
+    drawn: list[str] = []
+    styles: list[dict[str, Any]] = []
+    for name in effects:
+        if name in constants:
+            grey = str(0.75 - 0.6 * constants.index(name) / len(constants))
+            styles.append({"color": grey, "linestyle": "--", "linewidth": 1.2})
+            continue
+        color = method_color(_method(name))
+        # A method with other settings has its colour, and another line.
+        line = ("-", *DASHES)[drawn.count(color) % (1 + len(DASHES))]
+        drawn.append(color)
+        styles.append({"color": color, "linestyle": line, "linewidth": 1.8})
+    return styles
+
+
+def _method(name: str) -> str:
+    """The method whose title a name begins with, the longest."""
+    titled = [method for method, recipe in METHODS.items() if name.startswith(recipe.title)]
+    return max(titled, key=lambda method: len(METHODS[method].title))
 
 
 def _highest(effects: Mapping[str, Effect]) -> float:

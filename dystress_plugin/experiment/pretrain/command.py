@@ -38,6 +38,7 @@ from dystress_plugin.experiment.pretrain.resolve import build_module, check_batc
 from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, Loaders, make_loaders, make_trainer
 from dystress_plugin.experiment.settings import PretrainSettings, output_folder
 from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
+from dystress_plugin.experiment.style import method_color
 
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
@@ -153,12 +154,12 @@ def summarise(
 
 
 def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
-    title, last = recipes.recipe(module.spec.method).title, module.spec.epochs - 1
+    recipe, last = recipes.recipe(module.spec.method), module.spec.epochs - 1
     (out / "figures").mkdir(exist_ok=True)
-    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", title)
+    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title, method_color(recipe.name))
     loader.sampler.set_epoch(last)  # type: ignore[attr-defined]  # also where nothing was left to train
     views, _, index = next(iter(loader))
-    figures.profile(module, views, index, last, out / "figures" / "temperature.png", title)
+    figures.profile(module, views, index, last, out / "figures" / "temperature.png", recipe.title)
 
 
 def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -13,42 +12,32 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dystress_plugin.experiment.pretrain.module import PretrainModule
+from dystress_plugin.experiment.style import NEGATIVE, PNG, POSITIVE
 from dystress_plugin.metrics import some_pairs
 
-BLUE, ORANGE, GREEN = "#1f77b4", "#d95f02", "#1b9e77"
 
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "savefig.dpi": 150,
-}
-
-
-def curves(metrics: Path, path: Path, title: str) -> None:
-    """Loss, kNN accuracy, temperatures, alignment and uniformity over epochs."""
+def curves(metrics: Path, path: Path, title: str, color: str) -> None:
+    """Loss, kNN accuracy, temperatures, alignment and uniformity over epochs; `color`: of the method."""
     with metrics.open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     column = {name: [row[name] for row in rows] for name in rows[0]}
     epoch = column["epoch"]
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PNG):
         figure = Figure(figsize=(9, 6), layout="constrained")
         (loss, knn), (tau, shape) = figure.subplots(2, 2, sharex=True)
         figure.suptitle(f"{title}: pretraining")
-        loss.plot(epoch, column["loss"], color=BLUE)
+        loss.plot(epoch, column["loss"], color=color)
         loss.set(title="Loss", ylabel="loss (nats)")
-        knn.plot(epoch, column["knn_top1"], color=BLUE)
+        knn.plot(epoch, column["knn_top1"], color=color)
         knn.set(title="Weighted kNN on the test images", ylabel="top-1 accuracy (%)")
-        for pairs, color in (("positive", GREEN), ("negative", ORANGE)):
+        for pairs, its in (("positive", POSITIVE), ("negative", NEGATIVE)):
             low, high = column[f"tau_{pairs}_min"], column[f"tau_{pairs}_max"]
-            tau.plot(epoch, column[f"tau_{pairs}_mean"], color=color, label=f"{pairs} pairs: mean, least to most")
-            tau.fill_between(epoch, low, high, color=color, alpha=0.2, linewidth=0)
+            tau.plot(epoch, column[f"tau_{pairs}_mean"], color=its, label=f"{pairs} pairs: mean, least to most")
+            tau.fill_between(epoch, low, high, color=its, alpha=0.2, linewidth=0)
         tau.set(title="Temperature", xlabel="epoch", ylabel="temperature", ylim=(0, None))
         tau.legend(frameon=False, fontsize=8)
-        shape.plot(epoch, column["alignment"], color=GREEN, label="alignment (mean cosine of positives)")
-        shape.plot(epoch, column["uniformity"], color=ORANGE, label="uniformity (log mean potential)")
+        shape.plot(epoch, column["alignment"], color=POSITIVE, label="alignment (mean cosine of positives)")
+        shape.plot(epoch, column["uniformity"], color=NEGATIVE, label="uniformity (log mean potential)")
         shape.set(title="Embedding", xlabel="epoch", ylabel="value")
         shape.legend(frameon=False, fontsize=8)
         for axes in (tau, shape):
@@ -68,13 +57,13 @@ def profile(module: PretrainModule, views: list[Tensor], index: Tensor, epoch: i
     z = module.train().embed([view.to(module.device) for view in views])
     module.load_state_dict(state)
     pairs = some_pairs(module.loss, *z, index=index, epoch=epoch, max_images=256)
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PNG):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         density = figure.subplots()
         temperature = density.twinx()
         for cosine, tau, color, label in (
-            (pairs.negative_cosine, pairs.negative_tau, ORANGE, "negative pairs"),
-            (pairs.positive_cosine, pairs.positive_tau, GREEN, "positive pairs"),
+            (pairs.negative_cosine, pairs.negative_tau, NEGATIVE, "negative pairs"),
+            (pairs.positive_cosine, pairs.positive_tau, POSITIVE, "positive pairs"),
         ):
             density.hist(cosine.cpu(), bins=80, range=(-1, 1), density=True, color=color, alpha=0.35, label=label)
             chosen = torch.randperm(len(cosine), generator=torch.Generator().manual_seed(0))[:3000]

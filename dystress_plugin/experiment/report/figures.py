@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
+from dystress_plugin.experiment.style import COMMON, DASHES, GREY, method_color
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.report.differences import Difference
@@ -24,21 +25,11 @@ if TYPE_CHECKING:
 
 TEXT = "#010203"  # stands for the colour of the text, which only the page knows
 
-COLORS = ("#e07b1a", "#2f8fd6", "#1fa37a", "#b45fc9", "#d6456b", "#a08a18")
-
-GREY = "#8a8a8a"
-
-DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
-
 MARKERS = ("v", "^", "s", "D")
 
-STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = COMMON | {
     "font.size": 9,
     "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
     "svg.hashsalt": "dystress",  # the same runs give the same page
     "svg.fonttype": "path",
     "savefig.transparent": True,
@@ -71,12 +62,18 @@ class Style:
     marker: str
 
 
-def styles(methods: Sequence[str], constants: Sequence[str]) -> dict[str, Style]:
-    """Methods in colour; constants and the untrained backbone grey, told apart by dashes and markers."""
-    coloured = {
-        name: Style(COLORS[i % len(COLORS)], ("-", *DASHES)[i // len(COLORS) % 5], "o")
-        for i, name in enumerate(methods)
-    }
+def styles(methods: Mapping[str, str], constants: Sequence[str]) -> dict[str, Style]:
+    """Methods in their colours, arms of one colour by dashes; constants and the untrained backbone grey, by both.
+
+    Args:
+        methods: of the arms that are no constants.
+        constants: the other arms.
+    """
+    coloured: dict[str, Style] = {}
+    for name, method in methods.items():
+        color = method_color(method)
+        number = sum(style.color == color for style in coloured.values())
+        coloured[name] = Style(color, ("-", *DASHES)[number % (1 + len(DASHES))], ("o", *MARKERS)[number % 5])
     grey = {name: Style(GREY, DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(constants)}
     return coloured | grey | {"untrained": Style(GREY, "-", "x")}
 

@@ -30,7 +30,8 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
     titles = {name: run.title for name, run in arms.items()} | {UNTRAINED: "untrained backbone"}
     constants = [name for name, run in arms.items() if run.constant is not None]
     found = differences(rows, {name: run.family for name, run in arms.items()}, constants, names)
-    style = figures.styles([name for name in arms if name not in constants], constants)
+    methods = {name: run.settings.method for name, run in arms.items() if run.constant is None}
+    style = figures.styles(methods, constants)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dystress_plugin.experiment.report", "."),
         autoescape=True,

@@ -1,0 +1,36 @@
+"""How every figure looks: matplotlib's settings, and colours that mean one thing each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dystress_plugin import recipes
+from dystress_plugin.temperature import Constant
+
+# Pairs; no method has a colour close to theirs.
+POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
+
+# Methods, in the order in which the table has their temperatures; all are seen on white and on black.
+COLORS = ("#2f8fd6", "#d6456b", "#9a5fd0", "#a08a18", "#17a5bf", "#a8684a")
+
+GREY = "#8a8a8a"  # fixed temperatures, what others are compared with, and an untrained network
+
+DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+
+COMMON: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+
+PNG: dict[str, Any] = COMMON | {"font.size": 10, "savefig.dpi": 150}
+
+
+def method_color(method: str) -> str:
+    """The colour of a method in every figure: that of its temperature, whatever the objective and the layout."""
+    own = recipes.recipe(method).temperature
+    if own is Constant:
+        return GREY
+    adaptive = dict.fromkeys(each.temperature for each in recipes.METHODS.values() if each.temperature is not Constant)
+    return COLORS[list(adaptive).index(own) % len(COLORS)]
