@@ -10,8 +10,7 @@ from lightly_train._methods.simclr.simclr import SimCLRArgs
 from pydantic import Field, create_model, model_validator
 
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.recipes import Recipe
-from dystress_plugin.training import class_name
+from dystress_plugin.recipes import Recipe, class_name
 
 LARGEST_QUEUE = 65536  # MoCo's own, for ImageNet
 
