@@ -79,6 +79,9 @@ def dclw(stats: RowStats, *, sigma: float) -> Tensor:
 class Objective:
     """A row's loss and how rows are joined.
 
+    One of your own is a function of `RowStats`, which autograd differentiates: `ContrastiveLoss("dystress",
+    objective=Objective("mine", row_loss))`.
+
     Attributes:
         name: what a user types.
         row_loss: from the statistics, and the parameters by keyword, to (rows,).

@@ -175,7 +175,7 @@ def _train(
         gradients = torch.autograd.grad(value, [*views, *parameters], allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients[len(views) :], strict=True):
-                parameter -= 0.01 * gradient
+                parameter.sub_(gradient, alpha=0.01)
         values.append(value.detach())
     return values
 
@@ -560,7 +560,7 @@ def _ranks(build: Build, name: str) -> None:
     """Two ranks that saw different batches hold the same state."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, (folder, build()), nprocs=2)
+            multiprocessing.spawn(_rank, (folder, build()), nprocs=2)  # type: ignore[attr-defined]
         except Exception as error:  # of either process, or of starting it
             last = [line for line in str(error).splitlines() if line.strip()][-1]
             raise ContractError(

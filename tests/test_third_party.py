@@ -1,4 +1,4 @@
-"""A method of another package, found by its entry point, trains as `method=theirs` in every host: in fresh processes."""
+"""A method of another package, found by its entry point, is `method=theirs` in every host, in fresh processes."""
 
 import configparser
 import importlib.util
@@ -78,15 +78,10 @@ def test_the_command_lists_and_trains_it(installed, data, tmp_path):
         ["theirs", "num_samples,", "tau=0.2,", "epochs=20.0,", "share=0.5"],
     ]
     settings = [
-        "image_size=16",
-        "epochs=1",
-        "batch_size=6",
-        "backbone=test_resnet",
-        "accelerator=cpu",
-        "progress=false",
+        *("method=theirs", "method_kwargs.tau=0.3", f"data={data}", "out=out", "image_size=16", "epochs=1"),
+        *("batch_size=6", "backbone=test_resnet", "accelerator=cpu", "progress=false"),
     ]
-    given = ["method=theirs", f"data={data / 'train'}", "out=out", "val_fraction=0", "method_kwargs.tau=0.3"]
-    run(tmp_path, installed, "-m", "dystress_plugin.cli", "pretrain", *given, *settings)
+    run(tmp_path, installed, "-m", "dystress_plugin.cli", "pretrain", *settings)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["method"] == "theirs"
     assert_learned(torch.load(tmp_path / "out" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
 
@@ -98,7 +93,7 @@ def test_solo_learns_own_script_trains_it(installed, data, tmp_path):
             "SOLO-LEARN IS NOT TESTED: set SOLO_LEARN_HOME to a clone of github.com/vturrisi/solo-learn (9187ea3)"
         )
     settings = [
-        *("method=theirs", "method_kwargs.share=0.25", "max_epochs=1", "scheduler.warmup_epochs=0"),
+        *("method=theirs", "+method_kwargs.share=0.25", "max_epochs=1", "scheduler.warmup_epochs=0"),
         *(f"data.train_path={data / 'train'}", f"data.val_path={data / 'val'}", "data.num_workers=0"),
         *("method_kwargs.proj_hidden_dim=32", "method_kwargs.proj_output_dim=16", "optimizer.batch_size=6"),
         *("image_size=16", "dystress_augmentations@augmentations=digits", "dystress_hardware=cpu"),
@@ -109,11 +104,12 @@ def test_solo_learns_own_script_trains_it(installed, data, tmp_path):
 
 
 LIGHTLY = """
-import sys, torch
+import dataclasses, sys, torch
 from lightly.data import LightlyDataset
 from pytorch_lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from dystress_plugin import recipes
 from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS, Theirs
 
 entry = BENCHMARK_METHODS["theirs"]
@@ -124,6 +120,10 @@ loader = DataLoader(LightlyDataset(sys.argv[1], transform=entry["transform"]), b
 quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(model, loader)
 torch.save(model.state_dict(), "state.pt")
+
+later = recipes.register(dataclasses.replace(recipes.recipe("theirs"), name="later", title="Later"))
+from dystress_plugin.frameworks.lightly.modules import Later
+assert BENCHMARK_METHODS["later"]["model"] is Later
 """
 
 
@@ -133,8 +133,9 @@ def test_an_entry_of_lightlys_benchmark_trains_it(installed, data, tmp_path):
 
 
 LIGHTLY_TRAIN = """
-import sys, lightly_train, torch
+import dataclasses, sys, lightly_train, torch
 from torch import nn
+from dystress_plugin import recipes
 import dystress_plugin.frameworks.lightly_train
 
 class Tiny(nn.Module):
@@ -160,6 +161,10 @@ lightly_train.pretrain(
     num_workers=0, devices=1, accelerator="cpu", precision="32-true", transform_args={"image_size": (16, 16)},
     loggers={"jsonl": {}, "tensorboard": None},
 )
+torch.save(torch.load("out/checkpoints/last.ckpt", weights_only=False)["state_dict"], "state.pt")
+
+recipes.register(dataclasses.replace(recipes.recipe("theirs"), name="later", title="Later"))
+assert "later" in lightly_train.list_methods()
 """
 
 
@@ -168,5 +173,4 @@ def test_lightly_train_trains_it(installed, data, tmp_path):
         pytest.skip('LIGHTLYTRAIN IS NOT TESTED: pip install "dystress-plugin[lightly-train]"')
     own = {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "LIGHTLY_TRAIN_CACHE_DIR": str(tmp_path / "cache")}
     run(tmp_path, {**installed, **own}, "-c", LIGHTLY_TRAIN, data / "train")
-    saved = torch.load(tmp_path / "out" / "checkpoints" / "last.ckpt", weights_only=False)
-    assert_learned(saved["state_dict"])
+    assert_learned(torch.load(tmp_path / "state.pt", weights_only=True))

@@ -40,6 +40,10 @@ class Batch:
 class Temperature(nn.Module, ABC):
     """How a cosine similarity becomes a logit. Subclasses are final: one file, one method.
 
+    A subclass has to give `prepare` alone. One that learns from batches gives `update` too; one with a table of samples
+    `num_samples`, `resize` and `has_learned`, and sets `needs_index`. `dystress_plugin.testing.check_temperature` tells
+    whether it all fits together, `dystress_plugin.recipes.register` how to make a method of it.
+
     Attributes:
         needs_index: the loss must be given `index`.
         needs_epoch: the loss must be given `epoch`.

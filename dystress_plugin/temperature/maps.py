@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class PartsReader:
         return kinds[next(self.words)].from_parts(self)
 
 
-def _subclasses(cls: type[LogitMap]) -> list[type[LogitMap]]:
+def _subclasses(cls: Any) -> list[type[LogitMap]]:
     return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
 
 

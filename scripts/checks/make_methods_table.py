@@ -37,6 +37,11 @@ queue; *lightly: module* is a LightningModule in `dystress_plugin.frameworks.lig
 temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxiv.org/abs/2110.06848), the queue from
 [MoCo, 2020](https://arxiv.org/abs/1911.05722). Other combinations are made from their parts:
 `ContrastiveLoss(dp.temperature.DySTreSS(), objective="macl", queue_size=(4096, 128))`.
+
+A method of your own is `method=yours` in all of them: write its temperature in a package of yours, let a test call
+`dystress_plugin.testing.check_temperature`, and name its recipe as an entry point in the group
+`dystress_plugin.methods`, or call `dystress_plugin.recipes.register`, whose documentation has the steps one by one.
+`tests/third_party` is such a package.
 """
 
 
@@ -51,6 +56,8 @@ def table():
     )
     rows = [columns, ["---"] * len(columns)]
     for recipe in METHODS.values():
+        if not recipe.temperature.__module__.startswith("dystress_plugin."):
+            continue  # of a package that happens to be installed
         module = BENCHMARK_METHODS.get(recipe.name)
         rows.append(
             [

@@ -1,5 +1,6 @@
 """Our classes within the real solo-learn, in this process."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -302,3 +303,15 @@ def test_dali_without_numbers_is_refused(solo):
     cfg.data.format = "dali"
     with pytest.raises(ValueError, match="encode_indexes_into_labels"):
         fit(solo.METHODS["isogclr"](cfg))
+
+
+def test_a_method_that_is_registered_later_is_there_too(solo, monkeypatch):
+    from dystress_plugin import recipes
+    from dystress_plugin.frameworks.solo import methods
+
+    for table in (recipes._TABLE, methods.CLASSES, solo.METHODS):
+        monkeypatch.setitem(table, "later", None)  # so that all of them are afterwards what they were
+        del table["later"]
+    recipes.register(dataclasses.replace(recipes.recipe("isogclr"), name="later", title="Later"))
+    assert solo.METHODS["later"] is methods.CLASSES["later"]
+    assert pickle.loads(pickle.dumps(solo.METHODS["later"])) is solo.METHODS["later"]
