@@ -311,19 +311,17 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    units: Tensor
     if tracing.transformed(z):
         peak = _peak(z.detach(), least)
-        units = z / peak
-        units = units / units.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
-    else:
-        units = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
+        z = z / peak
+        return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
     return units
 
 
 def _peak(z: Tensor, least: float) -> Tensor:
     """The largest entry of every row, infinite where the row counts as zero."""
-    peak = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
+    peak: Tensor = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
     # Below, the gradient 1/|z| itself would leave the dtype's range.
     return peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
 

@@ -27,6 +27,7 @@ _OPERATIONS = {
     "mul": lambda x, y: x * y,
     "neg": lambda x: -x,
     "sub": lambda x, y, alpha=1: x - alpha * y,
+    "tensor": lambda x, dtype, device: x,  # noqa: ARG005
 }
 
 
@@ -40,9 +41,6 @@ class _Traced:
         if name.startswith("_"):
             raise AttributeError(name)
         return lambda *arguments, **settings: _operation(name.rstrip("_"))(self, *arguments, **settings)
-
-    def new_tensor(self, value):
-        return _Traced(value)
 
     def detach(self):
         return _Traced(self.expression.subs(_COSINE, _DETACHED))
@@ -98,7 +96,8 @@ def dystress_temperature(cosine, low, high):
     default = {name: p.default for name, p in inspect.signature(dystress.DySTreSS).parameters.items()}
     defaults = dystress.PROFILES[default["profile"]].defaults
     constants = types.SimpleNamespace(pi=sympy.pi)
-    with mock.patch.multiple(dystress, torch=_Torch(), math=constants):
+    eager = types.SimpleNamespace(compiled=lambda _: False)
+    with mock.patch.multiple(dystress, torch=_Torch(), math=constants, tracing=eager):
         map_ = dystress.ProfiledMap(default["profile"], _LOW, _DELTA, defaults, default["detach"])
         logit = map_.logit(_Traced(_COSINE)).expression
     tau = sympy.nsimplify(_COSINE / logit, rational=True)
