@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from dystress_plugin import __version__
@@ -18,7 +18,7 @@ EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings."""
+    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings or files."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["methods"]:  # needs torch alone
         print(methods_table())
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"dystress: {EXTRA.format(error=error)}", file=sys.stderr)
         return 2
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:  # of the system: a file that cannot be read or written
         print(f"dystress: {error}", file=sys.stderr)
         return 2
     except RunStopped as error:
@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def methods_table() -> str:
     """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
-    variants = {name: base for name in METHODS if (base := name.rpartition("_")[0]) in METHODS}
+    variants = {
+        name: base
+        for name in METHODS
+        if (base := name.rpartition("_")[0]) in METHODS and METHODS[name].temperature is METHODS[base].temperature
+    }
     lines = _columns(
         [("method", "temperature", "objective", "paper")]
         + [
@@ -68,7 +72,7 @@ def _defaults(recipe: Recipe, without: Collection[str] = ()) -> str:
 
 
 def _difference(recipe: Recipe, base: Recipe) -> tuple[str, str]:
-    if recipe.layout == "queue":
+    if recipe.queue:
         return (
             f"objective {recipe.objective}",
             "a queue of negatives and a momentum encoder: queue_size, momentum_encoder",
@@ -89,10 +93,12 @@ def _methods(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.pretrain import output_folder, pretrain
-    from dystress_plugin.experiment.settings import PretrainSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import PretrainSettings, output_folder
 
-    settings = parse(PretrainSettings, tokens)
+    settings = parse(PretrainSettings, tokens)  # before the imports that take seconds, as for every command
+    from dystress_plugin.experiment.pretrain.command import pretrain
+
     summary = pretrain(settings)
     if summary:
         print(summary_table(summary))
@@ -102,24 +108,30 @@ def _pretrain(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.evaluation import evaluate_run
-    from dystress_plugin.experiment.settings import EvaluateSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import EvaluateSettings
 
-    return evaluate_run(parse(EvaluateSettings, tokens))
+    settings = parse(EvaluateSettings, tokens)
+    from dystress_plugin.experiment.evaluate.command import evaluate_run
+
+    return evaluate_run(settings)
 
 
 def _long_tail(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.long_tail import write_long_tail
-    from dystress_plugin.experiment.settings import LongTailSettings, parse
+    from dystress_plugin.experiment.data.export import write_long_tail
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import LongTailSettings
 
     return write_long_tail(parse(LongTailSettings, tokens))
 
 
 def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.inspection import inspect_temperatures, output_folder, table
-    from dystress_plugin.experiment.settings import InspectSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import InspectSettings
 
     settings = parse(InspectSettings, tokens)
+    from dystress_plugin.experiment.inspect.command import inspect_temperatures, output_folder, table
+
     report = inspect_temperatures(settings)
     print("\n".join([report["network"], "", *_columns(table(report)), ""]))
     print("\n".join(found["advice"] for found in report["temperatures"].values()))
@@ -129,18 +141,21 @@ def _inspect(tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _compare(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.compare import command_line, compare, parse_compare
+    from dystress_plugin.experiment.compare.command import command_line, compare
+    from dystress_plugin.experiment.compare.plan import parse_compare
 
     return dict(compare(*parse_compare(tokens), command_line(tokens)))
 
 
 def _report(tokens: Sequence[str]) -> dict[str, Any]:
-    from dystress_plugin.experiment.report import report
-    from dystress_plugin.experiment.settings import ReportSettings, parse
+    from dystress_plugin.experiment.keys import parse
+    from dystress_plugin.experiment.settings import ReportSettings
 
-    folders = [token for token in tokens if Path(token).exists() or not ("=" in token or token.startswith("-"))]
+    folders = [token for token in tokens if os.path.exists(token) or not ("=" in token or token.startswith("-"))]
     settings = parse(ReportSettings, [token for token in tokens if token not in folders])
     settings.runs += folders
+    from dystress_plugin.experiment.report.command import report
+
     return dict(report(settings))
 
 
@@ -158,6 +173,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dystress_plugin.experiment.keys import describe
     from dystress_plugin.experiment.settings import (
         CompareSettings,
         EvaluateSettings,
@@ -165,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
         LongTailSettings,
         PretrainSettings,
         ReportSettings,
-        describe,
     )
 
     parser = argparse.ArgumentParser(

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from dystress_plugin import distributed, tracing
+from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
+from dystress_plugin.embeddings import check_view, normalize, not_finite
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.errors import unknown_name
+from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.layout import LAYOUTS, Block
-from dystress_plugin.objectives import OBJECTIVES
-from dystress_plugin.queue import KeyQueue
+from dystress_plugin.objectives import OBJECTIVES, Objective
 from dystress_plugin.recipes import recipe
-from dystress_plugin.temperature import Individual, ModelAware, Temperature
+from dystress_plugin.temperature import Temperature
 from dystress_plugin.temperature.base import Batch
+from dystress_plugin.temperature.maps import LogitMaps
 
 
 class Pairs(NamedTuple):
@@ -39,11 +43,22 @@ class ContrastiveLoss(nn.Module):
     views of all other images. With several positives their exponentials are added. `objective` replaces the outer
     form, `temperature` the map a. With a queue, i runs over view 0, p is view 1 and n the keys in the queue.
 
+    State, which is a queue and tables of samples, moves with the batches that are learned from: in train mode, with
+    gradients enabled, where an embedding requires one. Keys need none beside queries that do. A batch under `no_grad`
+    or `inference_mode`, or of a frozen encoder, is compared and leaves no trace. Within `torch.utils.checkpoint` a
+    batch is learned from once; what a loss with state saves for the backward pass is kept rather than computed again,
+    as it would come from a later state.
+
+    Where torch.distributed runs, every rank begins with rank 0's state and parameters, takes in what all ranks learn,
+    and gets the mean over ranks of its parameters' gradients, outside of DistributedDataParallel as well. A loss that
+    has any of these, or gathers, is to be trained with equally often on every rank.
+
     Args:
         temperature: a method's name, from `dystress_plugin.recipes.METHODS`, or an instance of a class in
             `dystress_plugin.temperature`.
-        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw". None takes the recipe's; for an instance "ntxent", but
-            "macl" for ModelAware and "sogclr" for Individual.
+        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw", or a `dystress_plugin.objectives.Objective`. None takes
+            the recipe's; for an instance of a temperature its own: "macl" for ModelAware, "sogclr" for Individual, for
+            WarmUp that of the temperature it arrives at, "ntxent" for the others.
         queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
@@ -58,7 +73,11 @@ class ContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown name (with the nearest valid one) or a parameter out of its range.
-        TypeError: for a temperature that is neither a name nor a `Temperature`, or its settings beside an instance.
+        TypeError: for a temperature that is neither a name nor a `Temperature`, or its settings beside an instance;
+            for an objective that is neither a name nor an `Objective`.
+
+    Attributes:
+        objective: the objective's name, also where an instance was given.
 
     Examples:
         >>> loss = ContrastiveLoss("dystress", tau_min=0.1, tau_max=0.2)
@@ -69,7 +88,7 @@ class ContrastiveLoss(nn.Module):
         self,
         temperature: str | Temperature = "dystress",
         *,
-        objective: str | None = None,
+        objective: str | Objective | None = None,
         queue_size: tuple[int, int] | int | None = None,
         layout: str = "views",
         engine: str = "auto",
@@ -78,21 +97,22 @@ class ContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         chosen = recipe(temperature) if isinstance(temperature, str) else None
+        if chosen is None and not isinstance(temperature, Temperature):
+            raise TypeError(
+                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
+                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
+            )
         if objective is None:
-            default = {ModelAware: "macl", Individual: "sogclr"}.get(type(temperature), "ntxent")  # type: ignore[arg-type]
-            objective = chosen.objective if chosen else default
-        for kind, name, known in (
-            ("objective", objective, OBJECTIVES),
-            ("layout", layout, LAYOUTS),
-            ("engine", engine, ENGINES),
-        ):
+            objective = chosen.objective if chosen else temperature.default_objective  # type: ignore[union-attr]
+        self._objective = _objective(objective)
+        for kind, name, known in (("layout", layout, LAYOUTS), ("engine", engine, ENGINES)):
             if name not in known:
                 raise ValueError(unknown_name(kind, name, known))
 
-        own = {name: settings.pop(name) for name in OBJECTIVES[objective].parameters if name in settings}
+        own = {name: settings.pop(name) for name in self._objective.parameters if name in settings}
         if chosen:
             temperature = chosen.build_temperature(**settings)
-            if chosen.layout == "queue" and not queue_size:
+            if chosen.queue and not queue_size:
                 raise ValueError(
                     f"Method '{chosen.name}' keeps a queue: give queue_size=(keys, dim), such as (65536, 128)."
                 )
@@ -101,18 +121,15 @@ class ContrastiveLoss(nn.Module):
                 f"{', '.join(settings)}: settings go into the temperature itself when it is given as an instance, "
                 f"{type(temperature).__name__}(...)."
             )
-        if not isinstance(temperature, Temperature):
-            raise TypeError(
-                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
-                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
-            )
 
-        self.temperature = temperature
-        self.objective = objective
-        self.objective_settings = OBJECTIVES[objective].checked(own)
+        self.temperature: Temperature = temperature  # type: ignore[assignment]  # a name no longer
+        self.objective = self._objective.name
+        self.objective_settings = self._objective.checked(own)
         self.layout = layout
         self.engine = engine
         self.gather_distributed = bool(gather_distributed)
+        self._passes = checkpointing.Passes()
+        self._begun = False
         self.queue = _queue(queue_size)
         if self.queue is not None and layout != "views":
             raise ValueError(f"layout='{layout}' takes no queue: leave queue_size out.")
@@ -138,20 +155,34 @@ class ContrastiveLoss(nn.Module):
                 compiled code and under torch.func they propagate: looking would wait for the device or is impossible).
         """
         units, index, epoch = self._checked(views, index, epoch)
-        if self.queue is not None and self.training:
-            self.queue.share()
-        with torch.autocast(views[0].device.type, enabled=False):
+        trains = self.training and torch.is_grad_enabled()
+        learns = trains and any(view.requires_grad for view in views)
+        if trains:
+            self._begin_as_rank_0(views)
+            self.temperature.hold_parameters()
+        compute = partial(self._value, units, index, epoch, learns=learns)
+        return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
+
+    def _value(self, units: Tensor, index: Tensor | None, epoch: float | None, *, learns: bool) -> Tensor:
+        with torch.autocast(units.device.type, enabled=False):
             stats, batch = self._row_stats(units, index, epoch)
-            stats = replace(stats, log_s=self.temperature.observe(stats, batch))
-            objective = OBJECTIVES[self.objective]
-            rows = objective.row_loss(stats, **self.objective_settings)
-            value = rows.mean() * (batch.views if objective.sum_over_views else 1)
-        if self.queue is not None and self.training:
-            self.queue.push(units[1])
+            stats = replace(stats, log_s=self.temperature.running_mean(stats, batch))
+            rows = self._objective.row_loss(stats, **self.objective_settings)
+            value = rows.mean() * (batch.views if self._objective.sum_over_views else 1)
+        if learns:
+            self.temperature.update(stats, batch)
+            if self.queue is not None:
+                self.queue.push(units[1])
         return value * self._share(len(rows), rows.device)
 
     @torch.no_grad()
-    def pairs(self, *views: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Pairs:
+    def pairs(
+        self,
+        *views: Tensor,
+        index: Tensor | None = None,
+        epoch: float | None = None,
+        max_keys: int | None = None,
+    ) -> Pairs:
         """Every pair of a batch with its temperature; of this rank alone, and without a change of state.
 
         It holds the whole matrix of similarities: give it a few hundred images.
@@ -160,10 +191,11 @@ class ContrastiveLoss(nn.Module):
             *views: as for the loss.
             index: as for the loss.
             epoch: as for the loss.
+            max_keys: how many keys of a queue to compare with at most; None: all of them.
         """
         units, index, epoch = self._checked(views, index, epoch)
         with torch.autocast(views[0].device.type, enabled=False):
-            blocks = self._blocks(units, gather=False)
+            blocks = self._blocks(units, gather=False, max_keys=max_keys)
             batch = self._batch(blocks, len(units[0]), index, epoch, gather=False)
             maps = self.temperature.prepare(batch)
             positive_tau = maps.positive.temperature(batch.positive_cosine)
@@ -177,9 +209,16 @@ class ContrastiveLoss(nn.Module):
                 taus.append(maps.negative.rows(rows).temperature(cosine)[negative])
             return Pairs(batch.positive_cosine.flatten(), positive_tau.flatten(), torch.cat(cosines), torch.cat(taus))
 
-    def _blocks(self, units: Tensor, *, gather: bool) -> list[Block]:
+    def _begin_as_rank_0(self, views: Sequence[Tensor]) -> None:
+        """Once: ranks may have been seeded differently, as data loading wants it, and so hold different queues."""
+        trained = any(tensor.requires_grad for tensor in (*views, *self.parameters()))
+        if trained and not self._begun and distributed.world_size() > 1:
+            distributed.from_rank_0(*self.parameters(), *self.buffers())
+            self._begun = True
+
+    def _blocks(self, units: Tensor, *, gather: bool, max_keys: int | None = None) -> list[Block]:
         if self.queue is not None:
-            return layouts.queue(units, self.queue.read())
+            return layouts.queue(units, self.queue.read(max_keys))
         return LAYOUTS[self.layout](units, gather=gather)
 
     def _batch(
@@ -201,9 +240,10 @@ class ContrastiveLoss(nn.Module):
                 "torch.func would have to change the state of this loss, its queue or its tables: call loss.eval(), or "
                 "hand the state over by torch.func.functional_call."
             )
+        units, parameters = self._with_mean_gradients(units)
         blocks = self._blocks(units, gather=self.gather_distributed)
         batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
-        maps = self.temperature.prepare(batch)
+        maps: LogitMaps = functional_call(self.temperature, parameters, (batch,))
         want_cosine = self._counts_negatives
         negatives = [
             ENGINES[self.engine](
@@ -226,6 +266,14 @@ class ContrastiveLoss(nn.Module):
             mean=batch.mean,
         )
         return stats, batch
+
+    def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The temperature's parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
+        trained: dict[str, Tensor] = {name: p for name, p in self.temperature.named_parameters() if p.requires_grad}
+        if not (self.training and torch.is_grad_enabled()):
+            return units, trained
+        units, *parameters = distributed.with_mean_gradients(units, *trained.values())
+        return units, dict(zip(trained, parameters, strict=True))
 
     def _share(self, rows: int, device: torch.device) -> float:
         """Rows of this rank over the mean of all ranks', so that ranks of different batches weigh by their rows."""
@@ -267,7 +315,7 @@ class ContrastiveLoss(nn.Module):
             and not math.isfinite(together.detach().sum())
             and not torch.isfinite(together).all()
         ):
-            raise ValueError(_not_finite(views))
+            raise ValueError(not_finite(views))
         # A half precision's subnormal rows have few digits left, and gradients beyond its range.
         least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
         return normalize(together, least).view(len(views), *views[0].shape), index, epoch
@@ -283,7 +331,7 @@ class ContrastiveLoss(nn.Module):
                 f"objective='{self.objective}' with {type(self.temperature).__name__} divides by; use 'one_way'."
             )
         for number, view in enumerate(views):
-            _check_view(number, view, views[0])
+            check_view(number, view, views[0])
         if self.queue is not None:
             if views[0].shape[1] != self.queue.keys.shape[1]:
                 raise ValueError(
@@ -296,7 +344,7 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def _counts_negatives(self) -> bool:
-        return OBJECTIVES[self.objective].needs_negative_cosine or self.temperature.needs_negative_cosine
+        return self._objective.needs_negative_cosine or self.temperature.needs_negative_cosine
 
     def extra_repr(self) -> str:
         own = "".join(f", {name}={value}" for name, value in self.objective_settings.items())
@@ -306,54 +354,17 @@ class ContrastiveLoss(nn.Module):
         )
 
 
-def normalize(z: Tensor, least: float = 0.0) -> Tensor:
-    """z / |z| for every row; a zero row stays zero and gets no gradient, and so does one without an entry of `least`.
-
-    Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
-    """
-    if tracing.transformed(z):
-        peak = _peak(z.detach(), least)
-        z = z / peak
-        return z / z.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
-    units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
-    return units
-
-
-def _peak(z: Tensor, least: float) -> Tensor:
-    """The largest entry of every row, infinite where the row counts as zero."""
-    peak: Tensor = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
-    # Below, the gradient 1/|z| itself would leave the dtype's range.
-    return peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
-
-
-class _Normalize(torch.autograd.Function):
-    """u = z / |z| and |z|. Autograd by itself would save three copies of z, this saves u.
-
-    |z| is a result as well, for the second derivative: what a gradient is made of has to be one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        # Over the largest entry first: the squares of tiny and huge rows would leave the range.
-        peak = _peak(z, least)
-        units = z / peak
-        length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
-        units.div_(length.masked_fill(length == 0, 1.0))
-        length = (length * peak).nan_to_num_(math.inf, math.inf)
-        ctx.save_for_backward(units, length)
-        return units, length
-
-    @staticmethod
-    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor | None, None]:
-        units, length = ctx.saved_tensors
-        grad = None
-        if grad_units is not None:
-            grad = (grad_units - units * (units * grad_units).sum(1, keepdim=True)) / length
-        if grad_length is not None:
-            along = units * grad_length
-            grad = along if grad is None else grad + along
-        return grad, None
+def _objective(objective: str | Objective) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    if not isinstance(objective, str):
+        raise TypeError(
+            f"objective={objective!r} must be a name, such as 'dcl', or an instance of "
+            f"dystress_plugin.objectives.Objective, not {type(objective).__name__}."
+        )
+    if objective not in OBJECTIVES:
+        raise ValueError(unknown_name("objective", objective, OBJECTIVES))
+    return OBJECTIVES[objective]
 
 
 def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -379,24 +390,3 @@ def _queue(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
             f"queue_size={queue_size!r} must be (keys, dim), such as (65536, 128), or 0 for none."
         ) from None
     return KeyQueue(size, dim)
-
-
-def _check_view(number: int, view: Tensor, first: Tensor) -> None:
-    if not isinstance(view, Tensor):
-        raise TypeError(f"View {number} must be a tensor, not {type(view).__name__}.")
-    if not view.is_floating_point():
-        raise TypeError(f"View {number} is {view.dtype}; embeddings must be of a float dtype: call .float().")
-    if view.dim() != 2:
-        raise ValueError(f"View {number} has shape {tuple(view.shape)}, needs (batch, dim): flatten it.")
-    if view.shape != first.shape:
-        raise ValueError(f"View {number} has shape {tuple(view.shape)}, view 0 {tuple(first.shape)}; they must agree.")
-    if view.device != first.device:
-        raise ValueError(f"View {number} is on {view.device}, view 0 on {first.device}; move them together.")
-    if view.numel() == 0:
-        raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
-
-
-def _not_finite(views: Sequence[Tensor]) -> str:
-    bad = [int((~torch.isfinite(view)).any(dim=1).sum()) for view in views]
-    number = next(v for v, rows in enumerate(bad) if rows)
-    return f"View {number} has {bad[number]} of {len(views[0])} rows with NaN or infinity: the model diverged."

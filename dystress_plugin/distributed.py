@@ -53,7 +53,20 @@ def from_rank_0(*tensors: Tensor) -> None:
     """Overwrites every tensor with rank 0's."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor.detach(), 0)
+
+
+def with_mean_gradients(first: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors; gradients of all but the first become their mean over ranks, in one collective.
+
+    A parameter without gradient counts as 0 on that rank, and stays without where no rank has one. The mean is taken
+    after the backward pass of all that was computed from `first`: what ranks computed in between, and in which order,
+    may differ, as their batches do, but not the order of their collectives.
+    """
+    if world_size() == 1 or not parameters:
+        return first, *parameters
+    tensors: tuple[Tensor, ...] = _MeanGradients.apply(first, *parameters)  # type: ignore[no-untyped-call]
+    return tensors
 
 
 class _Gather(torch.autograd.Function):
@@ -81,6 +94,42 @@ class _OwnSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(gradient, ctx.sizes), None  # type: ignore[no-untyped-call]
+
+
+class _MeanGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.parameters = [parameter.detach() for parameter in parameters]
+        return first.view_as(first), *(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        own = [torch.zeros_like(p) if g is None else g for p, g in zip(ctx.parameters, gradients, strict=True)]
+        sizes = [gradient.numel() for gradient in own]
+        found = own[0].new_tensor([gradient is not None for gradient in gradients], dtype=torch.float64)
+        together = torch.cat([*(gradient.flatten().double() for gradient in own), found])
+        *means, found = _Mean.apply(together).split([*sizes, len(own)])  # type: ignore[no-untyped-call]
+        return first, *(
+            # Looking at `found` waits for a GPU, and is needed only where this rank has no gradient.
+            None if gradient is None and not found[number] else mean.view_as(like).to(like.dtype)
+            for number, (gradient, mean, like) in enumerate(zip(gradients, means, own, strict=True))
+        )
+
+
+class _Mean(torch.autograd.Function):
+    """Mean over ranks, entry by entry, and so is its gradient."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        mean: Tensor = _Mean.apply(gradient)  # type: ignore[no-untyped-call]
+        return mean
 
 
 def _sizes(tensor: Tensor) -> list[int]:

@@ -1,13 +1,34 @@
-"""Measures of an embedding, and summaries of what a temperature does to a batch."""
+"""Measures of an embedding. `temperature_summary`, which is of a loss, is found here too."""
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dystress_plugin.contrastive import ContrastiveLoss, Pairs, normalize
+from dystress_plugin.embeddings import normalize
+
+if TYPE_CHECKING:
+    from dystress_plugin.diagnostics.summary import some_pairs, temperature_summary
+
+__all__ = [
+    "alignment",
+    "inter_class_uniformity",
+    "some_pairs",
+    "temperature_summary",
+    "tolerance",
+    "uniformity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # They need the loss and stand above this module, so they are imported when they are asked for.
+    if name in ("some_pairs", "temperature_summary"):
+        return getattr(importlib.import_module("dystress_plugin.diagnostics.summary"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def alignment(z0: Tensor, z1: Tensor) -> Tensor:
@@ -74,66 +95,6 @@ def inter_class_uniformity(z: Tensor, y: Tensor) -> Tensor:
     if len(sums) < 2:
         raise ValueError("All labels are the same; inter-class uniformity needs at least two classes.")
     return uniformity(sums)
-
-
-@torch.no_grad()
-def temperature_summary(
-    loss: ContrastiveLoss,
-    *views: Tensor,
-    index: Tensor | None = None,
-    epoch: float | None = None,
-    max_images: int = 128,
-) -> dict[str, Tensor]:
-    """What the temperature does to the first images of a batch; changes no state and needs no gradient.
-
-    Args:
-        loss: the loss, whose temperature is asked.
-        *views: as for the loss.
-        index: as for the loss.
-        epoch: as for the loss.
-        max_images: how many images to look at; the negatives among them are a square of this times the views.
-
-    Returns:
-        0-dim tensors `tau_positive_mean`, `_min`, `_max`, the same for `tau_negative`, `alignment`, `uniformity`.
-    """
-    pairs = some_pairs(loss, *views, index=index, epoch=epoch, max_images=max_images)
-    summary: dict[str, Tensor] = {}
-    for name, tau in (("positive", pairs.positive_tau), ("negative", pairs.negative_tau)):
-        summary |= {f"tau_{name}_mean": tau.mean(), f"tau_{name}_min": tau.min(), f"tau_{name}_max": tau.max()}
-    summary["alignment"] = pairs.positive_cosine.mean()
-    summary["uniformity"] = uniformity(views[0].detach()[:max_images])
-    return summary
-
-
-@torch.no_grad()
-def some_pairs(
-    loss: ContrastiveLoss,
-    *views: Tensor,
-    index: Tensor | None = None,
-    epoch: float | None = None,
-    max_images: int = 128,
-    max_keys: int = 1024,
-) -> Pairs:
-    """`ContrastiveLoss.pairs` of the first images of a batch, and with a queue of some of its keys.
-
-    With a queue it must be called before the loss, which puts this batch's keys among the negatives of the next.
-
-    Args:
-        loss: the loss, which stays as it is.
-        *views: as for the loss.
-        index: as for the loss.
-        epoch: as for the loss.
-        max_images: how many images to look at.
-        max_keys: how many keys of a queue to look at, evenly spaced so that old and new ones are among them.
-    """
-    if loss.queue is not None and len(loss.queue.keys) > max_keys:
-        keys = loss.queue.keys[:: -(-len(loss.queue.keys) // max_keys)]
-        # The same temperature over a shorter queue. On the meta device: new keys would be drawn at random otherwise.
-        with torch.device("meta"):
-            loss = ContrastiveLoss(loss.temperature, queue_size=(len(keys), keys.shape[1]))
-        loss.queue.keys = keys  # type: ignore[union-attr]
-    first = [view.detach()[:max_images] for view in views]
-    return loss.pairs(*first, index=index[:max_images] if index is not None else None, epoch=epoch)
 
 
 def _class_sums(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dystress_plugin.engine.rows import RowStats
-from dystress_plugin.temperature.base import check_positive
+from dystress_plugin.checks import check_positive
+from dystress_plugin.rows import RowStats
 
 
 def ntxent(stats: RowStats) -> Tensor:
@@ -80,12 +80,14 @@ class Objective:
     """A row's loss and how rows are joined.
 
     Attributes:
+        name: what a user types.
         row_loss: from the statistics, and the parameters by keyword, to (rows,).
         needs_negative_cosine: whether it reads `RowStats.negative_cosine`.
         sum_over_views: sum over the views of an image instead of their mean; always the mean over images.
         parameters: its own parameters with their defaults, positive numbers.
     """
 
+    name: str
     row_loss: Callable[..., Tensor]
     needs_negative_cosine: bool = False
     sum_over_views: bool = False
@@ -101,9 +103,12 @@ class Objective:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "ntxent": Objective(ntxent),
-    "macl": Objective(macl),
-    "sogclr": Objective(sogclr, needs_negative_cosine=True, sum_over_views=True),
-    "dcl": Objective(dcl),
-    "dclw": Objective(dclw, parameters={"sigma": 0.5}),
+    objective.name: objective
+    for objective in (
+        Objective("ntxent", ntxent),
+        Objective("macl", macl),
+        Objective("sogclr", sogclr, needs_negative_cosine=True, sum_over_views=True),
+        Objective("dcl", dcl),
+        Objective("dclw", dclw, parameters={"sigma": 0.5}),
+    )
 }

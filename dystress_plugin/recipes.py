@@ -1,13 +1,19 @@
-"""THE table: method name -> temperature, objective, layout, defaults, paper. Every framework reads it."""
+"""THE table: method name -> temperature, objective, queue, defaults, paper. Every framework reads it.
+
+Other packages add to it: `register` says how.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from typing import Any
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.errors import first_line, unknown_name
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import (
     Constant,
@@ -18,6 +24,8 @@ from dystress_plugin.temperature import (
     Temperature,
     TemperatureFree,
 )
+
+TABLE = "num_samples"  # by contract the parameter of every temperature that keeps a table of samples
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Recipe:
         paper: title or short name, with year.
         url: where to read it.
         defaults: values of the temperature's parameters where they differ from the class's own.
-        layout: "views" of a batch, or "queue" for anchors, momentum keys and a queue of negatives (MoCo).
+        queue: anchors, momentum keys and a queue of negatives (MoCo) instead of the views of a batch.
     """
 
     name: str
@@ -42,7 +50,7 @@ class Recipe:
     paper: str
     url: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    layout: str = "views"
+    queue: bool = False
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -50,6 +58,39 @@ class Recipe:
         signature = inspect.signature(self.temperature).parameters
         own = {name: self.defaults.get(name, parameter.default) for name, parameter in signature.items()}
         return own | dict(OBJECTIVES[self.objective].parameters)
+
+    @property
+    def keeps_table(self) -> bool:
+        """Whether its temperature keeps a table of samples; the parameter `num_samples` is then its length."""
+        return TABLE in inspect.signature(self.temperature).parameters
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The parameters that are a matter of choice: all but the length of a table, which the data decide."""
+        return {name: default for name, default in self.parameters.items() if name != TABLE}
+
+    def table_length(self, settings: Mapping[str, Any]) -> int | None:
+        """The length of its table according to the settings; None if they leave it open, or it keeps none."""
+        return settings.get(TABLE) if self.keeps_table else None
+
+    def sized(self, settings: Mapping[str, Any], num_samples: int = 1) -> dict[str, Any]:
+        """The settings with the length of the table, where it keeps one and they leave it open.
+
+        Args:
+            settings: parameters of the method.
+            num_samples: length of the table; 1 for hosts that learn it later, see `Temperature.resize`.
+        """
+        opened = self.keeps_table and settings.get(TABLE) is None
+        return {**settings, TABLE: num_samples} if opened else dict(settings)
+
+    def check_names(self, settings: Iterable[str]) -> None:
+        """A ValueError at a parameter that the method does not have, with the nearest that it has."""
+        self._check_names(settings, self.parameters)
+
+    def _check_names(self, settings: Iterable[str], known: Collection[str]) -> None:
+        for name in settings:
+            if name not in known:
+                raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, known or ["(none)"]))
 
     def build_temperature(self, **settings: Any) -> Temperature:
         """The temperature with some of its parameters set.
@@ -59,9 +100,7 @@ class Recipe:
             TypeError: if a parameter without default is missing.
         """
         parameters = {n: v for n, v in self.parameters.items() if n not in OBJECTIVES[self.objective].parameters}
-        for name in settings:
-            if name not in parameters:
-                raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, parameters or ["(none)"]))
+        self._check_names(settings, parameters)
         missing = [n for n, v in parameters.items() if v is inspect.Parameter.empty and settings.get(n) is None]
         if missing:
             raise TypeError(f"Method '{self.name}' needs {', '.join(f'{n}=...' for n in missing)}.")
@@ -74,7 +113,7 @@ def _variants(base: Recipe) -> list[Recipe]:
         base,
         replace(base, name=f"{base.name}_dcl", title=f"{base.title} DCL", objective="dcl"),
         replace(base, name=f"{base.name}_dclw", title=f"{base.title} DCLW", objective="dclw"),
-        replace(base, name=f"{base.name}_moco", title=f"{base.title} MoCo", layout="queue"),
+        replace(base, name=f"{base.name}_moco", title=f"{base.title} MoCo", queue=True),
     ]
 
 
@@ -95,13 +134,170 @@ _BASES = (
 # Its objective is its own, and its published form has no queue.
 _ISOGCLR = Recipe("isogclr", "iSogCLR", Individual, "sogclr", "iSogCLR, 2023", "https://arxiv.org/abs/2305.11965")
 
-METHODS: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, *(v for base in _BASES for v in _variants(base)[1:]))
-}
+GROUP = "dystress_plugin.methods"
+
+METHODS: dict[str, Recipe]  # `__getattr__` has it
+_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, *(v for base in _BASES for v in _variants(base)[1:]))}
+_BY = dict.fromkeys(_TABLE, "dystress_plugin")
+_FOLLOWERS: list[Callable[[Recipe], None]] = []
+
+
+def __getattr__(name: str) -> Any:
+    if name == "METHODS":
+        return _methods()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _methods() -> dict[str, Recipe]:
+    """The table, with what installed packages add to it.
+
+    They are asked when it is read first: `import dystress_plugin` stays quick, and they find it whole.
+    """
+    if "METHODS" not in globals():
+        globals()["METHODS"] = _TABLE  # before the packages, which may read it
+        for point in metadata.entry_points(group=GROUP):
+            _load(point)
+    return _TABLE
 
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name, or a ValueError with the nearest valid one."""
-    if name not in METHODS:
-        raise ValueError(unknown_name("method", name, METHODS))
-    return METHODS[name]
+    if name not in _methods():
+        raise ValueError(unknown_name("method", name, _methods()))
+    return _methods()[name]
+
+
+def class_name(recipe: Recipe) -> str:
+    """The title of a method as the name of a class."""
+    return "".join(letter for letter in recipe.title if letter.isalnum())
+
+
+def follow(function: Callable[[Recipe], None]) -> None:
+    """Calls `function` with every recipe of the table, and from then on with each that is registered."""
+    for known in list(_methods().values()):
+        function(known)
+    _FOLLOWERS.append(function)
+
+
+def register(recipe: Recipe, *, variants: bool = False) -> Recipe:
+    """Makes a method of one's own `method=name` in every host, as those of the table are.
+
+    1. Write the temperature, a subclass of `dystress_plugin.temperature.Temperature`, in a module of your package. Its
+       `prepare(batch)` returns `LogitMaps`; their maps are mostly `Scaled(tau)`, tau a number or a (rows, 1) tensor.
+       State goes into buffers or parameters and moves in `update` alone; where ranks learn of images of their own,
+       from those of all, `dystress_plugin.distributed.all_rows`. The constructor names its parameters, with defaults;
+       the length of a table of samples is `num_samples`, and has none.
+    2. Let a test of yours call `dystress_plugin.testing.check_temperature(YourTemperature())`.
+    3. Describe the method, in the same module:
+
+           RECIPE = Recipe("yours", "Yours", YourTemperature, "ntxent", "Paper, 2026", "https://...")
+
+    4. Name it in your package's pyproject.toml, and install the package:
+
+           [project.entry-points."dystress_plugin.methods"]
+           yours = "your_module:RECIPE"
+
+       The value is a recipe, several of them, or a function that returns either.
+    5. `dystress methods` lists it, and `method=yours` trains: in `dystress pretrain`, in solo-learn's own scripts, in
+       lightly's benchmark, in LightlyTrain, and as `ContrastiveLoss("yours")`.
+
+    Where there is no package to install, in a notebook or a script, call `register(RECIPE)` instead of step 4: in every
+    process, those that a launcher or data loader starts too, and before solo-learn's `main` runs. Adapters that are
+    imported already take it in.
+
+    Args:
+        recipe: the method.
+        variants: whether to register `..._dcl`, `..._dclw` and `..._moco` too, as far as they differ from it.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: for a name or title that is taken, or a recipe that no host could train.
+        TypeError: for what is no recipe, or a temperature that is no subclass of `Temperature`.
+    """
+    _add(recipe, by=sys._getframe(1).f_globals.get("__name__", "?"), variants=variants)
+    return recipe
+
+
+def _load(point: metadata.EntryPoint) -> None:
+    """Adds what an installed package offers; a fault of its own is a warning, as it must not stop other methods."""
+    package = point.dist.name if point.dist else point.value
+    try:
+        for offered in _recipes(point.load()):
+            if _TABLE.get(offered.name) != offered:  # else its module has registered it already
+                _add(offered, by=package)
+    except Exception as error:  # whatever its code may raise
+        warnings.warn(
+            f"Package '{package}' cannot add its method '{point.name}', {point.value}: {type(error).__name__}: "
+            f"{first_line(error)}",
+            stacklevel=4,
+        )
+
+
+def _recipes(value: Any) -> Iterator[Recipe]:
+    """The recipes in what an entry point names."""
+    value = value if isinstance(value, (Recipe, Iterable)) or not callable(value) else value()
+    for found in value if isinstance(value, Iterable) and not isinstance(value, str) else [value]:
+        yield _typed(found)
+
+
+def _add(recipe: Recipe, *, by: str, variants: bool = False) -> None:
+    _check(recipe)
+    added = [recipe]
+    if variants:
+        points = {(recipe.objective, recipe.queue)}
+        added += [v for v in _variants(recipe)[1:] if (v.objective, v.queue) not in points]
+    for new in added:  # all, before the first is added
+        _check_free(new)
+    for new in added:
+        _TABLE[new.name] = new
+        _BY[new.name] = by
+        for function in _FOLLOWERS:
+            function(new)
+
+
+def _typed(recipe: Any) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"{recipe!r} must be a dystress_plugin.recipes.Recipe, not {type(recipe).__name__}.")
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    """An error unless every host can train it."""
+    name, kind = _typed(recipe).name, recipe.temperature
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"name={name!r} must be of letters, digits and underscores: it is typed as method=name.")
+    if not (isinstance(recipe.title, str) and class_name(recipe).isidentifier()):
+        raise ValueError(f"title={recipe.title!r} must have letters first: classes of method '{name}' are called so.")
+    if not (isinstance(kind, type) and issubclass(kind, Temperature)):
+        raise TypeError(f"Method '{name}' has temperature={kind!r}, which must be a subclass of Temperature.")
+    if inspect.isabstract(kind):
+        lacks = ", ".join(sorted(kind.__abstractmethods__))
+        raise TypeError(f"Method '{name}' has temperature={kind.__name__}, which lacks {lacks}.")
+    if recipe.objective not in OBJECTIVES:
+        raise ValueError(unknown_name(f"objective of method '{name}'", recipe.objective, OBJECTIVES))
+    signature = inspect.signature(kind).parameters
+    for parameter in signature.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ValueError(
+                f"{kind.__name__} takes {parameter.name}, and hosts set its parameters by name: give it an __init__ "
+                "that spells them out."
+            )
+    for objective in OBJECTIVES.values():  # of any, as users may choose another
+        if shared := set(signature) & set(objective.parameters):
+            raise ValueError(f"{kind.__name__}'s parameter '{min(shared)}' is an objective's: give it another name.")
+    for default in recipe.defaults:
+        if default not in signature:
+            raise ValueError(unknown_name(f"parameter of {kind.__name__}", default, signature or ["(none)"]))
+
+
+def _check_free(recipe: Recipe) -> None:
+    for taken in _TABLE.values():
+        if taken.name == recipe.name:
+            raise ValueError(f"Method '{recipe.name}' is there already, by {_BY[taken.name]}: choose another name.")
+        if class_name(taken) == class_name(recipe):
+            raise ValueError(
+                f"title='{recipe.title}' of method '{recipe.name}' is that of '{taken.name}', by {_BY[taken.name]}: "
+                "choose another, as classes are called so."
+            )

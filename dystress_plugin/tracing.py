@@ -67,6 +67,11 @@ if HAS_OPERATIONS:
 
     @torch.library.custom_op("dystress_plugin::read", mutates_args=(), schema="(Tensor x) -> Tensor")
     def _read(x: Tensor) -> Tensor:
+        if torch._C._current_autograd_node() is not None:  # read again, after the change
+            raise ValueError(
+                "A compiled loss with a queue or tables cannot be computed again by a checkpoint, which would find "
+                "another state: leave the loss out of the checkpoint, or do not compile it."
+            )
         return x.clone()
 
     @_read.register_fake

@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
+lint-imports --no-cache
 mypy
 if [ -z "${SOLO_LEARN_HOME:-}" ]; then
     if python -m dystress_plugin.frameworks.solo install; then

@@ -142,6 +142,11 @@ def embeddings(images: int, dim: int, *, views: int = 2, seed: int = 0) -> list[
     return [shared + 0.7 * torch.randn(images, dim, generator=generator, dtype=torch.float64) for _ in range(views)]
 
 
+def trained_on(views: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The views with gradient: a loss learns from no others."""
+    return [view.requires_grad_() for view in views]
+
+
 def indices(images: int, seed: int = 0) -> torch.Tensor:
     return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:images]
 

@@ -99,7 +99,8 @@ def test_isogclr_step_of_six_vectors(visited, expected):
     if visited:  # a running mean of 0 that counts: what the released code starts from
         temperature.visited.fill_(True)
         temperature.log_s.fill_(-torch.inf)
-    value = ContrastiveLoss(temperature)(*VIEWS, index=torch.arange(3))
+    views = [view.clone().requires_grad_() for view in VIEWS]
+    value = ContrastiveLoss(temperature)(*views, index=torch.arange(3))
     assert (*printed(value, 6), printed(temperature.u / temperature.beta, 6), printed(temperature.tau, 6)) == expected
     assert temperature.visited.all()
 

@@ -17,12 +17,13 @@ from grid import (
     embeddings,
     indices,
     tolerance,
+    trained_on,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dystress_plugin as dp
-from dystress_plugin import ContrastiveLoss
+from dystress_plugin import ContrastiveLoss, objectives
 from dystress_plugin.layout import LAYOUTS
 from dystress_plugin.temperature import (
     Constant,
@@ -258,6 +259,9 @@ def test_second_view_without_gradient_is_compared_with_all_the_same():
         (Individual(5), "sogclr"),
         (Learnable(), "ntxent"),
         (WarmUp(DySTreSS()), "ntxent"),
+        (WarmUp(ModelAware()), "macl"),
+        (WarmUp(Individual(5)), "sogclr"),
+        (WarmUp(WarmUp(ModelAware())), "macl"),
         ("dystress_dcl", "dcl"),
         ("macl_dclw", "dclw"),
         (TemperatureFree(), "ntxent"),
@@ -265,6 +269,38 @@ def test_second_view_without_gradient_is_compared_with_all_the_same():
 )
 def test_objective_defaults_to_the_methods_own(given, objective):
     assert ContrastiveLoss(given).objective == objective
+
+
+@pytest.mark.parametrize("build", [ModelAware, lambda: Individual(9, rho=0.2)])
+def test_a_warm_up_that_is_over_is_the_method_it_warmed_up(build):
+    warm, plain = ContrastiveLoss(WarmUp(build(), epochs=2)), ContrastiveLoss(build())
+    for seed in range(3):  # twice from the tables of the steps before
+        values = [loss(*trained_on(embeddings(5, 4, seed=seed)), index=indices(5), epoch=2) for loss in (warm, plain)]
+        assert_close(*values, 0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_may_be_given_as_an_instance(name):
+    by_name = ContrastiveLoss("dystress", objective=name)
+    by_instance = ContrastiveLoss("dystress", objective=objectives.OBJECTIVES[name])
+    assert by_instance.objective == name
+    assert repr(by_instance) == repr(by_name)
+    assert_close(by_instance(*embeddings(4, 3)), by_name(*embeddings(4, 3)), 0)
+
+
+def power(stats, *, power):
+    return (stats.negative - stats.positive) ** power
+
+
+def test_an_objective_of_ones_own_has_its_parameters_and_is_pickled():
+    mine = objectives.Objective("mine", power, parameters={"power": 1.0})
+    loss = ContrastiveLoss(Constant(), objective=mine)
+    assert_close(loss(*embeddings(4, 3)), ContrastiveLoss(Constant(), objective="dcl")(*embeddings(4, 3)), 1e-6)
+    squared = ContrastiveLoss("simclr", objective=mine, power=2, tau=0.3)
+    assert (squared.objective, squared.objective_settings) == ("mine", {"power": 2.0})
+    copied = pickle.loads(pickle.dumps(squared))
+    assert_close(copied(*embeddings(4, 3)), squared(*embeddings(4, 3)), 0)
+    assert "mine" not in objectives.OBJECTIVES
 
 
 @pytest.mark.parametrize("name", dp.recipes.METHODS)
@@ -336,10 +372,10 @@ def test_every_loss_survives_pickling_and_deepcopy(name):
 @pytest.mark.parametrize("queue_size", [None, (7, 4)])
 def test_eval_mode_changes_no_state(name, objective, queue_size):
     loss = Pair(name, objective, queue_size=queue_size).loss
-    loss(*embeddings(5, 4), index=indices(5), epoch=EPOCH)
+    loss(*trained_on(embeddings(5, 4)), index=indices(5), epoch=EPOCH)
     loss.eval()
     before = copy.deepcopy(loss.state_dict())
-    values = [loss(*embeddings(5, 4, seed=1), index=indices(5), epoch=EPOCH) for _ in range(2)]
+    values = [loss(*trained_on(embeddings(5, 4, seed=1)), index=indices(5), epoch=EPOCH) for _ in range(2)]
     assert torch.equal(*values)
     assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
 
@@ -482,6 +518,8 @@ def test_bad_epoch_raises(epoch, error, message):
         (["tempfree"], {"tau": 1}, ValueError, "Unknown parameter of method 'tempfree' 'tau'"),
         (["isogclr"], {}, TypeError, r"Method 'isogclr' needs num_samples=\.\.\."),
         (["simclr"], {"objective": "nt-xent"}, ValueError, "Unknown objective 'nt-xent'. Did you mean 'ntxent'"),
+        (["simclr"], {"objective": 3}, TypeError, "objective=3 must be a name, such as 'dcl', or an instance of"),
+        (["simclr"], {"objective": objectives.dclw}, TypeError, "Objective, not function"),
         (["simclr"], {"layout": "both_way"}, ValueError, "Unknown layout 'both_way'. Did you mean 'both_ways'"),
         (["simclr"], {"layout": "one_way", "queue_size": (8, 4)}, ValueError, "layout='one_way' takes no queue"),
         (["simclr_moco"], {}, ValueError, r"Method 'simclr_moco' keeps a queue: give queue_size=\(keys, dim\)"),

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from grid import trained_on
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dystress_plugin import ContrastiveLoss, diagnostics, temperature
-from dystress_plugin.diagnostics import BINS, COLUMNS, Recorder, callback, callbacks, summaries
+from dystress_plugin.diagnostics import BINS, COLUMNS, Recorder, Summary, callback, callbacks, some_pairs, summaries
 
 HOSTS = ("lightning.pytorch", "pytorch_lightning")
 DIM, BATCH = 6, 8
@@ -38,9 +39,9 @@ CONTEXT = {"index": torch.arange(BATCH) + 3, "epoch": 5.0}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_look_shows_the_pairs_as_the_loss_has_them(name):
+def test_a_sample_shows_the_pairs_as_the_loss_has_them(name):
     loss = make_loss(name)
-    loss(*batch(1), **CONTEXT)
+    loss(*trained_on(batch(1)), **CONTEXT)
     expected = loss.pairs(*batch(2), **CONTEXT)
     found = summaries(loss, *batch(2), **CONTEXT)
     assert [(s.pairs, s.quantity) for s in found] == [
@@ -58,12 +59,34 @@ def test_a_look_shows_the_pairs_as_the_loss_has_them(name):
             assert count <= ((values > low - 1e-6) & (values < high + 1e-6)).sum()
 
 
-def test_only_the_first_images_and_some_keys_are_looked_at():
+def test_only_the_first_images_and_some_keys_are_sampled():
     loss = ContrastiveLoss("simclr", queue_size=(5000, DIM))
     found = summaries(loss, *batch(images=9), max_images=3)
     assert [len(summary.values) for summary in found] == [3, 3, 3000, 3000]
     every_fifth = loss.pairs(*(view[:3] for view in batch(images=9))).negative_cosine.view(3, 5000)[:, ::5]
     assert torch.equal(found[2].values, every_fifth.flatten())
+
+
+@pytest.mark.parametrize("max_keys", [1, 7, 19, 20, 21, None])
+def test_pairs_with_some_keys_are_those_with_a_queue_of_them(max_keys):
+    loss = make_loss("macl_moco")
+    loss(*trained_on(batch(1)))
+    state, seed = copy.deepcopy(loss.state_dict()), torch.get_rng_state()
+    found = loss.pairs(*batch(2), max_keys=max_keys)
+    assert torch.equal(torch.get_rng_state(), seed)
+    assert all(torch.equal(value, state[key]) for key, value in loss.state_dict().items())
+    kept = range(0, 20, -(-20 // (max_keys or 20)))
+    assert len(kept) <= (max_keys or 20)
+    every = loss.pairs(*batch(2))
+    for some, whole in zip(found, every, strict=True):
+        expected = whole if len(whole) == BATCH else whole.view(BATCH, 20)[:, list(kept)].flatten()
+        assert torch.allclose(some, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0, -3, 2.0, True])
+def test_a_number_of_keys_that_is_none_is_named(bad):
+    with pytest.raises(ValueError, match=f"max_keys={bad} must be an int of at least 1"):
+        some_pairs(make_loss("simclr_moco"), *batch(), max_keys=bad)
 
 
 def test_values_that_are_not_finite_are_left_out():
@@ -114,8 +137,8 @@ def test_a_loop_of_ones_own_gets_its_rows_and_resumes(tmp_path):
             for step in range(start, stop):
                 expected[step] = loss.pairs(*batch(step))
                 assert bool(loss._forward_pre_hooks) == (step % 2 == 0)
-                loss(*batch(step))
-                loss(*batch(step + 100))  # a second call in a step is not looked at
+                loss(*trained_on(batch(step)))
+                loss(*trained_on(batch(step + 100)))  # a second call in a step is not sampled
                 recorder.step(epoch=step // 3)
 
     expected = {}
@@ -135,6 +158,31 @@ def test_a_loop_of_ones_own_gets_its_rows_and_resumes(tmp_path):
     with Recorder(loss, path):  # anew
         pass
     assert table(path) == []
+
+
+@pytest.mark.parametrize(("name", "cell"), [("", ""), ("criteria.0", "criteria.0"), ('a,"b"', '"a,""b"""')])
+def test_the_bytes_of_the_table(name, cell, tmp_path, monkeypatch):
+    values = torch.tensor([-1.0, 0.25, 0.25, 1 / 3, 1.0])
+    found = [
+        Summary(name, "negative", "similarity", values, -1.0, 1.0),
+        Summary(name, "x", "y", values + 1.5, 0.0, 2.5),
+    ]
+    counts = [["0"] * BINS for _ in found]
+    counts[0][0], counts[0][25], counts[0][26], counts[0][39] = "1", "2", "1", "1"
+    counts[1][8], counts[1][28], counts[1][29], counts[1][39] = "1", "2", "1", "1"
+    heading = ",".join(COLUMNS)
+    first = f"6,2,{cell},negative,similarity,5,0.16666667,-1,1,-1,1,{','.join(counts[0])}"
+    second = f"6,2,{cell},x,y,5,1.6666667,0.5,2.5,0,2.5,{','.join(counts[1])}"
+    module = importlib.import_module("dystress_plugin.diagnostics.recorder")
+    monkeypatch.setattr(module, "summaries", lambda *views, **context: found)
+    path, loss = tmp_path / "x.csv", make_loss("simclr")
+    for start, stop in ((0, 7), (7, 8)):  # the second keeps the rows as they are
+        with Recorder(loss, path, every_n_steps=6, first_step=start) as recorder:
+            for step in range(start, stop):
+                loss(*batch(step))
+                recorder.step(epoch=step // 3)
+        expected = [heading, *(line.replace("6,2", "0,0", 1) for line in (first, second)), first, second]
+        assert path.read_bytes() == "".join(f"{line}\n" for line in expected).encode()
 
 
 def test_an_exception_leaves_no_hook(tmp_path):
@@ -225,7 +273,7 @@ def pl(request):
     return importlib.import_module(request.param)
 
 
-def test_any_lightning_module_is_looked_at(pl, tmp_path):
+def test_any_lightning_module_is_sampled(pl, tmp_path):
     module = user_module(pl)
     fit(pl, module, tmp_path, [callback(tmp_path / "x.csv", every_n_steps=2)])
     rows = table(tmp_path / "x.csv")

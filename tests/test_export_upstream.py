@@ -2,19 +2,21 @@
 
 import ast
 import importlib
+import math
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import dystress_plugin as dp
 from dystress_plugin.frameworks.lightly import DySTreSSLoss, MACLLoss, TemperatureScheduleLoss
-from dystress_plugin.temperature import dystress
+from dystress_plugin.frameworks.solo import fixes
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # As in lightly's pyproject.toml; solo-learn's black has a width and no rules.
@@ -77,6 +79,14 @@ def solo_misc():
     return misc
 
 
+def lightly_parts():
+    """What lightly's losses take from it, without a memory bank and on a single process."""
+    bank, utils = ModuleType("lightly.models.modules.memory_bank"), ModuleType("lightly.utils")
+    bank.MemoryBankModule = lambda size, gather_distributed: lambda z, update: (z, None)
+    utils.dist = SimpleNamespace(world_size=lambda: 1)
+    return bank, utils
+
+
 def agree(ours, theirs, *views, tolerance=1e-6):
     """Both values and gradients on the same views."""
     results = []
@@ -91,6 +101,12 @@ def agree(ours, theirs, *views, tolerance=1e-6):
 def views(number=2, batch=7, dim=5, dtype=torch.float64):
     generator = torch.Generator().manual_seed(number)
     return [torch.randn(batch, dim, generator=generator, dtype=dtype) for _ in range(number)]
+
+
+def batches(number=2):
+    """Random views, nearly equal ones, and such as point away from the first."""
+    first, *others = views(number)
+    return [first, *others], [first, *(first + 0.01 * view for view in others)], [first, *(-first for _ in others)]
 
 
 class Fake:
@@ -123,59 +139,78 @@ def rendered(tmp_path):
     return render
 
 
-def test_the_traced_temperature_is_ours():
-    formulas = importlib.import_module("upstream.formulas")
-    line = formulas.dystress_temperature("cosine", "low", "high")
-    cosine = torch.linspace(-1, 1, 101, dtype=torch.float64)
-    known = {"math": importlib.import_module("math"), "torch": torch, "cosine": cosine, "low": 0.07, "high": 0.3}
-    ours = dystress.ProfiledMap("cosine", 0.07, 0.23, {}, True).temperature(cosine)
-    torch.testing.assert_close(eval(line, known), ours, rtol=1e-14, atol=0)
+# Temperatures at which losses of a row grow long and probabilities round to 1, and one that MACL has to hold.
+SOLO_LEARN = [
+    ("dystress", {}),
+    ("dystress", {"tau_min": 0.07, "tau_max": 0.25}),
+    ("dystress", {"tau_min": 0.01, "tau_max": 0.02}),
+    ("macl", {}),
+    ("macl", {"temperature": 0.01}),
+    ("macl", {"temperature": 0.2, "alpha": 2.0, "threshold": 0.8}),
+]
+LIGHTLY = [*SOLO_LEARN[:-1], ("macl", {"temperature": 0.2, "alpha": 1.0, "A_0": 0.8})]
+held = pytest.mark.filterwarnings("ignore:MACL's temperature:UserWarning")
 
 
-def test_a_curve_that_cannot_be_traced_is_named(monkeypatch):
-    formulas = importlib.import_module("upstream.formulas")
-    curve = dystress.Phase(1.0, lambda x: x.erfinv_(), lambda x: x)
-    monkeypatch.setitem(dystress.PROFILES, "cosine", dystress.Profile({}, lambda low, delta: curve))
-    with pytest.raises(ValueError, match="erfinv"):
-        formulas.dystress_temperature("cosine", "low", "high")
+def function_of(rendered, name):
+    """solo-learn's loss, as a function of views."""
+    function = getattr(module_of(rendered("solo-learn", name), f"{name}_module", solo_misc()), f"{name}_loss_func")
+    return lambda *z, **settings: function(torch.cat(z), torch.arange(len(z[0])).repeat(len(z)), **settings)
 
 
-def test_a_source_that_has_changed_is_named():
-    formulas = importlib.import_module("upstream.formulas")
+@held
+@pytest.mark.parametrize(("name", "settings"), SOLO_LEARN)
+@pytest.mark.parametrize("number", [2, 3])
+def test_solo_learn_s_loss_is_ours(rendered, name, settings, number):
+    theirs = partial(function_of(rendered, name), **settings)
+    ours = dp.ContrastiveLoss(name, **{{"temperature": "tau"}.get(k, k): v for k, v in settings.items()})
+    for batch in batches(number):
+        agree(ours, theirs, *batch)
 
-    def two_returns(stats):
-        """A docstring."""
-        if stats is None:
-            return 0
-        return 1
 
-    with pytest.raises(ValueError, match="two_returns must end in its only return"):
-        formulas.objective(two_returns, result="loss", indent=4, width=88)
-    with pytest.raises(ValueError, match="must assign missing once"):
-        formulas.assigned(two_returns, "missing")
+@held
+@pytest.mark.parametrize(("name", "settings"), LIGHTLY)
+def test_lightly_s_loss_is_ours(rendered, name, settings):
+    ours = {"dystress": DySTreSSLoss, "macl": MACLLoss}[name]
+    theirs = getattr(module_of(rendered("lightly", name), f"{name}_module", *lightly_parts()), ours.__name__)
+    for batch in batches():
+        agree(ours(**settings), theirs(**settings), *batch)
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("dystress", {}),
-        ("dystress", {"tau_min": 0.07, "tau_max": 0.25}),
-        ("macl", {}),
-        ("macl", {"temperature": 0.2, "alpha": 2.0, "threshold": 0.8}),
-    ],
+    "changed", [{"profile": "linear"}, {"detach": False}, {"tau_max": 0.2001}, {"objective": "dcl"}]
 )
-@pytest.mark.parametrize("number", [2, 3])
-def test_solo_learn_s_loss_is_ours(rendered, name, settings, number):
-    module = module_of(rendered("solo-learn", name), f"{name}_module", solo_misc())
-    function = getattr(module, f"{name}_loss_func")
-    ours = dp.ContrastiveLoss(name, **{{"temperature": "tau"}.get(k, k): v for k, v in settings.items()})
+def test_a_formula_that_is_no_longer_ours_is_noticed(rendered, changed):
+    with pytest.raises(AssertionError, match="not close"):
+        agree(dp.ContrastiveLoss("dystress", **changed), function_of(rendered, "dystress"), *views())
 
-    def theirs(*z):
-        return function(torch.cat(z), torch.arange(len(z[0])).repeat(len(z)), **settings)
 
-    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *_, **__: None)  # ours says that its temperature is held
-        agree(ours, theirs, *views(number))
+def test_lightly_s_own_test_of_dystress_expects_our_loss():
+    """The double loop of the file that goes to lightly beside the loss."""
+    text = importlib.import_module("upstream.clone").template("lightly/test_dystress_loss.py")
+    loop = text[text.index("def _temperature") : text.index("def _gather_worker")]
+    namespace = {"math": math, "torch": torch, "F": torch.nn.functional, "Tensor": torch.Tensor}
+    exec(loop, namespace)
+    for low, high in ((0.1, 0.2), (0.07, 0.25)):
+        ours = dp.ContrastiveLoss("dystress", tau_min=low, tau_max=high)
+        assert namespace["_loss_manual"](*views(), low, high) == pytest.approx(ours(*views()).item(), rel=1e-12)
+
+
+def test_what_a_resumed_run_must_have_in_common_is_ours():
+    resumer = SimpleNamespace(SHOULD_MATCH=[])
+    fixes.auto_resume(resumer)
+    assert list(importlib.import_module("upstream.solo_learn").COMPARED) == resumer.SHOULD_MATCH
+
+
+@pytest.mark.parametrize("crop_size", [16, 64, 65, 96, 223, 384])
+def test_how_a_custom_image_is_shown_is_ours(crop_size):
+    transforms = pytest.importorskip("torchvision.transforms")
+    normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    stock = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalize])
+    dataloaders = SimpleNamespace(build_custom_pipeline=lambda: {"T_val": stock})
+    fixes.custom_pipeline(dataloaders, crop_size)
+    ours = dataloaders.build_custom_pipeline()["T_val"].transforms[0].size
+    assert eval(importlib.import_module("upstream.solo_learn").SHORTER) == ours
 
 
 @pytest.mark.parametrize("host_name", ["lightly", "solo-learn"])
@@ -189,9 +224,6 @@ def test_generated_losses_stand_alone_and_are_formatted(rendered, tmp_path, host
     width, rules = (88, ["--select", LIGHTLY_RULES, "--config", LIGHTLY_ISORT]) if host_name == "lightly" else (100, [])
     settings = ["--isolated", "--line-length", str(width)]
     ruff = [sys.executable, "-m", "ruff"]
-    if host_name == "lightly":
-        # The exporter formats lightly's files itself, as the formula's length is not known beforehand.
-        subprocess.run([*ruff, "format", "-q", *settings, str(file)], check=True)
     subprocess.run([*ruff, "format", "--check", *settings, str(file)], check=True)
     subprocess.run([*ruff, "check", *settings, *rules, str(file)], check=True)
 
@@ -237,18 +269,14 @@ def check_times(text, losses, images=(64, 256, 1024), agree=True):
     assert all(float(number) < 1e-6 for number in found)
 
 
-@pytest.mark.parametrize("queue", [0, (9, 5)])
-def test_lightly_s_losses_are_ours(rendered, queue):
+def test_lightly_s_memory_bank_is_our_queue(rendered):
     pytest.importorskip("lightly")
     for name, ours in (("dystress", DySTreSSLoss), ("macl", MACLLoss)):
         module = module_of(rendered("lightly", name), f"{name}_module")
-        theirs = getattr(module, ours.__name__)(memory_bank_size=queue)
-        own = ours(memory_bank_size=queue)
-        if queue:
-            theirs.memory_bank.bank = own.loss.queue.keys.clone()
+        theirs, own = (cls(memory_bank_size=(9, 5)) for cls in (getattr(module, ours.__name__), ours))
+        theirs.memory_bank.bank = own.loss.queue.keys.clone()
         agree(own, theirs, *views())
-        if queue:
-            torch.testing.assert_close(theirs.memory_bank.bank, own.loss.queue.keys)
+        torch.testing.assert_close(theirs.memory_bank.bank, own.loss.queue.keys)
 
 
 def test_an_edit_that_does_not_fit_names_file_and_anchor():
@@ -303,7 +331,7 @@ def test_a_branch_appears_as_a_whole_or_not_at_all(host):
 
 
 def test_the_command_says_what_is_missing(host, capsys):
-    main = importlib.import_module("export_upstream").main
+    main = importlib.import_module("upstream.export").main
     root = host({"setup.py": "from setuptools import setup\n"})
     assert main(["solo-learn", "--repo", str(root), "--method", "fix-setup"]) == 1
     assert "setup.py no longer has 'from pkg_resources" in capsys.readouterr().err
@@ -332,7 +360,7 @@ def clone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["dystress", "macl", "fix-knn", "fix-auto-resume", "fix-setup", "fix-custom-size"])
 def test_solo_learn_takes_the_branch(clone, method):
-    export = importlib.import_module("export_upstream").export
+    export = importlib.import_module("upstream.export").export
     root = clone("SOLO_LEARN_HOME")
     branch, commit, text = export("solo-learn", method, root)
     changed = git(root, "diff", "--name-only", "HEAD~1").splitlines()
@@ -366,8 +394,9 @@ class Refuse(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 import torch
 from lightly.loss import DySTreSSLoss
+torch.manual_seed(0)
 net = torch.nn.Linear(6, 4)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.01)  # short enough for any start
 x0, x1 = torch.randn(8, 6), torch.randn(8, 6)
 losses = []
 for _ in range(2):
@@ -387,7 +416,7 @@ print(losses[1] < losses[0], "dystress_plugin" in sys.modules, sys.modules["ligh
 def test_lightly_takes_the_branch(clone, method):
     pytest.importorskip("jupytext")
     pytest.importorskip("nbformat")
-    export = importlib.import_module("export_upstream").export
+    export = importlib.import_module("upstream.export").export
     root = clone("LIGHTLY_HOME")
     base = git(root, "rev-parse", "HEAD")[:8]
     _, _, text = export("lightly", method, root)

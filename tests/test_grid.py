@@ -72,7 +72,9 @@ def check(name, objective, layout, images, engine):
 def test_the_grid_has_every_name_there_is():
     assert set(OBJECTIVES) == set(NAMED_OBJECTIVES)
     assert {own.get("layout", "views") for own in LAYOUTS.values()} == set(NAMED_LAYOUTS)
-    assert {type(CASES[name].build()) for name in KINDS} == set(Temperature.__subclasses__())
+    assert {type(CASES[name].build()) for name in KINDS} == {
+        kind for kind in Temperature.__subclasses__() if kind.__module__.startswith("dystress_plugin.")
+    }
 
 
 @pytest.mark.parametrize("engine", OPTIONS)

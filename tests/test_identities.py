@@ -7,7 +7,7 @@ import torch
 from grid import CASES, EPOCH, KINDS, OBJECTIVES, Pair, assert_close, build, embeddings, indices, tolerance
 
 from dystress_plugin import ContrastiveLoss
-from dystress_plugin.contrastive import normalize
+from dystress_plugin.embeddings import normalize
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.objectives import OBJECTIVES as DEFINITIONS
 from dystress_plugin.temperature import (

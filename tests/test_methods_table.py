@@ -9,18 +9,19 @@ import pytest
 from dystress_plugin.recipes import METHODS
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "checks" / "make_methods_table.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("make_methods_table", ROOT / "scripts/make_methods_table.py")
+    specification = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
 def test_the_table_is_not_stale(script):
-    assert script.main(["--check"]) == 0, "run python scripts/make_methods_table.py"
+    assert script.main(["--check"]) == 0, "run python scripts/checks/make_methods_table.py"
 
 
 def test_a_stale_table_is_reported(script, tmp_path, capsys):
@@ -30,7 +31,7 @@ def test_a_stale_table_is_reported(script, tmp_path, capsys):
     assert script.main(["--check"], target) == 0
     target.write_text(target.read_text() + " ")
     assert script.main(["--check"], target) == 1
-    assert "METHODS.md is stale: run python scripts/make_methods_table.py" in capsys.readouterr().err
+    assert "METHODS.md is stale: run python scripts/checks/make_methods_table.py" in capsys.readouterr().err
 
 
 def test_every_method_has_a_row_with_links_that_lead_somewhere(script):
@@ -57,5 +58,5 @@ def test_solo_learns_column_is_what_the_adapter_registers(script):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     lines = {line.split()[0]: set(line.split()[1:]) for line in result.stdout.splitlines() if line.strip()}
     assert lines["own"] == script.HOSTS_OWN, result.stderr
-    served = {name for name, recipe in METHODS.items() if recipe.layout in script._layouts_of("solo")}
+    served = {name for name, recipe in METHODS.items() if recipe.queue in script._served_by("solo")}
     assert lines["registered"] == served - script.HOSTS_OWN

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from open_clip.loss import ClipLoss
     from pytorch_metric_learning.losses import NTXentLoss as MetricLearningNTXentLoss
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_with_peers.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmarks" / "peers.py"
 either_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 every_shape = pytest.mark.parametrize(("images", "dim"), [(2, 3), (9, 16), (33, 64)])
 every_tau = pytest.mark.parametrize("tau", [0.1, 0.5])

@@ -1,4 +1,6 @@
-"""What holds for any batch: drawn by hypothesis over everything that the loss takes. scripts/fuzz_loss.py draws more.
+"""What holds for any batch: drawn by hypothesis over everything that the loss takes.
+
+scripts/checks/fuzz_loss.py draws more.
 
 Tolerances: rounding the cosines, whose precision is eps, moves a logit that is at most `slope` steep by some
 eps * slope. A value may be off by 8 times that, and a gradient, times the length of its row, by 16 times that, relative

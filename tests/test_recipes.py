@@ -1,5 +1,8 @@
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +10,17 @@ import torch
 from dystress_plugin import ContrastiveLoss, recipes
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.recipes import METHODS
-from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, ModelAware, TemperatureFree
+from dystress_plugin.temperature import (
+    Constant,
+    CosineSchedule,
+    DySTreSS,
+    Individual,
+    LogitMaps,
+    ModelAware,
+    Scaled,
+    Temperature,
+    TemperatureFree,
+)
 
 PLAIN = {
     "simclr": (Constant, "ntxent", {"tau": 0.1}),
@@ -49,10 +62,10 @@ def test_methods_are_those_of_the_contract():
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
 def test_a_suffix_changes_the_objective_or_the_layout_and_nothing_else(name):
     base, suffix = METHODS[name.rsplit("_", 1)[0]], name.rsplit("_", 1)[1]
-    changed = {"layout": "queue"} if suffix == "moco" else {"objective": suffix}
+    changed = {"queue": True} if suffix == "moco" else {"objective": suffix}
     title = f"{base.title} {'MoCo' if suffix == 'moco' else suffix.upper()}"
     assert METHODS[name] == dataclasses.replace(base, name=name, title=title, **changed)
-    assert base.layout == "views"
+    assert not base.queue
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +85,7 @@ def test_every_recipe_builds_from_its_own_parameters(name):
     parameters = {
         key: 5 if value is inspect.Parameter.empty else value for key, value in METHODS[name].parameters.items()
     }
-    queue_size = (8, 3) if METHODS[name].layout == "queue" else None
+    queue_size = (8, 3) if METHODS[name].queue else None
     needed = {"num_samples": 5} if name == "isogclr" else {}
     built, plain = (ContrastiveLoss(name, queue_size=queue_size, **own) for own in (parameters, needed))
     assert repr(built) == repr(plain)
@@ -148,3 +161,195 @@ def test_every_build_is_a_new_temperature():
     first, second = (METHODS["isogclr"].build_temperature(num_samples=3) for _ in range(2))
     first.tau[0] = 0.5
     assert torch.equal(second.tau, torch.full((3,), 0.1, dtype=torch.float64))
+
+
+# Methods of other packages
+
+
+class Own(Temperature):
+    def __init__(self, tau=0.3):
+        super().__init__()
+        self.tau = tau
+
+    def prepare(self, batch):
+        return LogitMaps(Scaled(self.tau), Scaled(self.tau))
+
+
+class Unfinished(Temperature):
+    def __init__(self, tau=0.3):
+        super().__init__()
+
+
+class Bare(Own):
+    __init__ = torch.nn.Module.__init__
+
+
+class Sigma(Own):
+    def __init__(self, sigma=0.3):
+        super().__init__(sigma)
+
+
+OWN = recipes.Recipe("own", "Own-1", Own, "dcl", "Own, 2026", "https://example.org", {"tau": 0.2})
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table, as it was afterwards."""
+    for name in ("_TABLE", "_BY"):
+        monkeypatch.setattr(recipes, name, dict(getattr(recipes, name)))
+    monkeypatch.setattr(recipes, "_FOLLOWERS", list(recipes._FOLLOWERS))
+    monkeypatch.setattr(recipes, "METHODS", recipes._TABLE)
+    return recipes._TABLE
+
+
+def test_a_registered_method_is_one_of_the_table(table):
+    assert recipes.register(OWN) is OWN
+    assert recipes.recipe("own") is recipes.METHODS["own"] is OWN
+    loss = ContrastiveLoss("own")
+    assert (type(loss.temperature), loss.temperature.tau, loss.objective) == (Own, 0.2, "dcl")
+    assert [name for name in table if "own" in name] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({}, ["own", "own_dclw", "own_moco"]),
+        ({"objective": "ntxent"}, ["own", "own_dcl", "own_dclw", "own_moco"]),
+        ({"queue": True}, ["own", "own_dclw"]),
+    ],
+)
+def test_variants_are_those_that_differ(table, change, names):
+    own = recipes.register(dataclasses.replace(OWN, **change), variants=True)
+    assert [name for name in table if name.startswith("own")] == names
+    for name in names:
+        assert table[name].temperature is Own
+        suffix = name.partition("_")[2]
+        assert table[name].objective == (suffix if "dcl" in suffix else own.objective)
+        assert table[name].queue == (suffix == "moco" or own.queue)
+
+
+def test_who_follows_the_table_is_told_of_what_is_there_and_of_what_comes(table):
+    told = []
+    recipes.follow(told.append)
+    assert told == list(METHODS.values())
+    recipes.register(OWN, variants=True)
+    assert [recipe.name for recipe in told[len(METHODS) :]] == ["own", "own_dclw", "own_moco"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": "dystress"}, ValueError, "Method 'dystress' is there already, by dystress_plugin: choose another"),
+        ({"title": "DySTreSS"}, ValueError, "title='DySTreSS' of method 'own' is that of 'dystress', by dystress_pl"),
+        ({"title": "Temperature Free"}, ValueError, "is that of 'tempfree'"),
+        ({"name": "own-1"}, ValueError, "name='own-1' must be of letters, digits and underscores"),
+        ({"name": None}, ValueError, "name=None must be of letters"),
+        ({"title": "--"}, ValueError, "title='--' must have letters first"),
+        ({"title": "2 Own"}, ValueError, "title='2 Own' must have letters first"),
+        ({"temperature": "Own"}, TypeError, "temperature='Own', which must be a subclass of Temperature"),
+        ({"temperature": Own()}, TypeError, "which must be a subclass of Temperature"),
+        ({"temperature": torch.nn.Linear}, TypeError, "which must be a subclass of Temperature"),
+        ({"temperature": Unfinished}, TypeError, "temperature=Unfinished, which lacks prepare"),
+        (
+            {"temperature": Bare, "defaults": {}},
+            ValueError,
+            "Bare takes args, and hosts set its parameters by name",
+        ),
+        ({"temperature": Sigma, "defaults": {}}, ValueError, "Sigma's parameter 'sigma' is an objective's"),
+        ({"objective": "ntxnt"}, ValueError, "Unknown objective of method 'own' 'ntxnt'. Did you mean 'ntxent'"),
+        ({"defaults": {"tao": 1}}, ValueError, "Unknown parameter of Own 'tao'. Did you mean 'tau'"),
+    ],
+)
+def test_what_no_host_could_train_is_refused_and_leaves_the_table_alone(table, change, error, message):
+    before = dict(table)
+    with pytest.raises(error, match=message):
+        recipes.register(dataclasses.replace(OWN, **change), variants=True)
+    assert table == before
+
+
+def test_a_method_that_is_no_recipe_is_refused(table):
+    with pytest.raises(TypeError, match=r"'own' must be a dystress_plugin.recipes.Recipe, not str"):
+        recipes.register("own")
+
+
+def test_a_variant_whose_name_is_taken_refuses_all_of_them(table):
+    recipes.register(dataclasses.replace(OWN, name="own_moco", title="Other"))
+    with pytest.raises(ValueError, match=f"Method 'own_moco' is there already, by {__name__}: "):
+        recipes.register(OWN, variants=True)
+    assert "own" not in table
+
+
+MODULE = """
+import dystress_plugin as dp
+from dystress_plugin.recipes import METHODS, Recipe, register
+from dystress_plugin.temperature import Constant
+
+assert "simclr" in METHODS and dp.ContrastiveLoss and dp.RowStats  # all is there when a package is asked
+
+
+def recipe(name):
+    return Recipe(name, name.title(), Constant, "ntxent", "Own, 2026", "https://example.org")
+
+
+ONE = recipe("one")
+MANY = [recipe("two"), recipe("three")]
+AT_IMPORT = register(recipe("five"))
+
+
+def make():
+    return recipe("four")
+
+
+def fail():
+    raise RuntimeError("no such luck.\\nSecond line")
+"""
+POINTS = """[dystress_plugin.methods]
+one = own:ONE
+many = own:MANY
+make = own:make
+five = own:AT_IMPORT
+taken = own:fail
+text = own:__name__
+twice = own:ONE
+missing = own:NOTHING
+absent = no_such_module:ONE
+"""
+
+
+def test_methods_of_installed_packages_are_in_the_table_and_broken_ones_are_warned_of(tmp_path):
+    (tmp_path / "own.py").write_text(MODULE)
+    (tmp_path / "own-1.0.dist-info").mkdir()
+    (tmp_path / "own-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: own-pack\nVersion: 1.0\n")
+    (tmp_path / "own-1.0.dist-info" / "entry_points.txt").write_text(POINTS)
+    program = """
+import sys, warnings
+import dystress_plugin
+assert "own" not in sys.modules  # not before somebody reads the table
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from dystress_plugin.recipes import METHODS
+print(*list(METHODS)[-5:])
+print(*[x.message for x in caught], sep="\\n")
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert run.stderr == ""
+    names, *warned = run.stdout.splitlines()
+    assert names.split() == ["five", "one", "two", "three", "four"]
+    assert [line.partition(": ")[0] for line in warned] == [
+        f"Package 'own-pack' cannot add its method '{point}', {value}"
+        for point, value in [
+            ("taken", "own:fail"),
+            ("text", "own:__name__"),
+            ("missing", "own:NOTHING"),
+            ("absent", "no_such_module:ONE"),
+        ]
+    ]
+    assert [line.partition(": ")[2] for line in warned] == [
+        "RuntimeError: no such luck.",
+        "TypeError: 'own' must be a dystress_plugin.recipes.Recipe, not str.",
+        "AttributeError: module 'own' has no attribute 'NOTHING'.",
+        "ModuleNotFoundError: No module named 'no_such_module'.",
+    ]

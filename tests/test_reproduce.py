@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment.compare import parse_compare, plan
-from dystress_plugin.experiment.settings import LongTailSettings, PretrainSettings, parse
+from dystress_plugin.experiment.compare.plan import parse_compare, plan
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.settings import LongTailSettings, PretrainSettings
 from dystress_plugin.frameworks.lightly import __main__ as launcher
 from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
 from dystress_plugin.frameworks.solo.settings import complete
@@ -118,7 +119,7 @@ def test_without_splits_three_are_drawn(tmp_path):
     ids=lambda path: path.stem,
 )
 def test_settings_of_ones_own_win(script, tmp_path):
-    found = commands(script, tmp_path, ["epochs=1", "seeds=[7]"], SPLITS="a.npy")
+    found = commands(script, tmp_path, ["epochs=1", "warmup_epochs=0", "seeds=[7]"], SPLITS="a.npy")
     for command in found:
         settings, common = parse_compare(command[2:])
         assert (settings.seeds, common.epochs) == ([7], 1)

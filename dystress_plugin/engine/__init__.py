@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dystress_plugin.engine import blockwise, dense
-from dystress_plugin.engine.rows import NegativeStats, RowStats
-from dystress_plugin.temperature.base import LogitMap
+from dystress_plugin.rows import NegativeStats, RowStats
+from dystress_plugin.temperature.maps import LogitMap
 
 # Entries of the matrix up to which the dense engine is the faster one: measured on a CPU, where the two differ by a
 # tenth below and the blockwise engine wins ever more clearly above. Not measured on a GPU.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dystress_plugin import tracing
 from dystress_plugin.engine import dense
-from dystress_plugin.engine.rows import NegativeStats
 from dystress_plugin.engine.tiles import KEEP_BYTES, Passed, Plan, backward, entries_of_a_tile, forward
-from dystress_plugin.temperature.base import LogitMap, PartsReader
+from dystress_plugin.rows import NegativeStats
+from dystress_plugin.temperature.maps import LogitMap, PartsReader
 
 if tracing.HAS_OPERATIONS:
     from dystress_plugin.engine import compiled
@@ -82,7 +82,8 @@ def negative_stats(
 
 
 # For torch before 2.4: outside of the compiled graph.
-_uncompiled = torch.compiler.disable(negative_stats)
+# `disable` imports the compiler, which takes a second.
+_uncompiled = negative_stats if tracing.HAS_OPERATIONS else torch.compiler.disable(negative_stats)
 
 
 def in_tiles(anchors: Tensor, candidates: Tensor | None, logit_map: LogitMap) -> bool:
@@ -129,7 +130,7 @@ class _Blockwise(torch.autograd.Function):
         known = ctx.plan, Passed(total, shift, kept), cosine, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
             return None, *_Gradient.apply(*known, *arriving, *inputs)  # type: ignore[no-untyped-call]
-        return None, *_closed_form(*known, *arriving, *inputs)  # type: ignore[arg-type]
+        return None, *_closed_form(*known, *arriving, *inputs)  # type: ignore[arg-type]  # anchors are a tensor
 
 
 class _Gradient(torch.autograd.Function):

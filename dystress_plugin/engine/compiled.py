@@ -1,4 +1,4 @@
-"""The tiles as one operation, which a compiler puts into its graph without a look inside."""
+"""The tiles as one operation, which a compiler puts into its graph without reading them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dystress_plugin.engine.tiles import Passed, Plan, backward, forward
-from dystress_plugin.temperature.base import PartsReader
+from dystress_plugin.temperature.maps import PartsReader
 
 # The same for both passes: embeddings, pieces of the map, and the rest of a plan. Numbers come as a tensor, since a
 # compiler would make another graph for each of a schedule's.
@@ -60,11 +60,11 @@ def _plan(
     mutates_args=(),
     schema=f"({_GIVEN}, SymInt shifts, SymInt kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _tiles(*arguments: Any) -> tuple[Tensor, ...]:
+def _tiles(*given: Any) -> tuple[Tensor, ...]:
     """L, N, and what the backward pass needs: an operation returns tensors only, so empty ones stand for None."""
-    *given, _, _ = arguments
-    anchors, candidates, *_ = given
-    negative, cosine, passed = forward(_plan(*given), anchors, candidates)
+    *planned, _, _ = given
+    anchors, candidates, *_ = planned
+    negative, cosine, passed = forward(_plan(*planned), anchors, candidates)
     return negative, cosine, *(anchors.new_empty(0) if x is None else x for x in passed)
 
 
@@ -86,12 +86,12 @@ def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
     schema=f"({_GIVEN}, Tensor total, Tensor shift, Tensor kept, Tensor? grad_negative, Tensor? grad_cosine, "
     "bool by_candidates) -> (Tensor, Tensor)",
 )
-def _tiles_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *given, total, shift, kept, grad_negative, grad_cosine, by_candidates = arguments
-    anchors, candidates, *_ = given
+def _tiles_backward(*given: Any) -> tuple[Tensor, Tensor]:
+    *planned, total, shift, kept, grad_negative, grad_cosine, by_candidates = given
+    anchors, candidates, *_ = planned
     passed = Passed(total, *(x if len(x) else None for x in (shift, kept)))
     by_anchors, found = backward(
-        _plan(*given), anchors, candidates, passed, grad_negative, grad_cosine, by_candidates=by_candidates
+        _plan(*planned), anchors, candidates, passed, grad_negative, grad_cosine, by_candidates=by_candidates
     )
     return by_anchors, anchors.new_empty(0) if found is None else found
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dystress_plugin.engine.rows import NegativeStats
-from dystress_plugin.temperature.base import LogitMap
+from dystress_plugin.rows import NegativeStats
+from dystress_plugin.temperature.maps import LogitMap
 
 
 def negative_stats(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dystress_plugin.temperature.base import LogitMap, Times, Work
+from dystress_plugin.temperature.maps import LogitMap, Times, Work
 
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
 UNSHIFTED = 60.0
@@ -135,11 +135,11 @@ class Plan:
         self, scaled: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
     ) -> tuple[Tensor, Times]:
         """exp(a(s) - shift) of a tile of gain * s, 0 in its excluded entries; and how to multiply with a' / gain."""
-        logit, times_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
+        logit, multiply_by_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
         out = work and work[0]
         if shift is not None:
             logit = torch.sub(logit, shift[rows, None], out=out)
-        return self.fill(torch.exp(logit, out=out), rows, columns, 0.0), times_slope
+        return self.fill(torch.exp(logit, out=out), rows, columns, 0.0), multiply_by_slope
 
     def fill(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
         """The tile with `value` in its excluded entries."""
@@ -248,7 +248,7 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
         mirrored = plan.symmetric and rows != columns
         if roll is not None:
             work = (roll.tile(scaled.shape), work[1])
-        e, times_slope = plan.exponentials(scaled, rows, columns, shift, work)
+        e, multiply_by_slope = plan.exponentials(scaled, rows, columns, shift, work)
         total[rows] += e.sum(1)
         if plan.want_cosine:
             moment[rows] += (e * scaled).sum(1)
@@ -258,7 +258,7 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
             if plan.want_cosine:
                 moment[columns] += (e_mirror * scaled.T).sum(1)
         if roll is not None:
-            times_slope(roll.tile(e.shape).copy_(e) if plan.want_cosine else e)
+            multiply_by_slope(roll.tile(e.shape).copy_(e) if plan.want_cosine else e)
     negative = total.log() if shift is None else total.log() + shift
     cosine = moment / (total * plan.logit_map.gain)
     return negative.to(anchors.dtype), cosine.to(anchors.dtype), Passed(total, shift, kept)
@@ -276,29 +276,31 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by the anchors and by the candidates, the latter None unless asked for."""
     others = anchors if candidates is None else candidates
-    # dS_ij = e_ij (a'_ij / gain by_slope_i + plain_i): the softmax weight, e over its total, times what arrives.
+    # dS_ij = e_ij (a'_ij / gain weight_slope_i + weight_i): the softmax weight, e over its total, times what arrives.
     nothing = torch.zeros_like(passed.total)
-    by_slope = nothing if grad_negative is None else grad_negative * plan.logit_map.gain / passed.total
-    plain = nothing if grad_cosine is None else grad_cosine / passed.total
-    by_slope, plain = by_slope.to(anchors.dtype), plain.to(anchors.dtype)
+    weight_slope = nothing if grad_negative is None else grad_negative * plan.logit_map.gain / passed.total
+    weight = nothing if grad_cosine is None else grad_cosine / passed.total
+    weight_slope, weight = weight_slope.to(anchors.dtype), weight.to(anchors.dtype)
     grad_anchors = torch.zeros_like(anchors)
     grad_others = torch.zeros_like(others) if by_candidates else None
     shared, scratch = plan.shared, _Scratch(plan, anchors)
     roll = None if passed.kept is None else _Roll(passed.kept)
 
-    def with_slope(scaled: Tensor, rows: slice, columns: slice, work: Work) -> list[Tensor]:
+    def recompute_tile(scaled: Tensor, rows: slice, columns: slice, work: Work) -> list[Tensor]:
         """A tile of exponentials times slopes, and of the exponentials alone where they are needed too."""
-        e, times_slope = plan.exponentials(scaled, rows, columns, passed.shift, work)
-        return [times_slope(e.clone()), e] if plan.want_cosine else [times_slope(e)]
+        e, multiply_by_slope = plan.exponentials(scaled, rows, columns, passed.shift, work)
+        return [multiply_by_slope(e.clone()), e] if plan.want_cosine else [multiply_by_slope(e)]
 
-    def one_sided(tile: list[Tensor], rows: slice) -> Tensor:
-        block = tile[0] * by_slope[rows, None]
-        return torch.addcmul(block, tile[1], plain[rows, None]) if plan.want_cosine else block
+    def tile_gradient(tile: list[Tensor], rows: slice) -> Tensor:
+        """dS of a tile, as far as it comes from the statistics of its rows."""
+        block = tile[0] * weight_slope[rows, None]
+        return torch.addcmul(block, tile[1], weight[rows, None]) if plan.want_cosine else block
 
-    def both_sided(tile: list[Tensor], rows: slice, columns: slice) -> Tensor:
+    def shared_tile_gradient(tile: list[Tensor], rows: slice, columns: slice) -> Tensor:
+        """The same of a tile that is its mirror image's too: from the statistics of its rows and of its columns."""
         block = scratch.tile(-1, tile[0].shape)  # type: ignore[arg-type]  # the map is done with it
-        torch.add(by_slope[rows, None], by_slope[None, columns], out=block).mul_(tile[0])
-        return block.addcmul_(tile[1], plain[rows, None] + plain[None, columns]) if plan.want_cosine else block
+        torch.add(weight_slope[rows, None], weight_slope[None, columns], out=block).mul_(tile[0])
+        return block.addcmul_(tile[1], weight[rows, None] + weight[None, columns]) if plan.want_cosine else block
 
     for rows, columns, left in plan.tiles(anchors):
         mirrored = plan.symmetric and rows != columns
@@ -306,13 +308,15 @@ def backward(
             tile = [roll.tile((len(left), columns.stop - columns.start)) for _ in range(1 + plan.want_cosine)][::-1]
         else:
             scaled, work = scratch.product(left, others[columns])
-            tile = with_slope(scaled, rows, columns, work)
+            tile = recompute_tile(scaled, rows, columns, work)
         if shared:
-            block = both_sided(tile, rows, columns)
+            block = shared_tile_gradient(tile, rows, columns)
         else:
-            block = one_sided(tile, rows)
+            block = tile_gradient(tile, rows)
             if plan.symmetric:
-                mirror = one_sided(with_slope(scaled.T, columns, rows, None), columns) if mirrored else block
+                mirror = block
+                if mirrored:
+                    mirror = tile_gradient(recompute_tile(scaled.T, columns, rows, None), columns)
                 block = block + mirror.T
         grad_anchors[rows].addmm_(block, others[columns])
         if mirrored:

@@ -3,162 +3,234 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.keys import option
 
-from dystress_plugin.errors import unknown_name
-
-T = TypeVar("T")
 PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"]
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
-# RUF009: dataclasses.field behind a shorter name, and each call makes its own.
-def _key(default: Any, help_: str) -> Any:
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: default.copy(), metadata={"help": help_})
-    return field(default=default, metadata={"help": help_})
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
+
+LARGEST_SEED = 2**32 - 1  # of NumPy, and so of Lightning
 
 
 @dataclass
 class PretrainSettings:
-    """Keys of `dystress pretrain`."""
+    """Keys of `dystress pretrain`, as typed; `spec.RunSpec` is the same with nothing left open."""
 
-    method: str = _key("dystress", "a method of `dystress methods`")
-    method_kwargs: dict[str, Any] = _key({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
-    data: str = _key("digits", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
-    out: str | None = _key(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
-    epochs: int = _key(20, "passes over the training images")
-    seed: int = _key(0, "of weights, data order, augmentation and the long tail")
-
-    data_root: str = _key("datasets", "where cifar10 and cifar100 are")
-    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
-    long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
-    indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
-    image_size: int | None = _key(None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders")
-    batch_size: int = _key(256, "images per step and device; the rest of an epoch is dropped")
-    num_workers: int = _key(0, "processes that load images; 0 loads in the training process")
-
-    backbone: str | None = _key(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
-    hidden_dim: int = _key(512, "hidden width of the projection head")
-    projection_dim: int = _key(128, "numbers per embedding")
-    queue_size: int | None = _key(None, "negatives in the queue of a *_moco method; null: 4096")
-    momentum_encoder: float | None = _key(None, "of a *_moco method, at the start; rises to 1; null: 0.99")
-
-    optimizer: str = _key("lars", "lars | sgd")
-    lr: float | None = _key(None, "null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices")
-    momentum: float = _key(0.9, "of the optimizer")
-    weight_decay: float | None = _key(None, "null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases")
-    warmup_epochs: float | None = _key(None, "linear warm-up; null: a tenth of the epochs, at most 10; then a cosine")
-
-    min_scale: float | None = _key(None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2")
-    jitter: float | None = _key(None, "strength of colour jitter; null: 0.5, 1.0 above 64 px")
-    grayscale: float | None = _key(None, "probability of a grey view; null: 0 for digits, else 0.2")
-    blur: float | None = _key(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px")
-    flip: float | None = _key(None, "probability of a horizontal flip; null: 0 for digits, else 0.5")
-    rotate: float | None = _key(None, "degrees of random rotation; null: 15 for digits, else 0")
-
-    on_bad_image: str = _key("stop", "stop | skip, before training, for files in a folder that cannot be used")
-    nan_guard: bool = _key(True, "stop at the first loss or gradient that is not finite, and say what was there")
-
-    knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
-    knn_t: float = _key(0.1, "temperature of the weighted kNN")
-    gather_distributed: bool = _key(True, "compare with the batches of all devices")
-
-    accelerator: str = _key("auto", "auto | cpu | gpu | mps")
-    devices: str = _key("1", "number of devices, auto, or a list such as '0,1'")
-    num_nodes: int = _key(1, "machines")
-    strategy: str = _key("auto", "Lightning's strategy, such as ddp")
-    precision: str = _key("32-true", "Lightning's precision, such as 16-mixed or bf16-mixed")
-    progress: bool = _key(True, "show a progress bar")
-    diagnostics_every_n_steps: int = _key(
-        50, "steps between two looks at similarities and temperatures, into diagnostics.csv; 0: none"
+    method: str = option("dystress", "a method of `dystress methods`")
+    method_kwargs: dict[str, Any] = option({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
+    data: str = option("digits", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
+    out: str | None = option(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
+    epochs: int = option(20, "passes over the training images", at_least=1, at_most=1_000_000)
+    seed: int = option(
+        0,
+        "number that weights, data order, augmentation and the long tail are drawn from",
+        at_least=0,
+        at_most=LARGEST_SEED,
     )
-    wandb: str = _key("off", "off | offline | online")
-    wandb_project: str = _key("dystress", "project in wandb")
-    tensorboard: bool = _key(False, "write TensorBoard events to `out`")
 
-    def on(self, data: str | None, data_root: str | None, download: bool) -> PretrainSettings:
-        """The same with other data, whose tail nobody cut; None: its own."""
-        own = data in (None, self.data)
-        return replace(
-            self,
-            data=data or self.data,
-            data_root=data_root or self.data_root,
-            download=download,
-            long_tail=self.long_tail if own else None,
-            indices=self.indices if own else None,
-        )
+    data_root: str = option("datasets", "where cifar10 and cifar100 are")
+    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    long_tail: float | None = option(
+        None, "keep fewer images of each class: last class / first class, such as 0.01", above=0, at_most=1
+    )
+    long_tail_profile: str = option(
+        "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
+    )
+    indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
+    image_size: int | None = option(
+        None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders", at_least=1, at_most=4096
+    )
+    batch_size: int = option(
+        256, "images per step and device; the rest of an epoch is dropped", at_least=2, at_most=1_000_000
+    )
+    num_workers: int = option(
+        0, "processes that load images; 0 loads in the training process", at_least=0, at_most=1024
+    )
+
+    backbone: str | None = option(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
+    hidden_dim: int = option(512, "hidden width of the projection head", at_least=1, at_most=65_536)
+    projection_dim: int = option(128, "numbers per embedding", at_least=1, at_most=65_536)
+    queue_size: int | None = option(
+        None, "negatives in the queue of a *_moco method; null: 4096", at_least=1, at_most=10_000_000
+    )
+    momentum_encoder: float | None = option(
+        None,
+        "share of the past in the keys' encoder of a *_moco method, at the start; rises to 1; null: 0.99",
+        at_least=0,
+        at_most=1,
+    )
+
+    optimizer: str = option("lars", "what the weights are trained with", words=("lars", "sgd"))
+    lr: float | None = option(
+        None,
+        "learning rate; null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices",
+        above=0,
+        at_most=1_000_000,
+    )
+    momentum: float = option(0.9, "of the optimizer, the share of the past", at_least=0, below=1)
+    weight_decay: float | None = option(
+        None, "of the optimizer; null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases", at_least=0, at_most=1000
+    )
+    warmup_epochs: float | None = option(
+        None,
+        "epochs of linear warm-up, at most all; null: a tenth, at most 10; then a cosine",
+        at_least=0,
+        at_most=1_000_000,
+    )
+
+    min_scale: float | None = option(
+        None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2", above=0, at_most=1
+    )
+    jitter: float | None = option(
+        None, "strength of colour jitter; null: 0.5, 1.0 above 64 px", at_least=0, at_most=2.5
+    )
+    grayscale: float | None = option(
+        None, "probability of a grey view; null: 0 for digits, else 0.2", at_least=0, at_most=1
+    )
+    blur: float | None = option(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px", at_least=0, at_most=1)
+    flip: float | None = option(
+        None, "probability of a horizontal flip; null: 0 for digits, else 0.5", at_least=0, at_most=1
+    )
+    rotate: float | None = option(
+        None, "degrees of random rotation; null: 15 for digits, else 0", at_least=0, at_most=180
+    )
+
+    on_bad_image: str = option(
+        "stop", "what to do before training about files in a folder that cannot be used", words=("stop", "skip")
+    )
+    nan_guard: bool = option(True, "stop at the first loss or gradient that is not finite, and say what was there")
+
+    knn_k: int = option(
+        200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
+    )
+    knn_t: float = option(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    gather_distributed: bool = option(True, "compare with the batches of all devices")
+
+    accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
+    devices: str = option("1", "number of devices, auto, -1 for all GPUs, or a list of GPUs such as '0,1'")
+    num_nodes: int = option(1, "machines; several need a launcher such as srun or torchrun", at_least=1, at_most=10_000)
+    strategy: str = option("auto", "Lightning's strategy, such as ddp")
+    precision: str = option("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
+    progress: bool = option(True, "show a progress bar")
+    diagnostics_every_n_steps: int = option(
+        50,
+        "steps between two samples of similarities and temperatures, into diagnostics.csv; 0: none",
+        at_least=0,
+        at_most=1_000_000_000,
+    )
+    wandb: str = option("off", "logging to wandb", words=("off", "offline", "online"))
+    wandb_project: str = option("dystress", "project in wandb")
+    tensorboard: bool = option(False, "write TensorBoard events to `out`")
+
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        if (self.warmup_epochs or 0) > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must lie between 0 and epochs={self.epochs}.")
 
 
 @dataclass
 class EvaluateSettings:
     """Keys of `dystress evaluate`."""
 
-    checkpoint: str = _key("???", "folder that `dystress pretrain` wrote")
-    data: str | None = _key(None, "other data than it was trained on; null: the same")
-    data_root: str | None = _key(None, "where cifar10 and cifar100 are; null: as in training")
-    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    batch_size: int = _key(512, "images per step")
-    num_workers: int = _key(0, "processes that load images")
-    knn_k: int = _key(200, "neighbours of the weighted kNN; all images where there are fewer")
-    knn_t: float = _key(0.1, "temperature of the weighted kNN")
-    accelerator: str = _key("auto", "auto | cpu | gpu | mps")
+    checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
+    data: str | None = option(None, "other data than it was trained on; null: the same")
+    data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
+    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    batch_size: int = option(512, "images per step", at_least=1, at_most=1_000_000)
+    num_workers: int = option(0, "processes that load images", at_least=0, at_most=1024)
+    knn_k: int = option(
+        200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
+    )
+    knn_t: float = option(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
 
 
 @dataclass
 class LongTailSettings:
     """Keys of `dystress long-tail`."""
 
-    data: str = _key("???", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
-    out: str = _key("???", "new folder for train/CLASS/*.png, val/CLASS/*.png, indices.npy and long_tail.json")
-    long_tail: float | None = _key(None, "keep fewer images of each class: last class / first class, such as 0.01")
-    long_tail_profile: str = _key("exponential", "exponential | step: the second half of the classes is rare")
-    shuffle_classes: bool = _key(False, "draw which classes are frequent; else the first ones are")
-    indices: str | None = _key(None, "file of the training images to keep, .npy, .json or text; before long_tail")
-    indices_by: str = _key("position", "position | number: what indices mean, the number being that in the file's name")
-    seed: int = _key(0, "of the draw")
-    images: bool = _key(True, "write the images; false writes the index file alone")
-    data_root: str = _key("datasets", "where cifar10 and cifar100 are")
-    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    data: str = option("???", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
+    out: str = option("???", "new folder for train/CLASS/*.png, val/CLASS/*.png, indices.npy and long_tail.json")
+    long_tail: float | None = option(
+        None, "keep fewer images of each class: last class / first class, such as 0.01", above=0, at_most=1
+    )
+    long_tail_profile: str = option(
+        "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
+    )
+    shuffle_classes: bool = option(False, "draw which classes are frequent; else the first ones are")
+    indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
+    indices_by: str = option(
+        "position", "what indices mean; number: that in the file's name", words=("position", "number")
+    )
+    seed: int = option(0, "number that the images are drawn from", at_least=0, at_most=LARGEST_SEED)
+    images: bool = option(True, "write the images; false writes the index file alone")
+    data_root: str = option("datasets", "where cifar10 and cifar100 are")
+    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
 
 
 @dataclass
 class CompareSettings:
     """Keys of `dystress compare` beside those of `dystress pretrain`."""
 
-    methods: list[str] = _key(
-        "???", "such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own"
+    methods: list[str] = option(
+        "???",
+        "what is compared, such as [simclr,dystress,macl]; NAME-WORD is method NAME with settings of its own",
+        some=True,
+        once=True,
     )
-    seeds: list[int] = _key([0, 1, 2], "each method is trained once with each")
-    out: str = _key("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
-    method_kwargs: dict[str, Any] = _key({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
-    constants: list[float] | None = _key(
-        None, "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none"
+    seeds: list[int] = option(
+        [0, 1, 2], "each method is trained once with each", some=True, once=True, at_least=0, at_most=LARGEST_SEED
     )
-    protocols: list[str] = _key(
-        PROTOCOLS, "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers"
+    out: str = option("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
+    method_kwargs: dict[str, Any] = option({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
+    constants: list[float] | None = option(
+        None,
+        "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none",
+        above=0,
+        at_most=1_000_000,
     )
-    jobs: int = _key(1, "runs at once, each a process of its own; several GPUs are dealt out")
-    diagnostics_every_n_steps: int | None = _key(
-        None, "steps between two looks at similarities and temperatures; null: forty looks in a run; 0: none"
+    protocols: list[str] = option(
+        PROTOCOLS,
+        "how backbones are scored; also knn_K and few_shot_N (images per class) with other numbers",
+        some=True,
+        once=True,
     )
-    progress: bool = _key(True, "show a progress bar over all runs")
+    jobs: int = option(
+        1, "runs at once, each a process of its own; several GPUs are dealt out", at_least=1, at_most=1024
+    )
+    diagnostics_every_n_steps: int | None = option(
+        None,
+        "steps between two samples of similarities and temperatures; null: forty samples in a run; 0: none",
+        at_least=0,
+        at_most=1_000_000_000,
+    )
+    progress: bool = option(True, "show a progress bar over all runs")
+
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        _check_names(self.constants or [])
 
 
 @dataclass
 class ReportSettings:
     """Keys of `dystress report` beside the folders."""
 
-    runs: list[str] = _key([], "folders of finished runs, or that hold them; the same as naming them without a key")
-    out: str | None = _key(None, "where results.csv and report.html go; null: beside the runs, or where compare put it")
-    protocols: list[str] = _key(
-        PROTOCOLS, "how backbones are scored; what a run's protocols.csv has already is not computed again"
+    runs: list[str] = option([], "folders of finished runs, or that hold them; the same as naming them without a key")
+    out: str | None = option(
+        None, "where results.csv and report.html go; null: beside the runs, or where compare put it"
+    )
+    protocols: list[str] = option(
+        PROTOCOLS,
+        "how backbones are scored; what a run's protocols.csv has already is not computed again",
+        some=True,
+        once=True,
     )
 
 
@@ -166,94 +238,50 @@ class ReportSettings:
 class InspectSettings:
     """Keys of `dystress inspect`."""
 
-    checkpoint: str | None = _key(None, "folder that `dystress pretrain` wrote; null: an untrained network")
-    data: str | None = _key(None, "as for `dystress pretrain`; null: the run's, or digits")
-    methods: list[str] = _key(["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`")
-    method_kwargs: dict[str, Any] = _key({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
-    constants: list[float] = _key([0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with")
-    out: str | None = _key(None, "folder of the results; null: CHECKPOINT/inspect, or runs/inspect-DATA")
-    untrained: bool = _key(False, "the run's network as it was before training")
-    epoch: float | None = _key(None, "for scheduled temperatures, 0 first; null: the run's last, or 0")
-    images: int | None = _key(None, "in the batch that is looked at; null: the run's batch_size, at most 512")
-    seed: int = _key(0, "of the choice of images, of their views and of an untrained network")
-    backbone: str | None = _key(None, "of an untrained network, as for `dystress pretrain`")
-    image_size: int | None = _key(None, "of an untrained network, as for `dystress pretrain`")
-    data_root: str | None = _key(None, "where cifar10 and cifar100 are; null: as in training")
-    download: bool = _key(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    num_workers: int = _key(0, "processes that load images")
+    checkpoint: str | None = option(None, "folder that `dystress pretrain` wrote; null: an untrained network")
+    data: str | None = option(None, "as for `dystress pretrain`; null: the run's, or digits")
+    methods: list[str] = option(
+        ["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True
+    )
+    method_kwargs: dict[str, Any] = option({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
+    constants: list[float] = option(
+        [0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with", above=0, at_most=1_000_000
+    )
+    out: str | None = option(None, "folder of the results; null: CHECKPOINT/inspect, or runs/inspect-DATA")
+    untrained: bool = option(False, "the run's network as it was before training")
+    epoch: float | None = option(
+        None,
+        "what scheduled temperatures are shown at, 0 first; null: the run's last, or 0",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    images: int | None = option(
+        None,
+        "images that are compared with each other, all where there are fewer; null: the run's batch_size, at most 512",
+        at_least=2,
+        at_most=4096,
+    )
+    seed: int = option(
+        0, "number that images, their views and an untrained network are drawn from", at_least=0, at_most=LARGEST_SEED
+    )
+    backbone: str | None = option(None, "of an untrained network, as for `dystress pretrain`")
+    image_size: int | None = option(
+        None, "pixels of a view for an untrained network, as for `dystress pretrain`", at_least=1, at_most=4096
+    )
+    data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
+    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    num_workers: int = option(0, "processes that load images", at_least=0, at_most=1024)
+
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        _check_names(self.constants or [])
 
 
-def parse(structure: type[T], tokens: Sequence[str]) -> T:
-    """`key=value` tokens merged into a typed structure.
-
-    Raises:
-        ValueError: for a token without `=`, an unknown key (with the nearest one), a value of the wrong type, or a
-            key without default that is missing.
-    """
-    known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
-    texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
-    for token in tokens:
-        key, equals, _ = token.partition("=")
-        if not equals:
-            raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
-        if key.split(".")[0] not in known:
-            raise ValueError(unknown_name("key", key, known))
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(structure), *(_parsed(token, texts) for token in tokens))
-        missing = OmegaConf.missing_keys(config)
-        if missing:
-            raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
-        OmegaConf.resolve(config)
-        settings: T = OmegaConf.to_object(config)
-        return settings
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "setting"
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
+def _check_names(constants: Sequence[float]) -> None:
+    if len({f"{tau:g}" for tau in constants}) < len(constants):
+        raise ValueError(f"constants={constants} must be different in six digits, by which they are named.")
 
 
-def _parsed(token: str, texts: Sequence[str]) -> Any:
-    """One `key=value` as a config: a text as it stands, anything else as YAML."""
-    key, _, value = token.partition("=")
-    # A folder may have a name such as 'a #1' or 'a: b', which means something else in YAML.
-    if key in texts and value != "null":
-        return OmegaConf.create({key: value})
-    try:
-        return OmegaConf.from_dotlist([token])
-    except YAMLError as error:
-        raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
-
-
-def comparable(settings: PretrainSettings) -> dict[str, Any]:
-    """What makes two runs the same: every setting as a plain value, but where the results go."""
-    return {name: value for name, value in asdict(settings).items() if name != "out"}
-
-
-def read_config(path: Path) -> PretrainSettings:
-    """The `settings` of a run's `config.yaml`, with its default for a key that is newer than the file.
-
-    Raises:
-        ValueError: for a file that is damaged or another program's.
-    """
-    remedy = "Put the right one there, or choose another folder."
-    try:
-        config = OmegaConf.load(path)
-        settings = config.get("settings") if isinstance(config, DictConfig) else None
-        if not isinstance(settings, DictConfig):
-            raise ValueError(f"{path} is no config.yaml of `dystress pretrain`: it has no settings. {remedy}")
-        found: PretrainSettings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainSettings), settings))
-        return found
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None
-
-
-def describe(structure: type) -> str:
-    """A line per key: name, default, help."""
-    lines = []
-    for f in fields(structure):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
-        shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
-            default if isinstance(default, (str, bool, type(None))) else "", default
-        )
-        lines.append(f"  {f.name}={shown}".ljust(32) + f"  {f.metadata['help']}")
-    return "\n".join(lines)
+def output_folder(settings: PretrainSettings) -> Path:
+    """Where a run leaves its results."""
+    return Path(settings.out or f"runs/{settings.method}-{places.name_of(settings.data)}-{settings.seed}")

@@ -1,23 +1,33 @@
-"""How a cosine similarity becomes a logit: one class a file, over one abstract base."""
+"""How a cosine similarity becomes a logit: one class a file, over one abstract base.
 
-from dystress_plugin.temperature.base import Temperature
+Beside the temperatures, what one of your own is made of; `dystress_plugin.recipes.register` says how.
+"""
+
+from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.constant import Constant
 from dystress_plugin.temperature.cosine_schedule import CosineSchedule
-from dystress_plugin.temperature.dystress import DySTreSS
+from dystress_plugin.temperature.dystress import DySTreSS, ProfiledMap
 from dystress_plugin.temperature.individual import Individual
 from dystress_plugin.temperature.learnable import Learnable
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled
 from dystress_plugin.temperature.model_aware import ModelAware
 from dystress_plugin.temperature.step_schedule import StepSchedule
 from dystress_plugin.temperature.temperature_free import TemperatureFree
 from dystress_plugin.temperature.warm_up import WarmUp
 
 __all__ = [
+    "Batch",
     "Constant",
     "CosineSchedule",
     "DySTreSS",
     "Individual",
     "Learnable",
+    "LogitMap",
+    "LogitMaps",
+    "MixedMap",
     "ModelAware",
+    "ProfiledMap",
+    "Scaled",
     "StepSchedule",
     "Temperature",
     "TemperatureFree",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import final
 
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive
+from dystress_plugin.checks import check_positive
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
 @final

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import final
 
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+from dystress_plugin.checks import check_positive, check_range
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
 @final
@@ -42,6 +44,15 @@ class CosineSchedule(Temperature):
     def tau(self, epoch: float) -> float:
         """The temperature at an epoch."""
         return self.tau_min + 0.5 * (self.tau_max - self.tau_min) * (1 + math.cos(2 * math.pi * epoch / self.period))
+
+    def concerns(self, epochs: float) -> list[str]:
+        if epochs > self.period / 2:
+            return []
+        return [
+            f"The temperature never comes down to tau_min={self.tau_min}: it takes half a period of "
+            f"{self.period / 2:g} epochs, but training ends after {epochs:g}, at {self.tau(max(epochs - 1, 0)):.3g}. "
+            f"Set period={epochs:g} for one full cycle."
+        ]
 
     def prepare(self, batch: Batch) -> LogitMaps:
         if batch.epoch is None:

@@ -12,20 +12,10 @@ import torch
 from torch import Tensor
 
 from dystress_plugin import tracing
+from dystress_plugin.checks import check_number, check_positive, check_range
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.temperature.base import (
-    Batch,
-    LogitMap,
-    LogitMaps,
-    Parts,
-    PartsReader,
-    Temperature,
-    Times,
-    Work,
-    check_number,
-    check_positive,
-    check_range,
-)
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Parts, PartsReader, Times, Work
 
 
 class Curve(Protocol):
@@ -168,11 +158,8 @@ class ProfiledMap(LogitMap):
         logit = torch.div(scaled, t, out=work and work[0])
         return logit, lambda tile: tile.div_(t) if slope is None else tile.mul_(slope)
 
-    def rows(self, rows: slice) -> ProfiledMap:
-        return self
-
     def parts(self) -> Parts:
-        words = ("ProfiledMap", self.profile, "detached" if self.detach else "live")
+        words = (self.kind, self.profile, "detached" if self.detach else "live")
         return Parts(words, (self.tau_min, self.delta, *self.parameters.values()), ())
 
     @classmethod
@@ -185,10 +172,6 @@ class ProfiledMap(LogitMap):
     @property
     def bound(self) -> float:
         return 1 / self.tau_min
-
-    @property
-    def rowless(self) -> bool:
-        return True
 
 
 def monotone_limit(profile: str, **parameters: float) -> float:
@@ -277,6 +260,14 @@ class DySTreSS(Temperature):
                     f"get a smaller logit. Narrow the range to stay below the limit.",
                     stacklevel=2,
                 )
+
+    def concerns(self, epochs: float) -> list[str]:
+        if self.stabilise is None or epochs > self.stabilise:
+            return []
+        return [
+            f"tau_min never arrives at tau_max={self.tau_max}: it takes stabilise={self.stabilise:g} epochs, but "
+            f"training ends after {epochs:g}."
+        ]
 
     def prepare(self, batch: Batch) -> LogitMaps:
         positive = self._map(self.tau_min, self.tau_max, batch)

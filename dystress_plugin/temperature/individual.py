@@ -5,31 +5,34 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from dystress_plugin import distributed, tracing
-from dystress_plugin.engine.rows import RowStats
+from dystress_plugin.checks import check_fraction, check_number, check_positive, check_range
 from dystress_plugin.errors import unknown_name
-from dystress_plugin.temperature.base import (
-    Batch,
-    LogitMaps,
-    Scaled,
-    Temperature,
-    check_fraction,
-    check_number,
-    check_positive,
-    check_range,
-)
+from dystress_plugin.rows import RowStats
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
+
+
+class _Seen(NamedTuple):
+    """What a batch shows of its samples, (rows,) each, in the letters of `Individual`; `log_s` is its new s_v."""
+
+    sample: Tensor
+    tau: Tensor
+    positive: Tensor
+    log_g: Tensor
+    log_s: Tensor
 
 
 @final
 class Individual(Temperature):
     """a(s) = s / tau_i, with tau_i learned for sample i from the distribution of its negatives.
 
-    After each batch in train mode, for image i with views v (anchors), n negatives s_j each:
+    After each batch that is learned from, for image i with views v (anchors), n negatives s_j each:
 
         g_v   = mean_j exp(s_j / tau_i)
         s_v   = (1 - gamma) S_i + gamma g_v, but g_v at the first visit
@@ -68,12 +71,13 @@ class Individual(Temperature):
         ValueError: if a value is out of its range, or at an index outside of the tables.
 
     Warns:
-        UserWarning: once, when rho >= log(n): no distribution over n negatives is that far from uniform, so every
-            temperature would sink to tau_min.
+        UserWarning: at the first batch that is learned from, when rho >= log(n): no distribution over n negatives is
+            that far from uniform, so every temperature would sink to tau_min.
     """
 
     needs_index = True
     needs_negative_cosine = True
+    default_objective = "sogclr"
 
     tau: Tensor
     log_s: Tensor
@@ -116,11 +120,13 @@ class Individual(Temperature):
 
     @property
     def num_samples(self) -> int:
-        """Length of the tables."""
         return len(self.tau)
 
+    @property
+    def has_learned(self) -> bool:
+        return bool(self.visited.any())
+
     def resize(self, num_samples: int) -> None:
-        """Starts fresh tables of another length, for hosts that know the data set only after the loss exists."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
             raise TypeError(f"num_samples={num_samples!r} must be an int, the size of the data set.")
         if num_samples < 1:
@@ -141,34 +147,43 @@ class Individual(Temperature):
         return LogitMaps(map_, map_)
 
     @torch.no_grad()
-    def observe(self, stats: RowStats, batch: Batch) -> Tensor:
-        index = self._checked(batch.index)
-        log_n = math.log(stats.num_negatives)
-        if not self._rho_checked:
-            self._rho_checked = True
-            if self.rho >= log_n:
-                warnings.warn(
-                    f"rho={self.rho} is at least log(n) = {log_n:.3f} for n={stats.num_negatives} negatives: no "
-                    f"weights over them are that far from uniform, so every temperature sinks to tau_min="
-                    f"{self.tau_min}. Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch.",
-                    stacklevel=2,
-                )
-        tau, visited = self.tau[index], self.visited[index]
-        assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
-        # Detached, as no_grad leaves forward-mode differentiation on.
-        negative, cosine = stats.negative.detach().double(), stats.negative_cosine.detach().double()
-        # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves.
-        positive = stats.positive_cosine.detach().double() if self.gradient == "difference" else torch.zeros_like(tau)
-        log_g = negative - log_n - positive / tau
-        moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
-        log_s = torch.where(visited, moved, log_g)
-        if self.training:
-            weight = torch.exp(log_g - log_s)
-            gradient = log_s + self.rho - weight * (cosine - positive) / tau
-            self._update(index, log_s, gradient, batch.views)
-        return tracing.read((log_s + positive / tau).to(stats.negative.dtype))
+    def running_mean(self, stats: RowStats, batch: Batch) -> Tensor:
+        seen = self._seen(stats, batch)
+        return tracing.read((seen.log_s + seen.positive / seen.tau).to(stats.negative.dtype))
 
-    def _update(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
+    @torch.no_grad()
+    def update(self, stats: RowStats, batch: Batch) -> None:
+        self._check_rho(stats.num_negatives)
+        seen = self._seen(stats, batch)
+        assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
+        weight = torch.exp(seen.log_g - seen.log_s)
+        cosine = stats.negative_cosine.detach().double()
+        gradient = seen.log_s + self.rho - weight * (cosine - seen.positive) / seen.tau
+        self._write(seen.sample, seen.log_s, gradient, batch.views)
+
+    def _seen(self, stats: RowStats, batch: Batch) -> _Seen:
+        index = self._checked(batch.index)
+        tau = self.tau[index]
+        # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves. Detached, as no_grad
+        # leaves forward-mode differentiation on.
+        positive = stats.positive_cosine.detach().double() if self.gradient == "difference" else torch.zeros_like(tau)
+        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - positive / tau
+        moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
+        return _Seen(index, tau, positive, log_g, torch.where(self.visited[index], moved, log_g))
+
+    def _check_rho(self, num_negatives: int) -> None:
+        if self._rho_checked:
+            return
+        self._rho_checked = True
+        if self.rho >= (log_n := math.log(num_negatives)):
+            warnings.warn(
+                f"rho={self.rho} is at least log(n) = {log_n:.3f} for n={num_negatives} negatives: no "
+                f"weights over them are that far from uniform, so every temperature sinks to tau_min="
+                f"{self.tau_min}. Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch.",
+                stacklevel=2,
+            )
+
+    def _write(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
         images = index.view(views, -1)[0]
         log_s = torch.logsumexp(log_s.view(views, -1), 0) - math.log(views)
         gradient = gradient.view(views, -1).mean(0).clamp(-self.clip, self.clip)
@@ -182,7 +197,7 @@ class Individual(Temperature):
         counts = torch.zeros_like(sample).scatter_add_(0, sample, torch.ones_like(sample))
 
         def per_sample(values: Tensor, reduce: str) -> Tensor:
-            # Unsafe only leaves out a look at the lengths, which waits for a GPU and which torch 2.1 cannot trace.
+            # Unsafe only leaves out a check of the lengths, which waits for a GPU and which torch 2.1 cannot trace.
             return torch.segment_reduce(values, reduce, lengths=counts, unsafe=True)[sample]
 
         peak = per_sample(log_s[order], "max")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import tracing
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+from dystress_plugin.checks import check_positive, check_range
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
 @final
@@ -39,19 +41,19 @@ class Learnable(Temperature):
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        log_tau = self._within_range()
-        map_ = Scaled(log_tau.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
+        # Held in its range by value alone: a clamp in the graph would leave it without gradient outside, for good.
+        held = self._held() + (self.log_tau - self.log_tau.detach())
+        map_ = Scaled(held.to(batch.positive_cosine.dtype).exp(), least=self.tau_min * (1 - 1e-6))
         return LogitMaps(map_, map_)
 
-    def _within_range(self) -> Tensor:
-        """The parameter, held in its range. Its gradient passes everywhere: by a clamp it would never come back."""
-        low, high = math.log(self.tau_min), math.log(self.tau_max)
-        if tracing.transformed(self.log_tau):  # torch.func changes no parameter
-            held = self.log_tau.detach()
-            return self.log_tau + (held.clamp(low, high) - held)
-        with torch.no_grad():
-            self.log_tau.clamp_(low, high)  # the parameter itself is moved back, as in CLIP
-        return self.log_tau
+    @torch.no_grad()
+    def hold_parameters(self) -> None:
+        # As in CLIP; else it would go on outside, and be long on its way back.
+        if not tracing.transformed(self.log_tau):  # torch.func changes no parameter
+            self.log_tau.copy_(self._held())
+
+    def _held(self) -> Tensor:
+        return self.log_tau.detach().clamp(math.log(self.tau_min), math.log(self.tau_max))
 
     def extra_repr(self) -> str:
         return f"tau={math.exp(float(self.log_tau.detach())):.4g}, tau_min={self.tau_min}, tau_max={self.tau_max}"

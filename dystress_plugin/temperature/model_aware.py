@@ -5,8 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import final
 
+from torch import Tensor
+
 from dystress_plugin import tracing
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_number, check_positive
+from dystress_plugin.checks import check_number, check_positive
+from dystress_plugin.rows import RowStats
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 FLOOR = 0.1  # of tau; our choice, since the paper leaves the temperature free to become negative
 
@@ -29,9 +34,11 @@ class ModelAware(Temperature):
         ValueError: if a value is out of its range.
 
     Warns:
-        UserWarning: once, when the formula would fall below tau / 10, where it is held. For
-            A <= threshold - 1/alpha it would even be negative.
+        UserWarning: once, when the formula would fall below tau / 10, where it is held, in a batch that is learned
+            from. For A <= threshold - 1/alpha it would even be negative.
     """
+
+    default_objective = "macl"
 
     def __init__(self, tau: float = 0.1, alpha: float = 0.5, threshold: float = 0.0) -> None:
         super().__init__()
@@ -46,19 +53,26 @@ class ModelAware(Temperature):
         self._watch_floor = 1 + self.alpha * (-1 - self.threshold) < FLOOR
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        alignment = batch.mean(batch.positive_cosine)
-        factor = 1 + self.alpha * (alignment - self.threshold)
-        if self._watch_floor and tracing.eager(factor) and factor < FLOOR:
+        least = max(FLOOR, 1 + self.alpha * (-1 - self.threshold))
+        map_ = Scaled(self.tau * self._factor(batch).clamp(min=least), least=self.tau * least)
+        return LogitMaps(map_, map_)
+
+    def update(self, stats: RowStats, batch: Batch) -> None:
+        if not self._watch_floor or not tracing.eager(batch.positive_cosine):
+            return
+        factor = self._factor(batch)
+        if factor < FLOOR:
             self._watch_floor = False
+            alignment = self.threshold + (factor.item() - 1) / self.alpha
             warnings.warn(
                 f"MACL's temperature tau*(1 + alpha*(A - threshold)) = {self.tau * factor.item():.4g} at alignment "
-                f"A={alignment.item():.3f} is below tau/10 and is held at {self.tau * FLOOR:.4g}; a smaller alpha "
+                f"A={alignment:.3f} is below tau/10 and is held at {self.tau * FLOOR:.4g}; a smaller alpha "
                 f"(now {self.alpha}) or threshold (now {self.threshold}) avoids this.",
                 stacklevel=2,
             )
-        least = max(FLOOR, 1 + self.alpha * (-1 - self.threshold))
-        map_ = Scaled(self.tau * factor.clamp(min=least), least=self.tau * least)
-        return LogitMaps(map_, map_)
+
+    def _factor(self, batch: Batch) -> Tensor:
+        return 1 + self.alpha * (batch.mean(batch.positive_cosine) - self.threshold)
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, alpha={self.alpha}, threshold={self.threshold}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import final
 
-from dystress_plugin.temperature.base import Batch, LogitMaps, Scaled, Temperature, check_positive, check_range
+from dystress_plugin.checks import check_positive, check_range
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
 @final
@@ -37,6 +39,14 @@ class StepSchedule(Temperature):
     def tau(self, epoch: float) -> float:
         """The temperature at an epoch."""
         return self.tau_max if epoch % self.period < self.period / 2 else self.tau_min
+
+    def concerns(self, epochs: float) -> list[str]:
+        if epochs > self.period / 2:
+            return []
+        return [
+            f"The temperature never changes to tau_min={self.tau_min}: it does after half a period of "
+            f"{self.period / 2:g} epochs, but training ends after {epochs:g}. Set period={epochs:g} for one full cycle."
+        ]
 
     def prepare(self, batch: Batch) -> LogitMaps:
         if batch.epoch is None:

@@ -9,17 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dystress_plugin.temperature.base import (
-    Batch,
-    LogitMap,
-    LogitMaps,
-    Parts,
-    PartsReader,
-    Temperature,
-    Times,
-    Work,
-    check_number,
-)
+from dystress_plugin.checks import check_number
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Parts, PartsReader
 
 
 @dataclass(frozen=True)
@@ -41,15 +33,8 @@ class LogOddsMap(LogitMap):
         held = cosine.clamp(self.clamp - 1, 1 - self.clamp)
         return (1 - held) * (1 + held) / 2
 
-    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
-        slope = self.slope(scaled)
-        return self.logit(scaled), lambda tile: tile.mul_(slope)
-
-    def rows(self, rows: slice) -> LogOddsMap:
-        return self
-
     def parts(self) -> Parts:
-        return Parts(("LogOddsMap",), (self.clamp,), ())
+        return Parts((self.kind,), (self.clamp,), ())
 
     @classmethod
     def from_parts(cls, parts: PartsReader) -> LogOddsMap:
@@ -58,10 +43,6 @@ class LogOddsMap(LogitMap):
     @property
     def bound(self) -> float:
         return 2 * math.atanh(1 - self.clamp)
-
-    @property
-    def rowless(self) -> bool:
-        return True
 
     def _inside(self, cosine: Tensor) -> Tensor:
         return cosine.abs() < 1 - self.clamp

@@ -2,77 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
-from dystress_plugin.engine.rows import RowStats
-from dystress_plugin.temperature.base import (
-    Batch,
-    LogitMap,
-    LogitMaps,
-    Parts,
-    PartsReader,
-    Scaled,
-    Temperature,
-    Times,
-    Work,
-    check_positive,
-)
-
-
-@dataclass(frozen=True)
-class MixedMap(LogitMap):
-    """a(s) = (1 - share) * first(s) + share * second(s)."""
-
-    first: LogitMap
-    second: LogitMap
-    share: float
-
-    def logit(self, cosine: Tensor) -> Tensor:
-        return (1 - self.share) * self.first.logit(cosine) + self.share * self.second.logit(cosine)
-
-    def slope(self, cosine: Tensor) -> Tensor:
-        return (1 - self.share) * self.first.slope(cosine) + self.share * self.second.slope(cosine)
-
-    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
-        slope = self.slope(scaled)
-        return self.logit(scaled), lambda tile: tile.mul_(slope)
-
-    def temperature(self, cosine: Tensor) -> Tensor:
-        inverse = (1 - self.share) / self.first.temperature(cosine) + self.share / self.second.temperature(cosine)
-        return 1 / inverse
-
-    def rows(self, rows: slice) -> MixedMap:
-        return MixedMap(self.first.rows(rows), self.second.rows(rows), self.share)
-
-    def parts(self) -> Parts | None:
-        first, second = self.first.parts(), self.second.parts()
-        if first is None or second is None:
-            return None
-        return Parts(
-            ("MixedMap", *first.words, *second.words),
-            (self.share, *first.numbers, *second.numbers),
-            (*first.tensors, *second.tensors),
-        )
-
-    @classmethod
-    def from_parts(cls, parts: PartsReader) -> MixedMap:
-        share = next(parts.numbers)
-        return MixedMap(parts.map(), parts.map(), share)
-
-    def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
-        term = self.second.parameter_term(mean_cosine)
-        return None if term is None else self.share * term
-
-    @property
-    def bound(self) -> float:
-        return max(self.first.bound, self.second.bound)
-
-    @property
-    def rowless(self) -> bool:
-        return self.first.rowless and self.second.rowless
+from dystress_plugin.checks import check_positive
+from dystress_plugin.rows import RowStats
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMaps, MixedMap, Scaled
 
 
 @final
@@ -108,6 +45,25 @@ class WarmUp(Temperature):
         self.per_step = bool(per_step) or temperature.per_step
         self.needs_index = temperature.needs_index
         self.needs_negative_cosine = temperature.needs_negative_cosine
+        self.default_objective = temperature.default_objective
+
+    @property
+    def num_samples(self) -> int | None:
+        return self.temperature.num_samples
+
+    @property
+    def has_learned(self) -> bool:
+        return self.temperature.has_learned
+
+    def resize(self, num_samples: int) -> None:
+        self.temperature.resize(num_samples)
+
+    def concerns(self, epochs: float) -> list[str]:
+        own = (
+            f"The warm-up never arrives at {type(self.temperature).__name__}: it takes epochs={self.epochs:g}, but "
+            f"training ends after {epochs:g}."
+        )
+        return ([own] if epochs <= self.epochs else []) + self.temperature.concerns(epochs)
 
     def prepare(self, batch: Batch) -> LogitMaps:
         if batch.epoch is None:
@@ -117,10 +73,18 @@ class WarmUp(Temperature):
         positive, negative = (MixedMap(Scaled(self.tau), map_, share) for map_ in maps)
         return LogitMaps(positive, negative)
 
-    def observe(self, stats: RowStats, batch: Batch) -> Tensor | None:
-        if batch.epoch is None or batch.epoch < self.epochs:
-            return None
-        return self.temperature.observe(stats, batch)
+    def hold_parameters(self) -> None:
+        self.temperature.hold_parameters()
+
+    def running_mean(self, stats: RowStats, batch: Batch) -> Tensor | None:
+        return self.temperature.running_mean(stats, batch) if self._has_arrived(batch) else None
+
+    def update(self, stats: RowStats, batch: Batch) -> None:
+        if self._has_arrived(batch):
+            self.temperature.update(stats, batch)
+
+    def _has_arrived(self, batch: Batch) -> bool:
+        return batch.epoch is not None and batch.epoch >= self.epochs
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, epochs={self.epochs}, per_step={self.per_step}"

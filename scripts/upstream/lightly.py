@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from string import Template
 
-from dystress_plugin import objectives, recipes
-from dystress_plugin.engine import rows
-from dystress_plugin.temperature import CosineSchedule, DySTreSS, ModelAware, model_aware
-from upstream import benchmark, formulas
+from dystress_plugin import recipes
+from upstream import benchmark
 from upstream.clone import Plan, run, template
 
 VARIANTS = ("pytorch", "pytorch_lightning", "pytorch_lightning_distributed")
 BENCHMARK = "benchmarks/imagenet/resnet50"
-WIDTH = 88
 TOOLS = ("ruff", "jupytext", "nbformat")
 
 
@@ -32,7 +29,7 @@ class Method:
         model: class of the examples.
         loss: class of the criterion.
         module: of the criterion.
-        arguments: of the criterion, in the benchmark.
+        arguments: of the criterion, in the benchmark; a template of the recipe's parameters.
         published: year and month of the paper.
         about: first paragraph of the documentation.
         change: heading of commit and pull request, in the host's form.
@@ -77,7 +74,7 @@ METHODS = {
         model="DySTreSS",
         loss="DySTreSSLoss",
         module="dystress_loss",
-        arguments=f"tau_min={formulas.default(DySTreSS, 'tau_min')}, tau_max={formulas.default(DySTreSS, 'tau_max')}",
+        arguments="tau_min=$tau_min, tau_max=$tau_max",
         published=(2023, 8),
         about="Example implementation of DySTreSS, dynamically scaled temperature in self-supervised contrastive "
         "learning. DySTreSS is based on the :ref:`simclr` architecture and only introduces a new loss function, in "
@@ -102,7 +99,7 @@ METHODS = {
         model="MACL",
         loss="MACLLoss",
         module="macl_loss",
-        arguments=f"temperature={formulas.default(ModelAware, 'tau')}, alpha={formulas.default(ModelAware, 'alpha')}",
+        arguments="temperature=$tau, alpha=$alpha",
         published=(2022, 7),
         about="Example implementation of model-aware contrastive learning (MACL). MACL is based on the :ref:`simclr` "
         "architecture and only introduces a new loss function. Its temperature follows the alignment of the positive "
@@ -112,7 +109,7 @@ METHODS = {
         "came without: an entry in the documentation of the losses, a documentation page, examples in all three "
         "variants with notebooks, and a ResNet-50 benchmark.",
         why="Without gather the alignment and the negatives of a distributed run are those of one GPU. Two things are "
-        "mended on the way: where P rounds to 1 the loss was what `eps` made of it and is now its limit, and "
+        "fixed on the way: where P rounds to 1 the loss was what `eps` made of it and is now its limit, and "
         "the temperature, which `alpha = A_0 = 1` and opposite positives made negative, is held above a tenth of "
         "its base.",
         equivalence=_EQUAL.format("MACLLoss"),
@@ -126,7 +123,7 @@ METHODS = {
         model="SimCLRTemperatureSchedule",
         loss="NTXentLoss",
         module="ntx_ent_loss",
-        arguments=f"temperature={formulas.default(CosineSchedule, 'tau_max')}",
+        arguments="temperature=$tau_max",
         published=(2023, 3),
         about="Example implementation of :ref:`simclr` with a temperature that oscillates during training. A high "
         "temperature favours group-wise discrimination, a low one instance-wise discrimination; a cosine schedule "
@@ -170,50 +167,22 @@ def plan(clone, name, command, version):
 
 
 def loss_module(clone, method):
-    """The file of the loss: the package's formulas in lightly's form."""
-    return {"dystress": _dystress, "macl": _macl}[method.recipe](clone, method)
-
-
-def _dystress(clone, method):
-    tau = formulas.dystress_temperature("sim", "self.tau_min", "self.tau_max")
+    """The file of the loss; that of MACL takes the place of lightly's own."""
+    parts = ("bank_attributes", "bank_init", "similarities")
     return clone.new(
-        "lightly/loss/dystress_loss.py",
-        "lightly/dystress_loss.py",
-        **_shared(objectives.ntxent),
-        mathematics=f"tau = {formulas.as_mathematics(tau)}",
-        tau=tau,
-        tau_min=formulas.default(DySTreSS, "tau_min"),
-        tau_max=formulas.default(DySTreSS, "tau_max"),
+        f"lightly/loss/{method.module}.py",
+        f"lightly/{method.module}.py",
+        replaces=method.recipe == "macl",
         url=method.paper.url,
         year=method.paper.paper.rpartition(" ")[2],
-    )
-
-
-def _macl(clone, method):
-    names = {"self.tau": "self.temperature", "self.threshold": "self.A_0", "FLOOR": str(model_aware.FLOOR)}
-    return clone.new(
-        "lightly/loss/macl_loss.py",
-        "lightly/macl_loss.py",
-        replaces=True,
-        **_shared(objectives.macl),
-        factor=formulas.assigned(ModelAware.prepare, "factor", names),
-        least=formulas.assigned(ModelAware.prepare, "least", names),
-        tau=formulas.first_argument(formulas.assigned(ModelAware.prepare, "map_", names)),
-        temperature=formulas.default(ModelAware, "tau"),
-        alpha=formulas.default(ModelAware, "alpha"),
-        threshold=formulas.default(ModelAware, "threshold"),
-        url=method.paper.url,
+        **method.paper.parameters,
+        **{name: template(f"lightly/{name}").rstrip("\n") for name in parts},
     )
 
 
 def _loss_of_dystress(clone, method):
     clone.source("tests/ddp_helpers.py")  # which the tests import
-    tests = clone.new(
-        "tests/loss/test_dystress_loss.py",
-        "lightly/test_dystress_loss.py",
-        row_stats=formulas.plain_python(rows.naive_row_stats),
-        tau=formulas.oracle_temperature(),
-    )
+    tests = clone.new("tests/loss/test_dystress_loss.py", "lightly/test_dystress_loss.py")
     exports = clone.source("lightly/loss/__init__.py").among(
         r"^from lightly\.loss\.(\S+) import .*\n", "from lightly.loss.dystress_loss import DySTreSSLoss\n"
     )
@@ -254,13 +223,6 @@ def _schedule(clone, _):
 LOSSES = {"dystress": _loss_of_dystress, "macl": _loss_of_macl, "ts": _schedule}
 
 
-def _shared(objective):
-    return {
-        "objective": formulas.objective(objective, result="loss: Tensor", indent=8, width=WIDTH),
-        **{name: template(f"lightly/{name}").rstrip("\n") for name in ("bank_attributes", "bank_init", "similarities")},
-    }
-
-
 def _autoclass(clone, method):
     return clone.source("docs/source/lightly.loss.rst").among(
         r"^\.\. autoclass:: lightly\.loss\.(\S+)\n   :members:\n\n",
@@ -296,12 +258,12 @@ _SCHEDULE_IMPORT = "from lightly.utils.scheduler import cosine_schedule\n"
 
 def _schedule_call(criterion, step, steps, period, indent):
     """The formula of `CosineSchedule` as lightly has it already."""
-    high, low = (formulas.default(CosineSchedule, name) for name in ("tau_max", "tau_min"))
+    parameters = recipes.recipe("ts").parameters
     call = f"""{criterion}.temperature = cosine_schedule(
     step={step},
     max_steps={steps},
-    start_value={high},
-    end_value={low},
+    start_value={parameters["tau_max"]},
+    end_value={parameters["tau_min"]},
     period={period},
 )
 """
@@ -312,6 +274,7 @@ def _docs(clone, method):
     page = clone.source("docs/source/examples/simclr.rst")
     tabs = page.part(".. tabs::").replace("simclr", method.name)
     head = template(f"lightly/docs_{'schedule' if method.recipe == 'ts' else 'loss'}.rst")
+    schedule = recipes.recipe("ts").parameters
     page.text = (
         Template(head).substitute(
             name=method.name,
@@ -322,7 +285,7 @@ def _docs(clone, method):
             module=method.module,
             paper=method.paper.paper,
             url=method.paper.url,
-            **{name: _number(formulas.default(CosineSchedule, name)) for name in ("tau_min", "tau_max", "period")},
+            **{name: _number(schedule[name]) for name in ("tau_min", "tau_max", "period")},
         )
         + tabs
     )
@@ -357,10 +320,11 @@ def _date(written):
 
 def _benchmark(clone, method):
     """lightly's own SimCLR benchmark, with this method's loss."""
+    arguments = Template(method.arguments).substitute(method.paper.parameters)
     module = (
         clone.source(f"{BENCHMARK}/simclr.py")
         .word("SimCLR", method.model)
-        .replace("NTXentLoss(temperature=0.1, gather", f"NTXentLoss({method.arguments}, gather")
+        .replace("NTXentLoss(temperature=0.1, gather", f"NTXentLoss({arguments}, gather")
         .replace("lightly.loss.ntx_ent_loss", f"lightly.loss.{method.module}")
         .word("NTXentLoss", method.loss)
         .replace('"simclr', f'"{method.name}')

@@ -1,18 +1,18 @@
 """solo-learn: a method with its loss, tests, configs and documentation; and fixes of what is wrong for everybody."""
 
-import ast
 import re
 import textwrap
 from dataclasses import dataclass, field
 from string import Template
 
-from dystress_plugin import objectives, recipes
-from dystress_plugin.frameworks.solo import fixes
-from dystress_plugin.temperature import DySTreSS, ModelAware, model_aware
-from upstream import benchmark, formulas
+from dystress_plugin import recipes
+from upstream import benchmark
 from upstream.clone import Plan, template
 
-WIDTH = 100
+# Settings in which a run that is resumed must be as before, beside those that solo-learn compares.
+COMPARED = ("method_kwargs", "seed", "augmentations", "data.train_path", "data.fraction", "scheduler", "momentum")
+# Pixels to which the shorter side of an image is resized before its centre is cropped.
+SHORTER = "crop_size if crop_size <= 64 else round(crop_size * 256 / 224)"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Change:
     parameters: tuple[Parameter, ...] = field(default=())
 
 
-def _of(cls, name, about, called=None):
-    return Parameter(called or name, formulas.default(cls, name), about)
+def _of(recipe, name, about, called=None):
+    return Parameter(called or name, recipes.recipe(recipe).parameters[name], about)
 
 
 _METHOD = {
@@ -77,8 +77,8 @@ METHODS = {
         recipe="dystress",
         title="DySTreSS",
         parameters=(
-            _of(DySTreSS, "tau_min", "lowest temperature, of pairs without similarity."),
-            _of(DySTreSS, "tau_max", "highest temperature, of very similar or opposite pairs."),
+            _of("dystress", "tau_min", "lowest temperature, of pairs without similarity."),
+            _of("dystress", "tau_max", "highest temperature, of very similar or opposite pairs."),
         ),
         **_METHOD,
     ),
@@ -93,9 +93,9 @@ METHODS = {
         recipe="macl",
         title="MACL",
         parameters=(
-            _of(ModelAware, "tau", "base temperature.", "temperature"),
-            _of(ModelAware, "alpha", "how strongly the alignment acts on the temperature."),
-            _of(ModelAware, "threshold", "alignment at which the temperature is the base temperature."),
+            _of("macl", "tau", "base temperature.", "temperature"),
+            _of("macl", "alpha", "how strongly the alignment acts on the temperature."),
+            _of("macl", "threshold", "alignment at which the temperature is the base temperature."),
         ),
         **_METHOD,
     ),
@@ -177,8 +177,8 @@ def _loss(clone, change):
         title=change.title,
         arguments="\n".join(f"    {p.name}: float = {p.value}," for p in change.parameters),
         documented="\n".join(f"        {p.name} (float): {p.about} Defaults to {p.value}." for p in change.parameters),
-        logits=LOGITS[name]().rstrip("\n"),
-        objective=formulas.objective(OBJECTIVES[name], result="loss", indent=4, width=WIDTH),
+        logits=template(f"solo/logits_{name}").rstrip("\n"),
+        objective=template(f"solo/objective_{name}").rstrip("\n"),
     )
     functions = [f"{name}_loss_func", *(["simclr_loss_func"] if name == "dystress" else [])]
     tests = clone.new(
@@ -196,26 +196,6 @@ def _licence(clone):
     """The comment that every file of solo-learn begins with."""
     text = clone.source("solo/losses/simclr.py").text
     return text[: re.search(r"^(?!#|$)", text, re.MULTILINE).start()].rstrip("\n")
-
-
-def _logits_of_dystress():
-    tau = formulas.dystress_temperature("cosine", "tau_min", "tau_max")
-    return Template(template("solo/logits_dystress")).substitute(tau=tau)
-
-
-def _logits_of_macl():
-    names = {"self.tau": "temperature", "self.alpha": "alpha", "self.threshold": "threshold"}
-    names["FLOOR"] = str(model_aware.FLOOR)
-    prepare = ModelAware.prepare
-    return Template(template("solo/logits_macl")).substitute(
-        factor=formulas.assigned(prepare, "factor", names),
-        least=formulas.assigned(prepare, "least", names),
-        tau=formulas.first_argument(formulas.assigned(prepare, "map_", names)),
-    )
-
-
-LOGITS = {"dystress": _logits_of_dystress, "macl": _logits_of_macl}
-OBJECTIVES = {"dystress": objectives.ntxent, "macl": objectives.macl}
 
 
 def _registration(clone, change):
@@ -327,9 +307,8 @@ def _fix_knn(clone):
 
 
 def _fix_auto_resume(clone):
-    needed = ast.literal_eval(formulas.assigned(fixes.auto_resume, "needed"))
     resumer = clone.source("solo/utils/auto_resumer.py").after(
-        '        "method",\n', "".join(f'        "{key}",\n' for key in needed)
+        '        "method",\n', "".join(f'        "{key}",\n' for key in COMPARED)
     )
     return [resumer, clone.source("tests/utils/test_auto_resumer.py").append(template("solo/resume_test"))]
 
@@ -349,7 +328,6 @@ def _fix_setup(clone):
 
 
 def _fix_custom_size(clone):
-    shorter = formulas.assigned(fixes.custom_pipeline, "shorter", {"SMALL": str(fixes.SMALL)})
     loader = (
         clone.source("solo/data/classification_dataloader.py")
         .replace("def build_custom_pipeline():\n", "def build_custom_pipeline(crop_size: int = 224):\n")
@@ -358,7 +336,7 @@ def _fix_custom_size(clone):
             "    Needs to return a dict with the same structure.\n\n    Args:\n"
             '        crop_size (int): size of the images. Defaults to 224.\n    """\n\n'
             "    # large images keep a margin of an eighth around the crop, small ones are shown whole\n"
-            f"    resize = {shorter}\n",
+            f"    resize = {SHORTER}\n",
         )
         .first("RandomResizedCrop(size=224, ", "RandomResizedCrop(size=crop_size, ")
         .first("transforms.Resize(256),", "transforms.Resize(resize),")

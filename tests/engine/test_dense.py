@@ -3,7 +3,7 @@ import torch
 from grid import CASES, EPOCH, assert_close, build, embeddings, tolerance
 
 from dystress_plugin.engine import ENGINES
-from dystress_plugin.engine.rows import naive_row_stats
+from dystress_plugin.rows import naive_row_stats
 from dystress_plugin.temperature.base import Batch
 
 dense = ENGINES["dense"]

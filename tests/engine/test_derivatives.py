@@ -8,7 +8,7 @@ from grid import CASES, EPOCH, KINDS, OBJECTIVES, SAMPLES, assert_close, build, 
 from torch.autograd import forward_ad, functional
 
 from dystress_plugin import ContrastiveLoss
-from dystress_plugin.contrastive import normalize
+from dystress_plugin.embeddings import normalize
 from dystress_plugin.engine import ENGINES, blockwise, tiles
 
 DIM, IMAGES = 4, 9

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import pretrain
+from dystress_plugin.experiment.pretrain import command as pretrain
 
 
 def dystress(command, settings):

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import compare as module
-from dystress_plugin.experiment.compare import Arm, parse_compare, plan, tokens
-from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, parse
+from dystress_plugin.experiment.compare import command as module
+from dystress_plugin.experiment.compare.plan import Arm, parse_compare, plan
+from dystress_plugin.experiment.compare.workers import Workers, tokens
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
 
 
 def names(**settings):
@@ -55,15 +57,18 @@ def test_a_method_can_be_compared_with_itself():
     ("arguments", "message"),
     [
         (["methods=[dystres]"], "Unknown method 'dystres'. Did you mean 'dystress'?"),
-        (["methods=[macl,macl]"], "methods=['macl', 'macl'] must be at least one, each once."),
+        (["methods=[macl,macl]"], "methods=['macl', 'macl'] must be each once"),
         (["methods=[macl]", "seeds=[]"], "seeds=[] must be at least one"),
         (["methods=[macl]", "method_kwargs.tau=0.3"], "method_kwargs.tau: say whose, such as method_kwargs.macl.tau="),
         (["methods=[macl]", "method_kwargs.dystress.tau_max=0.3"], "Unknown method in method_kwargs 'dystress'"),
         (["methods=[macl]", "method_kwargs.macl.tua=0.3"], "Did you mean 'tau'?"),
         (["methods=[dystress]", "method_kwargs.dystress.tau_min=0.5"], "tau_min=0.5 is above tau_max=0.2"),
-        (["methods=[macl]", "constants=[0]"], "constants=[0.0]: 0.0 must be above 0."),
+        (["methods=[macl]", "constants=[0]"], "constants=[0.0]: 0.0 must be above 0 and at most 1,000,000"),
         (["methods=[macl]", "protocols=[knm_1]"], "Unknown protocol 'knm_1'"),
-        (["methods=[macl]", "jobs=0"], "jobs=0 must be at least 1."),
+        (
+            ["methods=[macl]", "jobs=0"],
+            "jobs=0 must be at least 1 and at most 1,024: runs at once, each a process of its own.",
+        ),
         (["methods=[macl]", "epochs=2", "warmup_epochs=3"], "warmup_epochs=3 must lie between 0 and epochs=2"),
         (["methods=[macl]", "epoch=3"], "Unknown key 'epoch'. Did you mean 'epochs'?"),
         (["method=macl"], "'method=macl' is for `dystress pretrain`; here it is methods=[...]."),
@@ -222,7 +227,8 @@ def test_jobs_are_processes_that_a_killed_comparison_leaves_and_the_next_one_wai
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     second = subprocess.run(program, capture_output=True, text=True, check=True, timeout=300)
-    assert "waiting for another `dystress compare`, or runs it left" in second.stderr
+    assert f"out={out} is in use by process {first.pid} on " in second.stderr
+    assert "waiting until it has ended, and what it left running" in second.stderr
     for seed in (0, 1):
         metrics = (out / "runs" / f"simclr-{seed}" / "metrics.csv").read_text()
         assert metrics.count("\n") == 2
@@ -235,7 +241,7 @@ def test_jobs_are_processes_that_a_killed_comparison_leaves_and_the_next_one_wai
 def test_several_jobs_share_the_cores_and_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    children = module._Children(CompareSettings(methods=["macl"], out=str(tmp_path), jobs=2), None)
+    children = Workers(CompareSettings(methods=["macl"], out=str(tmp_path), jobs=2), None)
     chosen = [children._environment(slot, PretrainSettings()) for slot in (0, 1)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in chosen] == ["3", "5"]
     assert {env["OMP_NUM_THREADS"] for env in chosen} == {str(max(1, (os.cpu_count() or 1) // 2))}

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from conftest import write_images  # beside this file
 
-from dystress_plugin.experiment import data as data_module
-from dystress_plugin.experiment.data import Views, load
+from dystress_plugin.experiment.data import datasets as data_module
+from dystress_plugin.experiment.data.datasets import Views, load
 
 
 def load_folder(path, long_tail=None):

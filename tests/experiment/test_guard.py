@@ -6,20 +6,20 @@ import pytest
 import torch
 from conftest import dystress  # beside this file
 
-from dystress_plugin.experiment import guard
-from dystress_plugin.experiment.guard import NanGuard
-from dystress_plugin.experiment.module import PretrainModule
+from dystress_plugin.experiment.pretrain import guard
+from dystress_plugin.experiment.pretrain.guard import NanGuard
+from dystress_plugin.experiment.pretrain.module import PretrainModule
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Lets something go wrong in the second step of the second epoch, the fifth of all."""
+    """Lets something go wrong in the second step of the second epoch, the fifth of all, or of another epoch."""
 
-    def at_step(poison):
+    def at_step(poison, epoch=1):
         training_step = PretrainModule.training_step
 
         def step(self, batch, batch_idx):
-            here = self.current_epoch == 1 and batch_idx == 1
+            here = self.current_epoch == epoch and batch_idx == 1
             return poison(training_step, self, batch, batch_idx) if here else training_step(self, batch, batch_idx)
 
         monkeypatch.setattr(PretrainModule, "training_step", step)
@@ -50,6 +50,14 @@ def embedding_is_nan(step, self, batch, number):
 def weight_is_nan(step, self, batch, number):
     next(self.backbone.parameters()).data.fill_(torch.nan)
     return step(self, batch, number)
+
+
+def test_in_the_first_epoch_there_is_no_checkpoint_to_speak_of(tiny, poisoned, capsys, quick):
+    poisoned(loss_is_nan, epoch=0)
+    assert dystress("pretrain", tiny) == 1
+    said = capsys.readouterr().err
+    assert "the loss, nan, is not finite: epoch 0, step 1" in said
+    assert "last finished epoch" not in said
 
 
 @pytest.mark.parametrize(
@@ -163,11 +171,14 @@ def test_steps_that_gradscaler_leaves_out_are_no_fault_until_there_are_too_many(
     assert stops == ["the gradient"]
 
 
-def test_finite_gradients_whose_squares_overflow_are_no_fault(stopped):
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(torch.float32, 1e38), (torch.float64, 1e300), (torch.bfloat16, 1e38), (torch.float16, 6e4)]
+)
+def test_finite_gradients_whose_squares_overflow_are_no_fault(dtype, large, stopped):
     watch, stops = stopped
-    module = torch.nn.Linear(2, 1)
-    step_of(module, 1.0)
-    module.weight.grad = torch.full((1, 2), 1e38)
+    module = torch.nn.Linear(2, 1, dtype=dtype)
+    module.last_step = SimpleNamespace(loss=torch.tensor(large, dtype=torch.promote_types(dtype, torch.float32)))
+    module.weight.grad = torch.full((1, 2), large, dtype=dtype)
     watch.on_before_optimizer_step(trainer(None), module, None)
     assert stops == []
     module.weight.grad[0, 1] = torch.nan

@@ -7,7 +7,8 @@ import torch
 
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import advisor, inspection
+from dystress_plugin.experiment.inspect import command as inspection
+from dystress_plugin.experiment.inspect import effects
 from dystress_plugin.recipes import METHODS
 from dystress_plugin.temperature import Constant, DySTreSS, Individual
 
@@ -21,7 +22,7 @@ def embeddings(images=IMAGES, dim=5, seed=0):
 
 
 def pairs(z0, z1, epoch=0.0):
-    return advisor.similarities(z0, z1, index=torch.arange(len(z0)), epoch=epoch)
+    return effects.similarities(z0, z1, index=torch.arange(len(z0)), epoch=epoch)
 
 
 def loss_of(method, **settings):
@@ -45,7 +46,7 @@ def test_push_and_pull_are_the_gradient_of_the_loss(method):
     """Sent through the cosines, they are the gradient in the embeddings that the loss itself has."""
     z0, z1 = (z.requires_grad_() for z in embeddings())
     loss = loss_of(method)
-    found = advisor.effect(loss, pairs(z0.detach(), z1.detach()))
+    found = effects.effect(loss, pairs(z0.detach(), z1.detach()))
     unit = torch.nn.functional.normalize(torch.cat([z0, z1]), dim=1)
     anchors = 2 * IMAGES
     derivative = torch.zeros(anchors, anchors, dtype=torch.float64)
@@ -63,7 +64,7 @@ def test_push_and_pull_are_the_gradient_of_the_loss(method):
 
 def test_measures_of_a_constant_follow_from_the_softmax_of_each_anchor():
     seen = pairs(*embeddings())
-    found = advisor.effect(ContrastiveLoss(Constant(0.3)), seen).measures
+    found = effects.effect(ContrastiveLoss(Constant(0.3)), seen).measures
     effective, hardest, tenth = [], [], []
     for row in seen.negative.tolist():
         e = sorted((math.exp(s / 0.3) for s in row), reverse=True)
@@ -80,7 +81,7 @@ def test_measures_of_a_constant_follow_from_the_softmax_of_each_anchor():
 
 def test_a_large_temperature_weighs_all_negatives_alike_and_a_small_one_the_hardest():
     seen = pairs(*embeddings())
-    flat, sharp = (advisor.effect(ContrastiveLoss(Constant(tau)), seen).measures for tau in (1e6, 1e-4))
+    flat, sharp = (effects.effect(ContrastiveLoss(Constant(tau)), seen).measures for tau in (1e6, 1e-4))
     assert flat["effective_negatives"] == pytest.approx(22)
     assert flat["hardest_1_percent"] == pytest.approx(100 / 22)
     assert flat["push_cosine"] == pytest.approx(float(seen.negative.mean()), abs=1e-5)
@@ -94,16 +95,16 @@ def test_where_the_logit_falls_is_found():
     # papers.md 1.2: with (0.1, 0.5) it falls in 19.4 % of the range of the base profile, none with (0.1, 0.2).
     wide = DySTreSS(tau_min=0.1, tau_max=0.5)
     maps = wide.prepare(pairs(*embeddings()).batch)
-    ranges = advisor.falling(maps.negative, 24)
+    ranges = effects.falling(maps.negative, 24)
     assert sum(high - low for low, high in ranges) / 2 == pytest.approx(0.194, abs=0.002)
     assert ranges == [[-ranges[1][1], -ranges[1][0]], ranges[1]]
-    assert advisor.falling(DySTreSS().prepare(pairs(*embeddings()).batch).negative, 24) == []
+    assert effects.falling(DySTreSS().prepare(pairs(*embeddings()).batch).negative, 24) == []
 
 
 @pytest.mark.filterwarnings("ignore:tau_max/tau_min")
 def test_inverted_pairs_are_counted_where_there_are_any():
     seen = pairs(*embeddings())
-    wide = advisor.effect(ContrastiveLoss(DySTreSS(tau_min=0.1, tau_max=1.0)), seen)
+    wide = effects.effect(ContrastiveLoss(DySTreSS(tau_min=0.1, tau_max=1.0)), seen)
     cosine, logit = (torch.cat(x, dim=1) for x in ((seen.positive, seen.negative), _logits(wide, seen)))
     exact = [
         float(((c[:, None] - c) * (a[:, None] - a) < 0).double().sum() / (len(c) * (len(c) - 1)))
@@ -122,15 +123,15 @@ def _logits(found, seen):
 def test_one_in_two_pairs_are_inverted_by_noise_and_all_by_a_minus():
     cosine = torch.randn(20, 200, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(20, 200, generator=torch.Generator().manual_seed(2))
-    assert advisor.inverted_share(cosine, noise) == pytest.approx(0.5, abs=0.02)
-    assert advisor.inverted_share(cosine, -cosine) == 1
-    assert advisor.inverted_share(cosine, torch.ones_like(cosine)) == 0
+    assert effects.inverted_share(cosine, noise) == pytest.approx(0.5, abs=0.02)
+    assert effects.inverted_share(cosine, -cosine) == 1
+    assert effects.inverted_share(cosine, torch.ones_like(cosine)) == 0
 
 
 def test_the_relative_weight_averages_to_one_over_the_negatives():
     seen = pairs(*embeddings(images=150))
-    found = advisor.effect(ContrastiveLoss(Constant(0.5)), seen)
-    cosine, weight = advisor.relative_weight(found, seen)
+    found = effects.effect(ContrastiveLoss(Constant(0.5)), seen)
+    cosine, weight = effects.relative_weight(found, seen)
     assert float(cosine.min()) >= float(seen.negative.min())
     at = torch.searchsorted(cosine, seen.negative.flatten()).clamp(max=len(cosine) - 1)
     assert float(weight[at].mean()) == pytest.approx(1, abs=0.02)
@@ -141,7 +142,7 @@ def test_looking_changes_no_table():
     loss = ContrastiveLoss(Individual(IMAGES))
     loss(z0, z1, index=torch.arange(IMAGES))
     before = {name: value.clone() for name, value in loss.state_dict().items()}
-    advisor.effect(loss, pairs(z0, z1))
+    effects.effect(loss, pairs(z0, z1))
     assert loss.temperature.training
     assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
 
@@ -175,7 +176,7 @@ def test_an_untrained_network_is_inspected(images, tmp_path, capsys):
 @pytest.fixture
 def without_figures(monkeypatch):
     """They are drawn, and looked for, above."""
-    monkeypatch.setattr(inspection.advisor_figures, "draw", lambda *args: None)
+    monkeypatch.setattr(inspection.figures, "draw", lambda *args: None)
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -224,7 +225,7 @@ def test_a_run_with_a_queue_shows_the_network_that_is_trained(tiny):
         ({"method_kwargs.macl.tau": 0.2, "methods": "[dystress]"}, "Unknown method in method_kwargs 'macl'."),
         ({"method_kwargs.dystress": 0.2}, "method_kwargs.dystress=0.2 must name a parameter"),
         ({"method_kwargs.dystress.tau_mx": 0.2}, "Did you mean 'tau_max'?"),
-        ({"constants": "[0.1,0]"}, "tau=0.0 must be above 0"),
+        ({"constants": "[0.1,0]"}, "constants=[0.1, 0.0]: 0.0 must be above 0"),
         ({"images": 1}, "images=1 must be at least 2"),
         ({"checkpoint": "nowhere"}, "holds no run of `dystress pretrain`"),
         ({"data": "nowhere"}, "is neither a folder nor one of"),
@@ -253,10 +254,10 @@ def test_bad_settings_write_nothing(settings, message, images, tmp_path, capsys,
 def test_the_advice_says_which_way(hard, effective, words):
     reference = {"hardest_1_percent": 10.0, "effective_negatives": 60.0, "falling": [], "inverted_percent": 0.0}
     measures = reference | {"hardest_1_percent": hard, "effective_negatives": effective}
-    text = advisor.advice("X", measures, reference, "constant 0.1", 100)
+    text = effects.advice("X", measures, reference, "constant 0.1", 100)
     assert text.startswith(f"X {words}")
     assert text.endswith(".")
     assert "wrong order" not in text
     falling = measures | {"falling": [[0.5, 0.75]], "inverted_percent": 3.0}
-    assert "between cosines 0.50 to 0.75" in advisor.advice("X", falling, reference, "constant 0.1", 100)
-    assert "what the others are compared with" in advisor.advice("X", reference, reference, "X", 100)
+    assert "between cosines 0.50 to 0.75" in effects.advice("X", falling, reference, "constant 0.1", 100)
+    assert "what the others are compared with" in effects.advice("X", reference, reference, "X", 100)

@@ -16,11 +16,13 @@ import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment import files, pretrain
-from dystress_plugin.experiment.interruption import resumable
-from dystress_plugin.experiment.pretrain import SeedEveryEpoch
+from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.io.interruption import resumable
+from dystress_plugin.experiment.pretrain import command as pretrain
+from dystress_plugin.experiment.pretrain import trainer
+from dystress_plugin.experiment.pretrain.callbacks import SeedEveryEpoch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "checks" / "kill_and_resume.py"
 
 
 def at_epoch(monkeypatch, epoch, act):
@@ -44,9 +46,9 @@ def epoch_of(out):
 
 
 def test_killed_at_random_and_started_again_it_ends_as_if_nothing_had_happened(tmp_path):
-    # A process of its own: forking one in which OpenMP has run hangs. scripts/kill_and_resume.py does 200 by default.
+    # A process of its own: forking one in which OpenMP has run hangs. By default the script does 200.
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "kill_and_resume.py", "--rounds", "5"],
+        [sys.executable, SCRIPT, "--rounds", "5"],
         capture_output=True,
         text=True,
         check=False,
@@ -131,11 +133,88 @@ def test_a_disk_that_fills_in_the_middle_ends_clearly_and_keeps_the_checkpoint(t
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
-    assert "What was written before is whole. When that is mended: the same command again goes on" in said
+    assert "What was written before is whole. When that is fixed: The same command again goes on" in said
     assert epoch_of(tiny["out"]) == 0
     assert [path.name for path in last(tiny["out"]).parent.iterdir()] == ["last.ckpt"]
     assert dystress("pretrain", tiny) == 0
     assert epoch_of(tiny["out"]) == 2
+
+
+def no_epoch(said):
+    """Whether a message speaks neither of what was written nor of going on."""
+    return not any(words in said for words in ("was written", "last finished", "goes on"))
+
+
+TOO_LONG = "x" * 300
+COMMANDS = {
+    "pretrain": {"data": TOO_LONG},
+    "compare": {"data": TOO_LONG, "out": "cmp", "methods": "[simclr]"},
+    "evaluate": {"checkpoint": TOO_LONG},
+    "inspect": {"data": TOO_LONG, "out": "inspect"},
+    "long-tail": {"data": TOO_LONG, "out": "tail", "long_tail": 0.5},
+    "report": {"runs": f"[{TOO_LONG}]"},
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_of_the_system_before_anything_has_begun_is_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert dystress(command, COMMANDS[command]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dystress: ")
+    assert said.count("\n") == 1
+    assert TOO_LONG in said
+    assert no_epoch(said)
+
+
+@pytest.mark.parametrize("what", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("no"), "SIGTERM"])
+@pytest.mark.parametrize("where", ["scan_images", "RunFolder.open", "make_trainer"])
+def test_what_ends_a_run_before_it_began_does_not_speak_of_epochs(what, where, tiny, monkeypatch, capsys):
+    def end(*args):
+        if isinstance(what, OSError):
+            raise what
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr(f"{pretrain.__name__}.{where}", end)
+    if what == "SIGTERM":
+        with pytest.raises(SystemExit):
+            dystress("pretrain", tiny)
+    else:
+        assert dystress("pretrain", tiny) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"dystress: {what}" or "The run had not begun" in said
+    assert no_epoch(said)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_image_that_vanishes_in_the_middle_stops_in_one_line_and_goes_on_when_it_is_back(
+    epoch, tiny, images, monkeypatch, capsys, quick
+):
+    tiny |= {"epochs": 2}
+    hidden = images.with_name("hidden")
+    with monkeypatch.context() as patch:
+        at_epoch(patch, epoch, lambda: (images / "class2").rename(hidden))
+        assert dystress("pretrain", tiny) == 1
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"dystress: {images / 'class2'}")
+    assert "cannot be read as an image: No such file or directory. What was written before is whole." in said
+    assert ("goes on from the last finished epoch" if epoch else "starts with the first one in out=") in said
+    hidden.rename(images / "class2")
+    assert dystress("pretrain", tiny) == 0
+    assert epoch_of(tiny["out"]) == 1
+
+
+def test_a_disk_that_is_full_in_the_first_epoch_speaks_of_none_that_was_finished(tiny, monkeypatch, capsys, quick):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_epoch(monkeypatch, 0, full)
+    assert dystress("pretrain", tiny) == 1
+    said = capsys.readouterr().err
+    assert (
+        "No space left on device. What was written before is whole. When that is fixed: No epoch was finished" in said
+    )
 
 
 def test_too_little_room_for_two_checkpoints_is_said_before_training(tiny, monkeypatch, capsys, quick):
@@ -282,7 +361,7 @@ def test_slurm_does_not_make_checkpoints_of_its_own(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert [plugin.auto_requeue for plugin in pretrain._plugins() if hasattr(plugin, "auto_requeue")] == [False]
+    assert [plugin.auto_requeue for plugin in trainer._plugins() if hasattr(plugin, "auto_requeue")] == [False]
 
 
 def test_a_key_for_wandb_is_written_nowhere_and_nothing_is_connected_to(tiny, monkeypatch, capsys, caplog, quick):

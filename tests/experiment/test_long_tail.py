@@ -1,3 +1,4 @@
+import errno
 import json
 
 import numpy as np
@@ -7,8 +8,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment.data import load
-from dystress_plugin.experiment.long_tail import class_sizes, draw, read_indices, select
+from dystress_plugin.experiment.data.datasets import load
+from dystress_plugin.experiment.data.selection import class_sizes, draw, read_indices, select
 
 
 def long_tail(**settings):
@@ -199,8 +200,8 @@ def test_names_that_are_no_different_numbers_have_none(source, tmp_path, capsys)
         ({"long_tail": 0.25}, "is not empty; nothing is ever overwritten"),
         ({"out": "fresh"}, "Give long_tail=RATIO"),
         ({"out": "fresh", "long_tail": 0.1, "indices_by": "names"}, "Unknown indices_by 'names'."),
-        ({"out": "fresh", "long_tail": 2}, "long_tail=2.0 must lie in (0, 1]"),
-        ({"out": "fresh", "long_tail": 0}, "long_tail=0.0 must lie in (0, 1]"),
+        ({"out": "fresh", "long_tail": 2}, "long_tail=2.0 must be above 0 and at most 1"),
+        ({"out": "fresh", "long_tail": 0}, "long_tail=0.0 must be above 0 and at most 1"),
         (
             {"out": "fresh", "long_tail": 0.1, "long_tail_profile": "steps"},
             "Unknown long_tail_profile 'steps'. Did you mean 'step'?",
@@ -216,6 +217,18 @@ def test_nothing_is_written_where_something_is_wrong(settings, message, source, 
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "kept"]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["letter.txt"]
+
+
+def test_a_disk_that_fills_leaves_no_half_folder_and_is_told(source, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    out = tmp_path / "tail"
+    assert long_tail(data=source, long_tail=0.25, out=out) == 2
+    told = f"dystress: out={out} cannot be written: [Errno 28] No space left on device. Nothing was left there.\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_an_interrupted_command_leaves_no_half_folder(source, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment import module
-from dystress_plugin.experiment.pretrain import COLUMNS, SeedEveryEpoch
+from dystress_plugin import training
+from dystress_plugin.experiment.pretrain.callbacks import COLUMNS, SeedEveryEpoch
 from dystress_plugin.recipes import METHODS
 
 
@@ -154,21 +154,25 @@ def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, cap
         ({"method_kwargs.tau_mx": 1}, "Did you mean 'tau_max'?"),
         ({"method_kwargs.tau_min": 0.5}, "tau_min=0.5 is above tau_max=0.2"),
         ({"method_kwargs.tau_min": 0}, "tau_min=0.0 must be above 0"),
+        *(
+            ({"method": "isogclr", "method_kwargs.num_samples": n}, f"num_samples={n} must be that of the training")
+            for n in (5, 10**14, "abc")
+        ),
         ({"backbone": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet1"),
         ({"optimizer": "adm"}, "Unknown optimizer 'adm'"),
         ({"data": "cifar1"}, "data=cifar1 is neither a folder nor one of cifar10"),
-        ({"batch_size": 1}, "batch_size=1 must lie between 2 and the 18 training images"),
+        ({"batch_size": 1}, "batch_size=1 must be at least 2"),
         ({"batch_size": 19}, "batch_size=19 must lie between 2 and the 18 training images"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"warmup_epochs": 4}, "warmup_epochs=4 must lie between 0 and epochs=3"),
-        ({"warmup_epochs": -1}, "warmup_epochs=-1 must lie between 0 and epochs=3"),
-        ({"warmup_epochs": "nan"}, "warmup_epochs=nan must lie between 0 and epochs=3"),
+        ({"warmup_epochs": -1}, "warmup_epochs=-1.0 must be at least 0"),
+        ({"warmup_epochs": "nan"}, "warmup_epochs=nan must be at least 0"),
         ({"queue_size": 9}, "queue_size=9 is for methods with a queue, such as 'simclr_moco', not 'dystress'."),
         ({"momentum_encoder": 0.9}, "momentum_encoder=0.9 is for methods with a queue"),
-        ({"method": "ts_moco", "momentum_encoder": 1.5}, "momentum_encoder=1.5 must lie in [0, 1]"),
-        ({"method": "ts_moco", "queue_size": 0}, "queue_size"),
-        ({"diagnostics_every_n_steps": -1}, "diagnostics_every_n_steps=-1 must be at least 1, or 0 for none"),
-        ({"wandb": "yes"}, "wandb="),
+        ({"method": "ts_moco", "momentum_encoder": 1.5}, "momentum_encoder=1.5 must be at least 0 and at most 1"),
+        ({"method": "ts_moco", "queue_size": 0}, "queue_size=0 must be at least 1"),
+        ({"diagnostics_every_n_steps": -1}, "diagnostics_every_n_steps=-1 must be at least 0"),
+        ({"wandb": "onlin"}, "Unknown wandb 'onlin'. Did you mean 'online'?"),
     ],
 )
 def test_bad_settings_stop_before_anything_is_written(setting, message, tiny, tmp_path, capsys):
@@ -197,7 +201,7 @@ def test_the_encoder_of_the_keys_follows_and_the_queue_fills(tiny):
 
 def test_the_momentum_rises_from_its_start_to_one(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "update_momentum", lambda model, ema, m: seen.append(m))
+    monkeypatch.setattr(training, "update_momentum", lambda pairs, m: seen.extend([m] * len(pairs)))
     assert dystress("pretrain", tiny | {"method": "simclr_moco", "queue_size": 30, "epochs": 2}) == 0
     assert seen[::2] == seen[1::2] == sorted(seen[::2])
     assert (len(seen[::2]), seen[0], seen[-1]) == (6, 0.99, 1.0)

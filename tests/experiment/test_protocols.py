@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment import protocols
-from dystress_plugin.experiment.protocols import Features, balanced, groups, protocol, score, score_run, score_untrained
+from dystress_plugin.experiment.evaluate import protocols, scores
+from dystress_plugin.experiment.evaluate.protocols import Features, balanced, groups, protocol
+from dystress_plugin.experiment.evaluate.scores import score, score_run, score_untrained
+from dystress_plugin.experiment.io.config import read_config
 
 
 def features(counts=(30, 30, 30), test_each=10, spread=0.01, seed=0):
@@ -120,14 +122,14 @@ def test_the_scores_of_a_run_agree_with_its_summary_and_are_computed_once(tiny, 
     assert main(["pretrain", *(f"{key}={value}" for key, value in settings.items())]) == 0
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
-    scores = {}
+    kept = {}
     for prefix, function in (("", score_run), ("untrained_", score_untrained)):
         found = function(run, ["weighted_knn", "linear"], with_map=True)
         whole = {s.protocol: s.value for s in found if s.group == "all"}
         assert whole["weighted_knn"] == pytest.approx(summary[f"{prefix}knn_top1"])
         assert whole["linear"] == pytest.approx(summary[f"{prefix}linear_top1"])
         assert {"head", "medium", "tail"} <= {s.group for s in found}
-        scores[function] = found
+        kept[function] = found
         with (run / f"{prefix}map.csv").open() as file:
             places = list(csv.DictReader(file))
         assert [int(place["class"]) for place in places] == [0, 0, 1, 1, 2, 2]
@@ -135,8 +137,8 @@ def test_the_scores_of_a_run_agree_with_its_summary_and_are_computed_once(tiny, 
         assert [names[int(place["class"])] for place in places] == [place["name"] for place in places]
 
     extracted = []
-    monkeypatch.setattr(protocols, "features_of", lambda *a: extracted.append(a))
-    for function, found in scores.items():
+    monkeypatch.setattr(scores, "features_of", lambda *a: extracted.append(a))
+    for function, found in kept.items():
         again = function(run, ["weighted_knn", "linear"], with_map=True)
         assert [(s.protocol, s.group, s.n) for s in again] == [(s.protocol, s.group, s.n) for s in found]
         assert [s.value for s in again] == pytest.approx([s.value for s in found])
@@ -147,7 +149,7 @@ def test_few_labels_of_a_long_tail_are_drawn_from_what_was_cut(tiny, tmp_path):
     settings = tiny | {"epochs": 1, "long_tail": 0.2}
     assert main(["pretrain", *(f"{key}={value}" for key, value in settings.items())]) == 0
     run = tmp_path / "run"
-    config = protocols.read_config(run / "config.yaml")
-    f = protocols.features_of(protocols.untrained_backbone(config), config, run)
+    config = read_config(run / "config.yaml")
+    f = scores.features_of(scores.untrained_backbone(config), config, run)
     assert torch.bincount(f.train_labels).tolist() == [6, 2, 1]
     assert torch.bincount(f.pool_labels).tolist() == [6, 6, 6]

@@ -5,8 +5,11 @@ import statistics
 import matplotlib as mpl
 import pytest
 
-from dystress_plugin.experiment import report, report_figures
-from dystress_plugin.experiment.report import Difference, Row, differences, interval, sentence, spread
+from dystress_plugin.experiment.report import command, figures, records
+from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence
+from dystress_plugin.experiment.report.page import spread
+from dystress_plugin.experiment.report.records import Row
+from dystress_plugin.experiment.settings import ReportSettings
 
 
 def row(name, seed, value, protocol="linear", group="all", method=None):
@@ -89,15 +92,15 @@ def test_spread_is_of_the_sample():
 
 def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"dystress report runs/\*"):
-        report.report(report.ReportSettings())
+        command.report(ReportSettings())
     with pytest.raises(ValueError, match="There is no folder"):
-        report.run_folders([tmp_path / "nothing"])
+        records.run_folders([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="None of these folders holds a run"):
-        report.run_folders([tmp_path])
+        records.run_folders([tmp_path])
     (tmp_path / "x" / "a").mkdir(parents=True)
     (tmp_path / "x" / "a" / "config.yaml").touch()
     with pytest.raises(ValueError, match="None of the 1 runs has been run to the end"):
-        report.write([tmp_path / "x" / "a"], tmp_path, ["linear"])
+        command.write([tmp_path / "x" / "a"], tmp_path, ["linear"])
 
 
 def test_runs_are_found_in_folders_and_in_those_of_compare(tmp_path):
@@ -107,23 +110,23 @@ def test_runs_are_found_in_folders_and_in_those_of_compare(tmp_path):
         (run / "config.yaml").touch()
     (tmp_path / "runs" / "report.html").touch()
     (tmp_path / "runs" / "empty").mkdir()
-    assert report.run_folders([tmp_path / "runs"]) == runs[:2]
-    assert report.run_folders((tmp_path / "runs").iterdir()) == report.run_folders((tmp_path / "runs").iterdir())
-    assert sorted(report.run_folders((tmp_path / "runs").iterdir())) == runs[:2]
-    assert sorted(report.run_folders([tmp_path])) == runs
-    assert report._beside(runs[:2]) == tmp_path / "runs"
+    assert records.run_folders([tmp_path / "runs"]) == runs[:2]
+    assert records.run_folders((tmp_path / "runs").iterdir()) == records.run_folders((tmp_path / "runs").iterdir())
+    assert sorted(records.run_folders((tmp_path / "runs").iterdir())) == runs[:2]
+    assert sorted(records.run_folders([tmp_path])) == runs
+    assert command._beside(runs[:2]) == tmp_path / "runs"
     (tmp_path / "compare.yaml").touch()
-    assert report._beside(runs[:2]) == tmp_path
+    assert command._beside(runs[:2]) == tmp_path
     with pytest.raises(ValueError, match="say where the report goes, out=FOLDER"):
-        report._beside(runs)
+        command._beside(runs)
 
 
 def test_a_map_is_labelled_with_the_names_of_the_classes_whatever_they_contain(tmp_path):
     names = ["_hidden", "5 $ and $ 6", "a class with a name longer than any legend"]
     rows = "".join(f'{i},{i * i},{c},"{names[c]}"\n' for c in range(3) for i in range(2))
     (tmp_path / "map.csv").write_text("x,y,class,name\n" + rows)
-    with mpl.rc_context(report_figures.STYLE | {"svg.fonttype": "none"}):
-        svg = report_figures._map(tmp_path / "map.csv", "SimCLR").svg
+    with mpl.rc_context(figures.STYLE | {"svg.fonttype": "none"}):
+        svg = figures._map(tmp_path / "map.csv", "SimCLR").svg
     shown = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert [text for text in shown if text in (*names, "a class with a name lon…")] == [
         "_hidden",
@@ -134,6 +137,6 @@ def test_a_map_is_labelled_with_the_names_of_the_classes_whatever_they_contain(t
 
 def test_a_map_without_names_is_labelled_with_the_numbers(tmp_path):
     (tmp_path / "map.csv").write_text("x,y,class\n0,1,7\n1,0,3\n")
-    with mpl.rc_context(report_figures.STYLE | {"svg.fonttype": "none"}):
-        svg = report_figures._map(tmp_path / "map.csv", "SimCLR").svg
+    with mpl.rc_context(figures.STYLE | {"svg.fonttype": "none"}):
+        svg = figures._map(tmp_path / "map.csv", "SimCLR").svg
     assert [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg) if text.isdigit()] == ["3", "7"]

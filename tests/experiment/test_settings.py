@@ -1,6 +1,70 @@
-import pytest
+import math
+import os
+import typing
+from dataclasses import fields
 
-from dystress_plugin.experiment.settings import EvaluateSettings, PretrainSettings, describe, parse
+import pytest
+from omegaconf import OmegaConf
+
+from dystress_plugin.cli import main
+from dystress_plugin.experiment.compare import command as compare
+from dystress_plugin.experiment.data import export, scan, selection
+from dystress_plugin.experiment.evaluate import command as evaluate
+from dystress_plugin.experiment.inspect import command as inspect
+from dystress_plugin.experiment.io.config import read_config
+from dystress_plugin.experiment.keys import describe, parse, range_of
+from dystress_plugin.experiment.pretrain import command as pretrain
+from dystress_plugin.experiment.pretrain import module
+from dystress_plugin.experiment.report import command as report
+from dystress_plugin.experiment.settings import (
+    CompareSettings,
+    EvaluateSettings,
+    InspectSettings,
+    LongTailSettings,
+    PretrainSettings,
+    ReportSettings,
+)
+
+COMMANDS = {  # with what must be given, and epochs for any warm-up
+    "pretrain": (PretrainSettings, ["epochs=1000000"]),
+    "compare": (CompareSettings, ["methods=[simclr]"]),
+    "report": (ReportSettings, []),
+    "evaluate": (EvaluateSettings, ["checkpoint=x"]),
+    "long-tail": (LongTailSettings, ["data=digits", "out=x", "long_tail=0.1"]),
+    "inspect": (InspectSettings, []),
+}
+ENTRIES = {
+    "pretrain": pretrain.pretrain,
+    "compare": lambda settings: compare.compare(settings, PretrainSettings()),
+    "report": report.report,
+    "evaluate": evaluate.evaluate_run,
+    "long-tail": export.write_long_tail,
+    "inspect": inspect.inspect_temperatures,
+}
+KEYS = [
+    pytest.param(command, f, str(typing.get_type_hints(structure)[f.name]), id=f"{command}-{f.name}")
+    for command, (structure, _) in COMMANDS.items()
+    for f in fields(structure)
+]
+NUMBERS = [key for key in KEYS if "int" in key.values[2] or "float" in key.values[2]]
+WORDS = [key for key in KEYS if key.values[1].metadata["words"]]
+
+
+def refused(command, token, capsys):
+    """The one line that a command says of a setting when it ends with status 2."""
+    assert main([command, *COMMANDS[command][1], token]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dystress: ")
+    assert said.count("\n") == 1
+    return said.removeprefix("dystress: ")
+
+
+def beside(side, bound, whole):
+    """Of the numbers at the end of a range, the last inside and the first outside of it."""
+    outwards = -math.inf if side in ("at_least", "above") else math.inf
+    if side in ("above", "below"):
+        return math.nextafter(bound, -outwards), bound
+    return bound, bound + int(math.copysign(1, outwards)) if whole else math.nextafter(bound, outwards)
 
 
 def test_values_get_the_type_of_their_key():
@@ -45,10 +109,113 @@ def test_help_lists_every_key_with_its_default(structure):
     "text", ["a #1", "a: b", "[a", "{a}", "01", "1e3", "off", "- a", "~", "'a'", "a | b", "$(a) `b`; c"]
 )
 def test_a_text_is_taken_as_it_stands(text):
-    assert parse(PretrainSettings, [f"data={text}"]).data == text
+    assert parse(PretrainSettings, [f"data={text}"]).data == os.path.expanduser(text)
 
 
 def test_null_is_none_and_what_is_no_yaml_is_an_error():
     assert parse(PretrainSettings, ["out=x", "out=null"]).out is None
     with pytest.raises(ValueError, match=r"method_kwargs.tau=\[1 is no key=value in YAML"):
         parse(PretrainSettings, ["method_kwargs.tau=[1"])
+
+
+@pytest.mark.parametrize(("command", "f", "hint"), NUMBERS)
+def test_every_number_has_a_range_and_what_is_outside_is_refused_by_name(command, f, hint, capsys):
+    structure, given = COMMANDS[command]
+    sides = set(f.metadata["bounds"])
+    assert len(sides) == len(sides & {"at_least", "above"}) + len(sides & {"at_most", "below"}) == 2
+    (line,) = (line for line in describe(structure).splitlines() if line.startswith(f"  {f.name}="))
+    assert line.endswith(f"[{range_of(f)}]")
+
+    spelled = f"{f.name}=[{{}}]" if "list" in hint else f"{f.name}={{}}"
+    for side, bound in f.metadata["bounds"].items():
+        inside, outside = beside(side, bound, whole="int" in hint)
+        found = getattr(parse(structure, [*given, spelled.format(inside)]), f.name)
+        assert found == ([inside] if "list" in hint else inside)
+        said = refused(command, spelled.format(outside), capsys)
+        assert f" must be {range_of(f)}: " in said
+        assert said.startswith(f"{f.name}=")
+        assert str(outside) in said
+    for odd in ("nan", ".inf", "-.inf", "1e400", "true", "abc", "{a: 1}", "9" * 400, "9" * 5000):
+        assert refused(command, spelled.format(odd), capsys).startswith(f"{f.name}"), odd
+    if "int" in hint:
+        assert refused(command, spelled.format(2.5), capsys).startswith(f"{f.name}")
+
+
+@pytest.mark.parametrize(("command", "f", "hint"), NUMBERS)
+def test_a_program_is_refused_what_a_command_is(command, f, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    structure, given = COMMANDS[command]
+    (bound, *_) = f.metadata["bounds"].values()
+    for wrong in (bound - 1, math.nan, True, "abc"):
+        settings = parse(structure, given)
+        setattr(settings, f.name, [wrong] if "list" in hint else wrong)
+        with pytest.raises(ValueError, match=rf"^{f.name}"):
+            ENTRIES[command](settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "f", "hint"), WORDS)
+def test_a_word_that_is_none_of_a_keys_gets_the_nearest(command, f, hint, capsys):
+    for word in f.metadata["words"]:
+        assert getattr(parse(COMMANDS[command][0], [*COMMANDS[command][1], f"{f.name}={word}"]), f.name) == word
+    longest = max(f.metadata["words"], key=len)
+    said = refused(command, f"{f.name}={longest}x", capsys)
+    assert said.startswith(f"Unknown {f.name} '{longest}x'. Did you mean '{longest}'? Choose from: ")
+
+
+def test_the_words_are_those_that_there_is_something_for():
+    words = {
+        f.name: f.metadata["words"] for structure in (LongTailSettings, PretrainSettings) for f in fields(structure)
+    }
+    assert words["long_tail_profile"] == tuple(selection.TAIL_PROFILES)
+    assert words["optimizer"] == tuple(module.OPTIMIZERS)
+    assert words["on_bad_image"] == scan.ON_BAD_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("command", "token", "message"),
+    [
+        ("compare", "methods=[]", "methods=[] must be at least one"),
+        ("compare", "methods=[ts,ts]", "methods=['ts', 'ts'] must be each once"),
+        ("compare", "methods=[ts-a/b]", "methods=['ts-a/b']: the folders of ts-a/b's runs are named by it"),
+        ("compare", "seeds=[]", "seeds=[] must be at least one"),
+        ("compare", "seeds=[3,3]", "seeds=[3, 3] must be each once"),
+        ("compare", "seeds=[0,-1]", "seeds=[0, -1]: -1 must be at least 0"),
+        ("compare", "seeds=3", "seeds: "),
+        ("compare", "constants=[0.1,0.10000001]", "constants=[0.1, 0.10000001] must be different in six digits"),
+        ("inspect", "constants=[0.1,0.1]", "constants=[0.1, 0.1] must be different in six digits"),
+        ("inspect", "methods=[ts,ts]", "methods=['ts', 'ts'] must be each once"),
+        *(
+            (command, f"protocols=[{names}]", message)
+            for command in ("compare", "report")
+            for names, message in {
+                "": "protocols=[] must be at least one",
+                "linear,linear": "protocols=['linear', 'linear'] must be each once",
+                "knn_0": "Unknown protocol 'knn_0'. Did you mean 'knn_10'?",
+                "few_shot_0": "Unknown protocol 'few_shot_0'.",
+                "few_shot_0pct": "Unknown protocol 'few_shot_0pct'.",
+                "few_shot_101pct": "Unknown protocol 'few_shot_101pct'.",
+                "knn_" + "9" * 5000: "Unknown protocol 'knn_999",
+            }.items()
+        ),
+        ("compare", "methods=[{a: 1}]", "methods=[{'a': 1}] must be a list of plain values"),
+        ("pretrain", "out=", "out= is empty: folder of the results"),
+        ("evaluate", "checkpoint=", "checkpoint= is empty"),
+    ],
+)
+def test_lists_and_texts_are_checked_before_anything_is_written(command, token, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["x"] if command == "report" else []
+    (tmp_path / "x").mkdir()
+    assert main([command, *given, *COMMANDS[command][1], token]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dystress: {message}")
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["x"]
+
+
+def test_a_config_with_a_value_out_of_its_range_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    OmegaConf.save({"settings": {"knn_k": 0}}, path)
+    with pytest.raises(ValueError, match=rf"^{path} is no config.yaml .*knn_k=0 must be at least 1 .*neighbours of"):
+        read_config(path)

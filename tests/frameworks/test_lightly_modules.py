@@ -29,6 +29,14 @@ def train_loader(folder, subset=None):
     return DataLoader(dataset, batch_size=4, shuffle=True, drop_last=True)
 
 
+def four_images(path):
+    smaller = path / "smaller"
+    smaller.mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16)).save(smaller / f"{number}.png")
+    return str(smaller)
+
+
 def fit(model, folder, path, *, epochs=1, loader=None, ckpt_path=None):
     trainer = Trainer(
         max_epochs=epochs,
@@ -54,6 +62,7 @@ def test_diagnostics_are_written_where_asked_for(method, folder, tmp_path):
     assert steps == ["0"] * 4 + ["1"] * 4  # cosines and temperatures, of positives and negatives
 
 
+@pytest.mark.filterwarnings("ignore:The temperature never comes down")
 @pytest.mark.parametrize("method", modules.BENCHMARK_METHODS)
 def test_every_method_trains_validates_and_resumes(method, folder, tmp_path):
     model = tiny(method)
@@ -146,12 +155,41 @@ def test_isogclr_numbers_images_by_their_filenames(folder, tmp_path):
     assert fresh.criterion.temperature.visited.sum() > 4
 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    smaller = tmp_path / "smaller"
-    smaller.mkdir()
-    for number in range(4):
-        Image.new("RGB", (16, 16)).save(smaller / f"{number}.png")
-    with pytest.raises(ValueError, match="temperatures of 12 images, but the training data has 4"):
-        fit(model, str(smaller), tmp_path)
+    with pytest.raises(ValueError, match="temperatures of 12 images, but this run trains on 4"):
+        fit(model, four_images(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["warm_isogclr", "warm_isogclr_moco"])
+def test_a_third_partys_table_is_sized_and_resumed(method, warm, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(modules.BENCHMARK_METHODS, method, modules.entry(warm[method]))
+    own = {"queue_size": 6} if warm[method].queue else {}
+    model = tiny(method, **own)
+    assert (model.criterion.objective, model.criterion.temperature.num_samples) == ("sogclr", 1)
+    trainer = fit(model, folder, tmp_path, epochs=2)  # the second after the warm-up
+    assert model.criterion.temperature.num_samples == IMAGES
+    assert model.criterion.temperature.has_learned
+
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    cls = type(model)
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    loaded = cls.load_from_checkpoint(tmp_path / "last.ckpt", backbone=tiny(method, **own).backbone)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="temperatures of 12 images, but this run trains on 4"):
+        fit(tiny(method, **own), four_images(tmp_path), tmp_path, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_third_partys_warm_up_is_the_method_it_arrives_at(warm, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(modules.BENCHMARK_METHODS, "warm_macl", modules.entry(warm["warm_macl"]))
+    model = tiny("warm_macl", epochs=1.0, alpha=0.2)
+    assert model.criterion.objective == model.criterion.temperature.default_objective == "macl"
+    fit(model, folder, tmp_path, epochs=2)
+    model = tiny("warm_macl", epochs=3)
+    model.trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="warm-up never arrives at ModelAware"):
+        model.on_fit_start()
+    with pytest.raises(ValueError, match=r"Unknown parameter of method 'warm_macl' 'alpa'\. Did you mean 'alpha'"):
+        tiny("warm_macl", alpa=0.2)
 
 
 def test_isogclr_needs_filenames():

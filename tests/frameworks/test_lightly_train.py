@@ -188,6 +188,18 @@ def test_a_temperature_for_every_image_resumes_and_gives_way_to_a_new_run(pretra
     assert not any(name.startswith("criterion.temperature.tau") for name in state)
 
 
+def test_a_third_partys_table_and_warm_up(host, warm, pretrain, monkeypatch):
+    from dystress_plugin.frameworks.lightly_train import methods
+
+    for name, recipe in warm.items():
+        monkeypatch.setitem(host.helpers._method_name_to_cls.ours, name, methods._class(recipe))
+    for name in ("warm_isogclr", "warm_isogclr_moco"):
+        _, state = pretrain(name, method_args={"epochs": 1.0})
+        assert state["criterion.temperature.temperature.visited"].tolist() == [True] * IMAGES
+    with pytest.warns(UserWarning, match="warm-up never arrives at ModelAware"):
+        pretrain("warm_macl", method_args={"epochs": 3.0})
+
+
 def test_the_same_images_have_the_same_numbers_however_they_are_listed(host):
     from dystress_plugin.frameworks.lightly_train.methods import sample_numbers
 

@@ -1,7 +1,11 @@
 import csv
+import dataclasses
 import importlib.util
 import json
 import math
+import random
+import typing
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from dystress_plugin import temperature
-from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Learnable, ModelAware
+from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, Learnable, ModelAware, WarmUp
 
 pytest.importorskip("sentence_transformers", reason="SENTENCE-TRANSFORMERS IS NOT TESTED: install the extra sentences")
 
@@ -223,6 +227,11 @@ def test_a_table_learns_from_training_alone(model, cls):
     assert loss.criterion.loss.temperature.visited.tolist() == [False] * 2 + [True] * 7
 
 
+def test_a_warm_up_has_the_objective_of_what_it_arrives_at(model):
+    for inner, objective in ((ModelAware(), "macl"), (Individual(9), "sogclr"), (Constant(), "ntxent")):
+        assert ContrastiveSentenceLoss(model, WarmUp(inner)).criterion.loss.objective == objective
+
+
 def test_a_queue_needs_no_layout(model):
     loss = ContrastiveSentenceLoss(model, "dystress_moco", queue_size=(20, 8))
     loss(batch(model)).backward()
@@ -246,6 +255,113 @@ def test_what_is_missing_is_said(model, cls, build, columns, message):
 def test_an_unknown_method_is_said(model):
     with pytest.raises(ValueError, match="Did you mean 'dystress'"):
         ContrastiveSentenceLoss(model, "dystres")
+
+
+# Inside of the library's losses that compute it for several embeddings of a batch
+
+WRAPPERS = {
+    "dims": lambda model, loss: losses.MatryoshkaLoss(model, loss, [8, 4, 2], [1, 0.5, 0.25]),
+    "some dims": lambda model, loss: losses.MatryoshkaLoss(model, loss, [8, 4, 2], n_dims_per_step=2),
+    "layers": lambda model, loss: losses.AdaptiveLayerLoss(model, loss, n_layers_per_step=-1),
+    "a layer": lambda model, loss: losses.AdaptiveLayerLoss(model, loss),
+    "layers without distillation": lambda model, loss: losses.AdaptiveLayerLoss(model, loss, kl_temperature=0),
+    "both": lambda model, loss: losses.Matryoshka2dLoss(model, loss, [8, 4, 2], n_dims_per_step=2),
+}
+every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+
+
+def steps_inside(wrapper, model, loss, features):
+    """Values and gradients of two steps with the same draws of layers, dims and dropout."""
+    outer, found = WRAPPERS[wrapper](model, loss), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        found.append(gradients(outer, features()))
+    return found
+
+
+def inner(gradients):
+    """Without the prefix that the loss around has."""
+    return {name[name.index("model.") :]: gradient for name, gradient in gradients.items() if "model." in name}
+
+
+def assert_same_inside(ours, theirs):
+    for (a, of_a), (b, of_b) in zip(ours, theirs, strict=True):
+        assert_same((a, inner(of_a)), (b, inner(of_b)))
+
+
+@pytest.fixture
+def deep_model(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"vocabulary": 100, "dim": 8, "layers": 3, "heads": 2}
+    folder = random_bert(SENTENCES, tmp_path_factory.mktemp("deep"), **sizes)
+    return encoder(folder, pooling="mean", head=False).to("cpu").double()
+
+
+@every_wrapper
+@pytest.mark.parametrize(("columns", "dropout"), [(2, True), (3, False)])  # of three the library embeds two together
+def test_inside_of_another_loss_a_constant_is_multiple_negatives_ranking(deep_model, wrapper, columns, dropout):
+    deep_model.train(dropout)
+    ours, theirs = (
+        steps_inside(wrapper, deep_model, loss, lambda: batch(deep_model, columns))
+        for loss in (
+            ContrastiveSentenceLoss(deep_model, Constant(0.2)),
+            losses.MultipleNegativesRankingLoss(deep_model, scale=5),
+        )
+    )
+    assert_same_inside(ours, theirs)
+
+
+@every_wrapper
+@pytest.mark.parametrize("twice", [False, True])
+def test_inside_of_another_loss_one_column_is_embedded_twice_with_dropout(deep_model, wrapper, twice):
+    deep_model.train()
+    theirs = steps_inside(
+        wrapper,
+        deep_model,
+        losses.MultipleNegativesRankingLoss(deep_model, scale=5),
+        lambda: [batch(deep_model, 1)[0] for _ in range(2)],
+    )
+    loss = ContrastiveSentenceLoss(deep_model, Constant(0.2))
+    ours = steps_inside(wrapper, deep_model, loss, lambda: batch(deep_model, 1) * (2 if twice else 1))
+    assert_same_inside(ours, theirs)
+
+
+@pytest.mark.parametrize("wrapper", ["dims", "some dims"])
+def test_cached_inside_of_another_loss_is_uncached(deep_model, wrapper):
+    def found(cls, **more):
+        loss = cls(deep_model.eval(), Learnable(0.2), **more)
+        features = partial(batch, deep_model, 3)
+        return [
+            (value, {name.replace("loss.criterion", "model.criterion"): g for name, g in of.items()})
+            for value, of in steps_inside(wrapper, deep_model, loss, features)
+        ]
+
+    plain, cached = found(ContrastiveSentenceLoss), found(CachedContrastiveSentenceLoss, mini_batch_size=3)
+    assert any("log_tau" in name for name in plain[0][1])
+    assert_same_inside(cached, plain)
+
+
+@every_wrapper
+@pytest.mark.parametrize("cls", [ContrastiveSentenceLoss, CachedContrastiveSentenceLoss])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: {"temperature": "isogclr", "num_samples": 9, "rho": 0.2}, "Individual"),
+        (lambda: {"temperature": "dystress_moco", "queue_size": (9, 8)}, "A queue"),
+    ],
+)
+def test_inside_of_another_loss_a_queue_and_a_table_are_refused(deep_model, wrapper, cls, build, name):
+    loss = cls(deep_model, **build())
+    before = {key: entry.clone() for key, entry in loss.criterion.state_dict().items()}
+    message = f"{name} keeps what it learns|AdaptiveLayerLoss and Matryoshka2dLoss take no loss with cached gradients"
+    warns = cls is CachedContrastiveSentenceLoss and "dims" not in wrapper  # of itself
+    with pytest.warns(UserWarning, match="AdaptiveLayerLoss is not compatible") if warns else nullcontext():
+        outer = WRAPPERS[wrapper](deep_model, loss)
+    with pytest.raises(ValueError, match=message):
+        outer(batch(deep_model), torch.arange(7))
+    assert all(torch.equal(before[key], entry) for key, entry in loss.criterion.state_dict().items())
+    cls(deep_model, **build())(batch(deep_model), torch.arange(7)).backward()  # and not without
 
 
 # Two processes
@@ -363,9 +479,18 @@ def test_a_checkpoint_without_the_table_is_said(bert, tmp_path):
         made.callback_handler.callbacks[-1].on_train_begin(made.args, made.state, made.control)
 
 
+@pytest.mark.parametrize("max_steps", [-1, 4])
+def test_a_training_too_short_for_its_schedule_warns(bert, tmp_path, max_steps):
+    made = trainer(bert, tmp_path, lambda model: ContrastiveSentenceLoss(model, CosineSchedule(period=8)), epochs=4)
+    made.args.max_steps, made.state.num_train_epochs = max_steps, 2
+    ends = 4 if max_steps == -1 else 2
+    with pytest.warns(UserWarning, match=f"half a period of 4 epochs, but training ends after {ends}"):
+        made.callback_handler.callbacks[-1].on_train_begin(made.args, made.state, made.control)
+
+
 def test_losses_inside_of_others_are_found(bert, tmp_path):
     def wrapped(model):
-        return losses.MatryoshkaLoss(model, CachedContrastiveSentenceLoss(model, CosineSchedule()), [8, 4])
+        return losses.MatryoshkaLoss(model, CachedContrastiveSentenceLoss(model, CosineSchedule(period=1)), [8, 4])
 
     made = trainer(bert, tmp_path, wrapped, epochs=1)
     made.train()
@@ -446,7 +571,7 @@ def test_sts_files_that_do_not_fit_are_said(tmp_path):
 
 @pytest.fixture(scope="session")
 def script():
-    path = Path(__file__).parents[2] / "scripts" / "simcse.py"
+    path = Path(__file__).parents[2] / "scripts" / "examples" / "simcse.py"
     spec = importlib.util.spec_from_file_location("simcse", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -528,3 +653,15 @@ def test_the_script_says_what_is_wrong(script, tokens, message, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     assert script.main(tokens) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_number_of_the_script_has_a_range(script, capsys):
+    hints = typing.get_type_hints(script.Settings)
+    numbers = [
+        f for f in dataclasses.fields(script.Settings) if "int" in str(hints[f.name]) or "float" in str(hints[f.name])
+    ]
+    for f in numbers:
+        assert len(f.metadata["bounds"]) == 2, f.name
+        for bound in (min(f.metadata["bounds"].values()) - 1, max(f.metadata["bounds"].values()) + 1, "nan"):
+            assert script.main([f"{f.name}={bound}"]) == 2
+            assert capsys.readouterr().err.startswith(f"simcse.py: {f.name}"), f.name

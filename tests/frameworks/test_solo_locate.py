@@ -119,3 +119,11 @@ def test_other_hydra_programs_pay_nothing(tmp_path):
         [sys.executable, "program.py", "hydra.run.dir=."], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["ours True", "cost []"]
+
+
+@pytest.mark.parametrize("option", ["--k=0", "--k=-3", "--k=1.5", "--temperature=0", "--temperature=nan"])
+def test_numbers_of_the_knn_have_a_range(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["knn", option])
+    assert stop.value.code == 2
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Our classes within the real solo-learn, in this process."""
 
 import json
+import pickle
 import sys
 import types
 import warnings
@@ -97,6 +98,11 @@ def test_registration_leaves_solo_learn_as_it_is(solo):
     assert solo.METHODS["simclr"].__module__ == "solo.methods.simclr"
 
 
+def test_classes_can_be_pickled_for_processes_that_are_spawned(solo):
+    classes = [solo.METHODS[name] for name in METHODS]
+    assert [pickle.loads(pickle.dumps(cls)) for cls in classes] == classes
+
+
 def test_diagnostics_are_written_where_asked_for(solo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(solo.METHODS["dystress"](config("dystress", diagnostics_every_n_steps=1)))
@@ -191,10 +197,45 @@ def test_table_of_samples(solo, tmp_path):
     trainer.save_checkpoint(path)
     again = cls.load_from_checkpoint(path, strict=False, cfg=config("isogclr"))
     assert torch.equal(again.contrastive.temperature.tau, model.contrastive.temperature.tau)
-    with pytest.raises(ValueError, match="temperatures of 8 images, this run has 9"):
+    with pytest.raises(ValueError, match="temperatures of 8 images, but this run trains on 9"):
         cls.load_from_checkpoint(path, cfg=config("isogclr", num_samples=9))
     with pytest.raises(ValueError, match="num_samples=5, but there are 8 training images"):
         fit(cls(config("isogclr", num_samples=5)))
+
+
+def third_party(recipe):
+    from dystress_plugin.frameworks.solo import methods
+    from dystress_plugin.training import method_class
+
+    return method_class(recipe, methods.BASES[recipe.queue], methods.__name__, {"recipe": recipe})
+
+
+@pytest.mark.parametrize(("method", "own"), [("warm_isogclr", {}), ("warm_isogclr_moco", {"queue_size": 6})])
+def test_a_third_partys_table_is_sized_and_resumed(solo, warm, tmp_path, method, own):
+    cls = third_party(warm[method])
+    settings = {"small_crops": 0, "epochs": 0.01, **own}
+    model = cls(config(method, **settings))
+    assert (model.contrastive.objective, model.contrastive.temperature.num_samples) == ("sogclr", 1)
+    model.contrastive.temperature.per_step = True  # so that the second step is after the warm-up
+    trainer = fit(model, batches=2)
+    assert model.contrastive.temperature.num_samples == 8
+    assert model.contrastive.temperature.has_learned
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    again = cls.load_from_checkpoint(tmp_path / "x.ckpt", cfg=config(method, **settings))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    kept = again.contrastive.temperature.temperature.tau
+    fit(again)  # a table that has learned is not started anew
+    assert again.contrastive.temperature.temperature.tau is kept
+    with pytest.raises(ValueError, match="temperatures of 8 images, but this run trains on 9"):
+        cls.load_from_checkpoint(tmp_path / "x.ckpt", cfg=config(method, **settings, num_samples=9))
+
+
+def test_a_third_partys_warm_up_is_the_method_it_arrives_at(solo, warm):
+    with pytest.warns(UserWarning, match="warm-up never arrives at ModelAware"):
+        model = third_party(warm["warm_macl"])(config("warm_macl", epochs=2.0))
+    assert model.contrastive.objective == model.contrastive.temperature.default_objective == "macl"
 
 
 def test_settings_reach_the_temperature(solo):

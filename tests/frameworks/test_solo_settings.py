@@ -27,7 +27,7 @@ def test_every_parameter_gets_its_default(name):
     if "num_samples" in settings:
         assert settings["num_samples"] is None
         settings["num_samples"] = 3
-    ContrastiveLoss(name, queue_size=(4, 2) if recipe.layout == "queue" else None, **settings)
+    ContrastiveLoss(name, queue_size=(4, 2) if recipe.queue else None, **settings)
     assert complete(recipe, filled) == (filled, [])
 
 

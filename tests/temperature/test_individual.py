@@ -5,7 +5,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from grid import assert_close, assert_tables_equal, embeddings
+from grid import assert_close, assert_tables_equal, embeddings, trained_on
 
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.temperature import Individual
@@ -16,7 +16,7 @@ TABLES = ("tau", "log_s", "u", "visited")
 
 def step(loss, index, seed=0, dtype=torch.float64, views=2):
     views = [view.to(dtype) for view in embeddings(len(index), 4, seed=seed, views=views)]
-    return loss(*views, index=torch.tensor(index))
+    return loss(*trained_on(views), index=torch.tensor(index)).detach()
 
 
 SETTINGS = [
@@ -132,8 +132,9 @@ def test_order_of_a_batch_with_duplicates_does_not_matter():
     order = torch.tensor([5, 2, 0, 4, 1, 3])
     first, second = ContrastiveLoss(Individual(5)), ContrastiveLoss(Individual(5))
     for _ in range(3):
-        first(*batch, index=index)
+        first(*trained_on(batch), index=index)
         second(*[view[order] for view in batch], index=index[order])
+    assert (first.temperature.tau[[0, 1, 3]] != 0.1).all()
     for name in ("tau", "log_s", "u"):
         assert_close(getattr(first.temperature, name), getattr(second.temperature, name), 1e-13)
 
@@ -162,12 +163,13 @@ def test_order_of_a_batch_with_duplicates_does_not_matter_to_value_and_gradient(
 
 def test_a_duplicate_counts_once_with_the_mean_of_its_occurrences():
     """Two occurrences that are alike move a sample as far as one does, which two updates in turn would not."""
-    z0, z1 = embeddings(3, 4)
+    z0, z1 = trained_on(embeddings(3, 4))
     twice, once = ContrastiveLoss(Individual(3)), ContrastiveLoss(Individual(4))
     views = [torch.cat([z, z[:1]]) for z in (z0, z1)]
     twice(*views, index=torch.tensor([0, 1, 2, 0]))
     once(*views, index=torch.tensor([0, 1, 2, 3]))  # the same rows, but each image its own sample
     assert_close(twice.temperature.tau, once.temperature.tau[:3], 1e-13)
+    assert once.temperature.tau[0] != 0.1
     assert_close(once.temperature.tau[3], once.temperature.tau[0], 1e-13)
 
 

@@ -6,6 +6,7 @@ import torch
 from grid import embeddings
 
 from dystress_plugin import ContrastiveLoss
+from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature import (
     Constant,
     CosineSchedule,
@@ -20,8 +21,17 @@ from dystress_plugin.temperature import (
 from dystress_plugin.temperature.base import Batch
 
 
-def prepare(temperature, alignment=0.5, epoch=None):
-    return temperature.prepare(Batch(torch.full((4, 1), alignment), None, epoch, 2, torch.mean))
+def batch(alignment=0.5, epoch=None):
+    return Batch(torch.full((4, 1), alignment), None, epoch, 2, torch.mean)
+
+
+def prepare(temperature, **settings):
+    return temperature.prepare(batch(**settings))
+
+
+def learn(temperature, **settings):
+    rows = torch.zeros(4)
+    temperature.update(RowStats(rows, rows, rows, rows, 2), batch(**settings))
 
 
 def tau(temperature, **batch):
@@ -144,6 +154,52 @@ def test_warm_up_needs_what_its_temperature_needs():
     assert not WarmUp(DySTreSS()).needs_index
 
 
+def test_warm_up_keeps_the_table_of_what_it_warms_up():
+    temperature = WarmUp(WarmUp(Individual(3)))
+    temperature.resize(5)
+    assert temperature.num_samples == temperature.temperature.temperature.num_samples == 5
+    assert not temperature.has_learned
+    temperature.temperature.temperature.visited[2] = True
+    assert temperature.has_learned
+
+
+@pytest.mark.parametrize("temperature", [Constant(), ModelAware(), WarmUp(Constant())])
+def test_without_a_table_there_is_nothing_to_resize(temperature):
+    assert temperature.num_samples is None
+    assert not temperature.has_learned
+    with pytest.raises(TypeError, match=r"keeps no table of samples that could have num_samples=5"):
+        temperature.resize(5)
+
+
+# What it says to a training of so many epochs
+
+
+@pytest.mark.parametrize(
+    ("temperature", "short", "messages"),
+    [
+        (CosineSchedule(period=8), 4, ["never comes down to tau_min=0.1: it takes half a period of 4 epochs"]),
+        (StepSchedule(period=8), 4, ["never changes to tau_min=0.1"]),
+        (DySTreSS(stabilise=4), 4, ["never arrives at tau_max=0.2: it takes stabilise=4 epochs"]),
+        (WarmUp(Constant(), epochs=4), 4, ["warm-up never arrives at Constant: it takes epochs=4"]),
+        (WarmUp(CosineSchedule(period=8), epochs=4), 4, ["never arrives at CosineSchedule", "never comes down"]),
+        (WarmUp(CosineSchedule(period=8), epochs=2), 4, ["never comes down"]),
+    ],
+)
+def test_a_training_that_is_too_short_for_a_schedule_is_told(temperature, short, messages):
+    for epochs in (0, 0.5, short):
+        found = temperature.concerns(epochs)
+        assert len(found) >= len(messages)
+        assert all("training ends after" in sentence for sentence in found)
+    assert len(found) == len(messages)
+    assert all(part in sentence for part, sentence in zip(messages, found, strict=True))
+    assert temperature.concerns(short + 1) == []
+
+
+@pytest.mark.parametrize("temperature", [Constant(), DySTreSS(), ModelAware(), Learnable(), Individual(3)])
+def test_without_a_schedule_no_training_is_too_short(temperature):
+    assert temperature.concerns(0) == []
+
+
 # Learnable
 
 
@@ -213,11 +269,16 @@ def test_model_aware_temperature_takes_no_gradient():
 def test_model_aware_temperature_is_held_at_a_tenth_and_says_so_once():
     temperature = ModelAware(0.05, alpha=2.0, threshold=0.8)
     message = r"= -0\.02 at alignment A=0\.100 is below tau/10 and is held at 0\.005"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tau(temperature, alignment=0.1) == pytest.approx(0.005, rel=1e-6)  # `prepare` says and changes nothing
+        learn(temperature, alignment=0.8)
     with pytest.warns(UserWarning, match=message) as seen:
-        assert tau(temperature, alignment=0.1) == pytest.approx(0.005, rel=1e-6)
+        learn(temperature, alignment=0.1)
     assert len(seen) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        learn(temperature, alignment=0.1)
         assert tau(temperature, alignment=-0.9) == pytest.approx(0.005, rel=1e-6)
         assert tau(temperature, alignment=0.8) == pytest.approx(0.05, rel=1e-6)
 

@@ -4,7 +4,7 @@ The criteria need torch alone; `modules` and the benchmark's launcher need light
 "dystress-plugin[lightly]"`).
 """
 
-from dystress_plugin.frameworks.lightly.losses import (
+from dystress_plugin.frameworks.lightly.criteria import (
     DySTreSSLoss,
     ISogCLRLoss,
     MACLLoss,

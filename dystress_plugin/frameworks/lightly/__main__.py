@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from dystress_plugin.errors import unknown_name
 
@@ -46,12 +45,15 @@ def benchmark_directory(repo: str | None) -> Path:
 def load_benchmark(directory: Path) -> ModuleType:
     """lightly's main module, its METHODS extended in place by those of ours whose names it does not have.
 
-    lightly's own methods run as well where Lightning would stop them, see `_mend_knn`.
+    lightly's own methods run as well where Lightning would stop them, see `module.log_as_outermost`.
 
     Raises:
         SystemExit: with a message of two lines, if lightly is missing or the clone needs another version of it.
     """
     try:
+        from lightly.utils.benchmarking import KNNClassifier
+
+        from dystress_plugin.frameworks.lightly.module import log_as_outermost
         from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
     except ImportError as error:
         raise SystemExit(
@@ -69,23 +71,8 @@ def load_benchmark(directory: Path) -> ModuleType:
         ) from error
     for name, entry in BENCHMARK_METHODS.items():
         benchmark.METHODS.setdefault(name, entry)
-    _mend_knn()
+    KNNClassifier.log_dict = log_as_outermost
     return benchmark
-
-
-def _mend_knn() -> None:
-    """Lets lightly's kNN classifier log as the outermost module only, not as a part of the benchmark's own methods.
-
-    Those log the metrics that it returns; its own attempt is an error in Lightning. `module.OnlineKNN` is the same
-    for our modules, which also run without this launcher.
-    """
-    from lightly.utils.benchmarking import KNNClassifier
-
-    def log_dict(self: KNNClassifier, *args: Any, **kwargs: Any) -> None:
-        if self.trainer.lightning_module is self:
-            super(KNNClassifier, self).log_dict(*args, **kwargs)
-
-    KNNClassifier.log_dict = log_dict
 
 
 def main(argv: Sequence[str] | None = None) -> None:

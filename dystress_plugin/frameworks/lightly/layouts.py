@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
-from lightly.models.utils import (
-    batch_shuffle,
-    batch_unshuffle,
-    deactivate_requires_grad,
-    get_weight_decay_parameters,
-    update_momentum,
-)
+from lightly.models.utils import get_weight_decay_parameters
 from lightly.transforms import MoCoV2Transform, SimCLRTransform
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
+from dystress_plugin import training
 from dystress_plugin.frameworks.lightly.module import ContrastiveModule
 
 DIM = 128  # of an embedding, in all of the benchmark
-TRANSFORMS = {"views": SimCLRTransform(), "queue": MoCoV2Transform()}
+TRANSFORMS = {False: SimCLRTransform(), True: MoCoV2Transform()}  # by whether a recipe has a queue
 
 
 class Views(ContrastiveModule):
@@ -111,28 +105,21 @@ class Queue(ContrastiveModule):
             raise ValueError(f"momentum={momentum} must lie in [0, 1]: it is what the key encoder keeps of itself.")
         self.momentum = momentum
         self.projection_head = MoCoProjectionHead(feature_dim, feature_dim, DIM)
-        self.key_backbone = copy.deepcopy(self.backbone)
-        self.key_projection_head = copy.deepcopy(self.projection_head)
-        # Nothing is to be found unused by DistributedDataParallel.
-        deactivate_requires_grad(self.key_backbone)
-        deactivate_requires_grad(self.key_projection_head)
+        copies = training.momentum_copies(self.backbone, self.projection_head)
+        self.key_backbone, self.key_projection_head = copies
 
     def embed(self, views: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         key_images, query_images = views
         features = self(query_images).flatten(start_dim=1)
         queries = self.projection_head(features)
         # Between the two encoders, as the authors and lightly have it.
-        update_momentum(self.backbone, self.key_backbone, m=self.momentum)
-        update_momentum(self.projection_head, self.key_projection_head, m=self.momentum)
-        return features, (queries, self._keys(key_images))
+        pairs = ((self.backbone, self.key_backbone), (self.projection_head, self.key_projection_head))
+        training.update_momentum(pairs, self.momentum)
+        keys = training.shuffled_keys(self._encode_keys, key_images, distributed=self.trainer.world_size > 1)
+        return features, (queries, keys)
 
-    @torch.no_grad()
-    def _keys(self, images: Tensor) -> Tensor:
-        # Keys whose batch norm saw the same images as their queries' would be told by it from those in the queue.
-        distributed = self.trainer.world_size > 1
-        images, shuffle = batch_shuffle(images, distributed=distributed)
-        shuffled = self.key_projection_head(self.key_backbone(images).flatten(start_dim=1))
-        keys: Tensor = batch_unshuffle(shuffled, shuffle, distributed=distributed)
+    def _encode_keys(self, images: Tensor) -> Tensor:
+        keys: Tensor = self.key_projection_head(self.key_backbone(images).flatten(start_dim=1))
         return keys
 
     def configure_optimizers(self) -> Any:
@@ -147,8 +134,8 @@ class Queue(ContrastiveModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-# By the layout of a recipe.
-LAYOUTS: dict[str, type[ContrastiveModule]] = {"views": Views, "queue": Queue}
+# By whether a recipe has a queue.
+BASES: dict[bool, type[ContrastiveModule]] = {False: Views, True: Queue}
 
 
 def _parameter_groups(module: Views | Queue) -> list[dict[str, Any]]:

@@ -9,25 +9,31 @@ from typing import Any
 import torch
 from lightly.utils.benchmarking import KNNClassifier, OnlineLinearClassifier
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from torchvision.models import resnet50
 
-from dystress_plugin import diagnostics
+from dystress_plugin import diagnostics, training
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.errors import unknown_name
-from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.recipes import recipe
-from dystress_plugin.temperature import Individual
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
 
-class OnlineKNN(KNNClassifier):
-    """lightly's kNN classifier as a part of another module, which logs the metrics that this one returns."""
+def log_as_outermost(self: KNNClassifier, *args: Any, **kwargs: Any) -> None:
+    """The kNN classifier's `log_dict`: nothing where it is a part of a module, which logs the metrics it returns.
 
-    def log_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: lightly's version logs here as well, which Lightning allows to the outermost module only."""
+    lightly's own logs there as well, which Lightning allows to the outermost module only.
+    """
+    if self.trainer.lightning_module is self:
+        super(KNNClassifier, self).log_dict(*args, **kwargs)
+
+
+class OnlineKNN(KNNClassifier):
+    """lightly's kNN classifier as a part of another module."""
+
+    log_dict = log_as_outermost
 
 
 class ContrastiveModule(LightningModule, ABC):
@@ -81,12 +87,10 @@ class ContrastiveModule(LightningModule, ABC):
             backbone = resnet50()
             backbone.fc = nn.Identity()
         self.backbone = backbone
-        parameters = recipe(self.method).parameters
-        for name in settings:
-            if name not in parameters:
-                raise ValueError(unknown_name(f"parameter of method '{self.method}'", name, parameters))
-        if "num_samples" in parameters:
-            settings.setdefault("num_samples", 1)  # until setup() or a checkpoint knows better
+        method = recipe(self.method)
+        method.check_names(settings)
+        # A table has one entry until setup() or a checkpoint knows better.
+        settings = method.sized(settings)
         self.criterion = ContrastiveLoss(self.method, queue_size=queue_size, gather_distributed=True, **settings)
 
         # Top-5 of fewer than five classes is an error in lightly.
@@ -117,38 +121,28 @@ class ContrastiveModule(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         temperature = self.criterion.temperature
-        if stage != "fit" or not isinstance(temperature, Individual):
-            return
-        self.trainer.fit_loop.setup_data()  # Lightning would do so soon after
-        self._sample_numbers = sample_numbers(self.trainer.train_dataloader.dataset)
-        if temperature.num_samples == len(self._sample_numbers):
-            return
-        if temperature.visited.any():
-            raise ValueError(_other_data(temperature.num_samples, len(self._sample_numbers)))
-        temperature.resize(len(self._sample_numbers))
+        if stage == "fit" and temperature.needs_index:
+            self.trainer.fit_loop.setup_data()  # Lightning would do so soon after
+            self._sample_numbers = sample_numbers(self.trainer.train_dataloader.dataset)
+            training.size_table(temperature, len(self._sample_numbers))
+
+    def on_fit_start(self) -> None:
+        training.warn_of_concerns(self.criterion.temperature, self.trainer.max_epochs, rank_zero_warn)
 
     def teardown(self, stage: str) -> None:
         self._sample_numbers = {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        # Tables of another length than the fresh object's: Lightning, and lightly's benchmark without it, load by this.
-        temperature, saved = self.criterion.temperature, state_dict.get("criterion.temperature.tau")
-        if isinstance(temperature, Individual) and saved is not None and len(saved) != temperature.num_samples:
-            if self._sample_numbers:
-                raise ValueError(_other_data(len(saved), len(self._sample_numbers)))
-            temperature.resize(len(saved))
+        # Lightning, and lightly's benchmark without it, load by this.
+        known = len(self._sample_numbers) or None
+        training.make_room(self.criterion.temperature, state_dict, "criterion.temperature.", known)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         views, targets = batch[0], batch[1]
         features, z = self.embed(views)
-        index = self._index(batch)
-        epoch = self.criterion.temperature.clock(self.current_epoch, batch_idx, self.trainer.num_training_batches)
-        if self._is_logging_step() and len(targets) > 1:
-            # Of rank 0's batch alone: no collective for a log. Before the loss, which takes the keys into a queue.
-            summary = temperature_summary(self.criterion, *z, index=index, epoch=epoch)
-            self.log_dict(summary, batch_size=len(targets))
-        loss: Tensor = self.criterion(*z, index=index, epoch=epoch)
+        epoch = training.clock(self, self.criterion.temperature, batch_idx)
+        loss = training.contrast(self, self.criterion, z, index=self._index(batch), epoch=epoch)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
 
         cls_loss, cls_log = self.online_classifier.training_step(
@@ -191,11 +185,6 @@ class ContrastiveModule(LightningModule, ABC):
         except KeyError as error:
             raise ValueError(f"The batch has the image {error}, which the training data set does not list.") from None
 
-    def _is_logging_step(self) -> bool:
-        # The steps in which Lightning writes, which counts them from one.
-        every = self.trainer.log_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0
-
 
 def sample_numbers(dataset: Any) -> dict[str, int]:
     """From filename to sample number, for a LightlyDataset or a torch Subset of one.
@@ -217,10 +206,3 @@ def sample_numbers(dataset: Any) -> dict[str, int]:
             f"{len(filenames)} images have only {len(numbers)} different filenames; each needs its own temperature."
         )
     return numbers
-
-
-def _other_data(saved: int, present: int) -> str:
-    return (
-        f"The checkpoint has temperatures of {saved} images, but the training data has {present}; "
-        "resume on the data it was trained on."
-    )

@@ -6,28 +6,24 @@ import DySTreSS, MACLMoCo`. A method added to the table is here, and in `BENCHMA
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
-from dystress_plugin.frameworks.lightly.layouts import LAYOUTS, TRANSFORMS
+from dystress_plugin.frameworks.lightly.layouts import BASES, TRANSFORMS
 from dystress_plugin.frameworks.lightly.module import ContrastiveModule
-from dystress_plugin.recipes import METHODS, Recipe
+from dystress_plugin.recipes import Recipe, follow
+from dystress_plugin.training import method_class
 
-transform = TRANSFORMS["views"]
-
-
-def _module_class(method: Recipe) -> type[ContrastiveModule]:
-    base = LAYOUTS[method.layout]
-    text = f"{method.title} ({method.paper}, {method.url}) as lightly's benchmark trains; see `{base.__name__}`."
-    name = re.sub(r"\W", "", method.title)
-    return type(name, (base,), {"method": method.name, "__doc__": text, "__module__": __name__})
+transform = TRANSFORMS[False]
 
 
-BENCHMARK_METHODS: dict[str, dict[str, Any]] = {
-    method.name: {"model": _module_class(method), "transform": TRANSFORMS[method.layout]} for method in METHODS.values()
-}
-# By name in this module, so that they can be imported, pickled and found by load_from_checkpoint.
-globals().update({entry["model"].__name__: entry["model"] for entry in BENCHMARK_METHODS.values()})
+def entry(method: Recipe) -> dict[str, Any]:
+    """What lightly's benchmark has for a method."""
+    model = method_class(method, BASES[method.queue], __name__, {"method": method.name})
+    return {"model": model, "transform": TRANSFORMS[method.queue]}
+
+
+BENCHMARK_METHODS: dict[str, dict[str, Any]] = {}
+follow(lambda method: BENCHMARK_METHODS.update({method.name: entry(method)}))
 
 if TYPE_CHECKING:
 

@@ -10,10 +10,9 @@ from lightly_train._methods.simclr.simclr import SimCLRArgs
 from pydantic import Field, create_model, model_validator
 
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.recipes import Recipe
+from dystress_plugin.recipes import Recipe, class_name
 
 LARGEST_QUEUE = 65536  # MoCo's own, for ImageNet
-_FROM_DATA = "num_samples"  # the length of the data set is known before training
 
 # The projector's settings as LightlyTrain's SimCLR has them; its temperature is none of a recipe's parameters.
 _HEAD: dict[str, Any] = {
@@ -40,9 +39,8 @@ class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type
         Raises:
             ValueError: for a parameter out of its range.
         """
-        settings = {name: getattr(self, name) for name in self.recipe.parameters if name != _FROM_DATA}
-        table: dict[str, Any] = {_FROM_DATA: 1} if _FROM_DATA in self.recipe.parameters else {}
-        return ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings, **table, **more)
+        settings = self.recipe.sized({name: getattr(self, name) for name in self.recipe.choices})
+        return ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings, **more)
 
     @property
     def temperature(self) -> float:
@@ -51,7 +49,7 @@ class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type
 
     @model_validator(mode="after")
     def _check_ranges(self) -> ViewsArgs:
-        ViewsArgs.criterion(self, queue_size=(1, 1) if self.recipe.layout == "queue" else None)
+        ViewsArgs.criterion(self, queue_size=(1, 1) if self.recipe.queue else None)
         return self
 
 
@@ -79,19 +77,19 @@ class QueueArgs(ViewsArgs):
         return super().criterion(queue_size=(self.queue_size, self.output_dim), **more)
 
 
-LAYOUTS: dict[str, type[ViewsArgs]] = {"views": ViewsArgs, "queue": QueueArgs}
+# By whether a recipe has a queue.
+BASES: dict[bool, type[ViewsArgs]] = {False: ViewsArgs, True: QueueArgs}
 
 
 def args_class(recipe: Recipe) -> type[ViewsArgs]:
     """The model for a recipe: what its layout has, and each parameter with its type and default."""
-    name = "".join(letter for letter in recipe.title if letter.isalnum()) + "Args"
     types = typing.get_type_hints(recipe.temperature.__init__)
     fields = {
         # Lists, as a command line has them, may stand for tuples.
         key: (types.get(key, float), Field(default=default, strict="tuple" not in str(types.get(key))))
-        for key, default in recipe.parameters.items()
-        if key != _FROM_DATA
+        for key, default in recipe.choices.items()  # the length of a table comes with the data
     }
-    model: type[ViewsArgs] = create_model(name, __base__=LAYOUTS[recipe.layout], __module__=__name__, **fields)  # type: ignore[call-overload]
+    name = f"{class_name(recipe)}Args"
+    model: type[ViewsArgs] = create_model(name, __base__=BASES[recipe.queue], __module__=__name__, **fields)  # type: ignore[call-overload]
     model.recipe = recipe
     return model

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from lightly_train._methods.densecl.densecl import DenseCL
 from lightly_train._methods.method import TrainingStepResult
@@ -15,17 +13,15 @@ from lightly_train._methods.simclr import simclr as host
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from dystress_plugin import diagnostics
+from dystress_plugin import diagnostics, training
 from dystress_plugin.frameworks.lightly_train.arguments import ViewsArgs, args_class
-from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.recipes import METHODS, Recipe
-from dystress_plugin.temperature import CosineSchedule, Individual
+from dystress_plugin.recipes import Recipe, follow
 
 
 class Views(host.SimCLR):
     """LightlyTrain's SimCLR with our loss in the place of its criterion.
 
-    Beside `train_loss` it logs, in the steps that the Trainer logs, what the temperature does to rank 0's batch
+    Beside `train_loss` it logs, in the steps that the Trainer logs, what the temperature does to the batch
     (`dystress_plugin.metrics.temperature_summary`).
 
     A method with a table of samples (iSogCLR) tells images apart by the filenames of LightlyTrain's data set.
@@ -54,14 +50,9 @@ class Views(host.SimCLR):
 
     def training_step_impl(self, batch: Mapping[str, Any], batch_idx: int) -> TrainingStepResult:
         z = self.embed(batch["views"])
-        temperature = self.criterion.temperature
-        index = self._index(batch["filename"]) if temperature.needs_index else None
-        epoch = temperature.clock(self.current_epoch, batch_idx, self.trainer.num_training_batches)
-        if self._is_logging_step() and len(z[0]) > 1:
-            # Of rank 0's batch alone: no collective for a log. Before the loss, which takes the keys into a queue.
-            summary = temperature_summary(self.criterion, *z, index=index, epoch=epoch)
-            self.log_dict(summary, batch_size=len(z[0]))
-        return TrainingStepResult(loss=self.criterion(*z, index=index, epoch=epoch))
+        index = self._index(batch["filename"]) if self.criterion.temperature.needs_index else None
+        epoch = training.clock(self, self.criterion.temperature, batch_idx)
+        return TrainingStepResult(loss=training.contrast(self, self.criterion, z, index=index, epoch=epoch))
 
     def configure_callbacks(self) -> list[Any]:
         return diagnostics.callbacks(self.method_args.diagnostics_every_n_steps)
@@ -70,35 +61,27 @@ class Views(host.SimCLR):
         """Gives a table of samples its length; also on resuming, before the checkpoint is read."""
         super().setup(stage)
         temperature = self.criterion.temperature
-        if stage == "fit" and isinstance(temperature, Individual):
+        if stage == "fit" and temperature.needs_index:
             self.trainer.fit_loop.setup_data()  # Lightning would do so soon after
             self._sample_numbers = sample_numbers(self.trainer.train_dataloader.dataset)
-            temperature.resize(len(self._sample_numbers))
+            training.size_table(temperature, len(self._sample_numbers))
 
     def on_fit_start(self) -> None:
         """Warns of a schedule that the training is too short for."""
         super().on_fit_start()
-        temperature, epochs = self.criterion.temperature, self.trainer.max_epochs
-        if isinstance(temperature, CosineSchedule) and epochs <= temperature.period / 2:
-            rank_zero_warn(
-                f"epochs={epochs} is at most half of period={temperature.period:g} in method_args, so the "
-                f"temperature never comes down to tau_min={temperature.tau_min}."
-            )
+        training.warn_of_concerns(self.criterion.temperature, self.trainer.max_epochs, rank_zero_warn)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """With LightlyTrain's `checkpoint=` the weights alone: another run's queue or table says nothing here."""
         if self._trainer is None:
             own = {name: value for name, value in self.state_dict().items() if _of_criterion(name)}
             state_dict = {name: value for name, value in state_dict.items() if not _of_criterion(name)} | own
+        known = len(self._sample_numbers) or None
+        training.make_room(self.criterion.temperature, state_dict, "criterion.temperature.", known)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _index(self, filenames: Sequence[str]) -> Tensor:
         return torch.tensor([self._sample_numbers[name] for name in filenames])
-
-    def _is_logging_step(self) -> bool:
-        # The steps in which Lightning writes, which counts them from one.
-        every = self.trainer.log_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0
 
 
 class Queue(Views):
@@ -117,10 +100,8 @@ class Queue(Views):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.key_embedding_model = copy.deepcopy(self.embedding_model)
-        self.key_projection_head = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.key_embedding_model)
-        deactivate_requires_grad(self.key_projection_head)
+        copies = training.momentum_copies(self.embedding_model, self.projection_head)
+        self.key_embedding_model, self.key_projection_head = copies
 
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         query_images, key_images = views
@@ -131,22 +112,18 @@ class Queue(Views):
             start_value=self.method_args.momentum_start,
             end_value=self.method_args.momentum_end,
         )
-        update_momentum(self.embedding_model, self.key_embedding_model, m=momentum)
-        update_momentum(self.projection_head, self.key_projection_head, m=momentum)
-        return queries, self._keys(key_images)
+        pairs = ((self.embedding_model, self.key_embedding_model), (self.projection_head, self.key_projection_head))
+        training.update_momentum(pairs, momentum)
+        keys = training.shuffled_keys(self._encode_keys, key_images, distributed=self.trainer.world_size > 1)
+        return queries, keys
 
-    @torch.no_grad()
-    def _keys(self, images: Tensor) -> Tensor:
-        # Keys whose batch norm saw the same images as their queries' would be told by it from those in the queue.
-        distributed = self.trainer.world_size > 1
-        images, shuffle = batch_shuffle(images, distributed=distributed)
-        shuffled = self.key_projection_head(self.flatten(self.key_embedding_model(images)))
-        keys: Tensor = batch_unshuffle(shuffled, shuffle, distributed=distributed)
+    def _encode_keys(self, images: Tensor) -> Tensor:
+        keys: Tensor = self.key_projection_head(self.flatten(self.key_embedding_model(images)))
         return keys
 
 
-# By the layout of a recipe.
-LAYOUTS: dict[str, type[Views]] = {"views": Views, "queue": Queue}
+# By whether a recipe has a queue.
+BASES: dict[bool, type[Views]] = {False: Views, True: Queue}
 
 
 def sample_numbers(dataset: Any) -> dict[str, int]:
@@ -170,11 +147,10 @@ def _of_criterion(name: str) -> bool:
 
 
 def _class(recipe: Recipe) -> type[Views]:
-    name = "".join(letter for letter in recipe.title if letter.isalnum())
-    doc = f"{recipe.title} ({recipe.paper}, {recipe.url}); method={recipe.name}."
-    body = {"recipe": recipe, "args": args_class(recipe), "__doc__": doc, "__module__": __name__}
-    return type(name, (LAYOUTS[recipe.layout],), body)
+    body = {"recipe": recipe, "args": args_class(recipe)}
+    cls: type[Views] = training.method_class(recipe, BASES[recipe.queue], __name__, body)
+    return cls
 
 
-CLASSES: dict[str, type[Views]] = {recipe.name: _class(recipe) for recipe in METHODS.values()}
-globals().update({cls.__name__: cls for cls in CLASSES.values()})  # where pickle looks for them
+CLASSES: dict[str, type[Views]] = {}
+follow(lambda recipe: CLASSES.update({recipe.name: _class(recipe)}))

@@ -52,7 +52,7 @@ def register() -> None:
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(f"{SUPPORT}, and {version} does not work: {error}\n{ADVICE}") from error
     if not isinstance(table, MethodTable):
-        method_helpers._method_name_to_cls = MethodTable(table, dict(CLASSES))
+        method_helpers._method_name_to_cls = MethodTable(table, CLASSES)
 
 
 def _checked_version() -> Version:

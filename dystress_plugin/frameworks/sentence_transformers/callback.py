@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from dystress_plugin.diagnostics import EVERY_N_STEPS, Recorder
 from dystress_plugin.frameworks.sentence_transformers.criterion import SentenceCriterion
+from dystress_plugin.training import warn_of_concerns
 
 STATE = "contrastive_loss.pt"
 
@@ -20,12 +21,13 @@ class ContrastiveCallback(TrainerCallback):
     """Gives the epoch to scheduled temperatures, saves tables and queues with checkpoints, and logs diagnostics.
 
     Diagnostics are those of `dystress_plugin.diagnostics`: into `diagnostics.csv` in the trainer's output folder, and
-    mean, min and max into its logs and so to all that it reports to. A resumed training takes the loss's state from
+    mean, min and max into its logs and so to all that it reports to. It warns of a training that is too short for the
+    temperature. A resumed training takes the loss's state from
     the checkpoint in the trainer's output folder.
 
     Args:
         trainer: a SentenceTransformerTrainer with one or more of our losses, also inside of others'.
-        diagnostics_every_n_steps: steps between two looks; 0 for none.
+        diagnostics_every_n_steps: steps between two samples; 0 for none.
 
     Raises:
         ValueError: if the trainer has none of our losses.
@@ -53,6 +55,10 @@ class ContrastiveCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tell(state)
+        if state.is_world_process_zero:
+            epochs = args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs
+            for criterion in self.criteria.values():
+                warn_of_concerns(criterion.loss.temperature, epochs, warnings.warn)
         if state.global_step:
             self._load(_file(args, state))
         if self.every_n_steps:

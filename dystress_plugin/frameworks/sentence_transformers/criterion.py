@@ -42,7 +42,7 @@ class SentenceCriterion(nn.Module):
     ) -> None:
         super().__init__()
         queued = bool(queue_size) or (
-            isinstance(temperature, str) and temperature in METHODS and METHODS[temperature].layout == "queue"
+            isinstance(temperature, str) and temperature in METHODS and METHODS[temperature].queue
         )
         self.loss = ContrastiveLoss(
             temperature,
@@ -52,9 +52,6 @@ class SentenceCriterion(nn.Module):
             **settings,
         )
         self.epoch: float | None = None
-        for parameter in self.loss.parameters():
-            # The trainer wraps the model for several devices, not the loss.
-            parameter.register_hook(_mean_over_ranks)
 
     def forward(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.
@@ -66,10 +63,6 @@ class SentenceCriterion(nn.Module):
         Raises:
             ValueError: for hard negatives in a layout without them, or sample numbers or an epoch that are missing.
         """
-        # As in evaluation the trainer calls model.eval() alone, and a table must not learn from that.
-        learn = self.training and torch.is_grad_enabled()
-        if self.loss.training != learn:
-            self.loss.train(learn)
         if len(embeddings) > 2 and self.loss.layout == "views" and self.loss.queue is None:
             raise ValueError(
                 f"layout='views' has no hard negatives, but the data set has {len(embeddings)} columns: "
@@ -80,6 +73,20 @@ class SentenceCriterion(nn.Module):
             return torch.stack([(z.float() * 0).sum() for z in embeddings]).sum()
         value: Tensor = self.loss(*embeddings, index=self._index(labels), epoch=self._epoch())
         return value
+
+    def check_without_state(self) -> None:
+        """For a loss around this one that computes it for several embeddings of a batch.
+
+        Raises:
+            ValueError: if there is a queue or a table, which can hold those of one kind alone.
+        """
+        if any(True for _ in self.loss.buffers()):
+            kept = "A queue" if self.loss.queue is not None else type(self.loss.temperature).__name__
+            raise ValueError(
+                f"{kept} keeps what it learns from one kind of embeddings, and this loss stands inside of one that "
+                "computes it for several layers or dims (MatryoshkaLoss, AdaptiveLayerLoss, Matryoshka2dLoss): use a "
+                "method without queue and table there, such as 'dystress'."
+            )
 
     def _without_negatives(self, embeddings: Sequence[Tensor]) -> bool:
         return (
@@ -124,11 +131,15 @@ class SentenceCriterion(nn.Module):
 
 
 def columns(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The columns, of which a single one stands twice: unsupervised SimCSE, where dropout makes the difference."""
-    # Copies: a model writes what it computes into them.
-    found = [dict(features) for features in sentence_features]
-    return found if len(found) != 1 else [found[0], dict(found[0])]
+    """The columns, of which a single one stands twice: unsupervised SimCSE, where dropout makes the difference.
 
-
-def _mean_over_ranks(gradient: Tensor) -> Tensor:
-    return torch.stack([distributed.mean_over_ranks(entry) for entry in gradient.flatten()]).view_as(gradient)
+    A model writes what it computes into them, and a loss around ours, such as AdaptiveLayerLoss, reads it there when it
+    calls ours again: they are the caller's own, and so is his list, which keeps the second one for him.
+    """
+    found = sentence_features if isinstance(sentence_features, list) else list(sentence_features)
+    if len(found) == 1:
+        found.append(found[0])
+    for number, features in enumerate(found):
+        if any(features is other for other in found[:number]):
+            found[number] = dict(features)
+    return found

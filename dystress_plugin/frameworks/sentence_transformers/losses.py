@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses.adaptive_layer import TransformerDecorator
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator, ForwardDecorator
 from torch import Tensor, nn
 
 from dystress_plugin.frameworks.sentence_transformers.criterion import SentenceCriterion, columns
@@ -32,6 +34,9 @@ class ContrastiveSentenceLoss(nn.Module):
     Temperatures that depend on the epoch, tables in checkpoints, and logs need
     `trainer.add_callback(ContrastiveCallback(trainer))`; a table of samples needs a column `label` with the numbers of
     the rows, and `num_samples=len(train_dataset)`.
+
+    Inside of MatryoshkaLoss, AdaptiveLayerLoss or Matryoshka2dLoss, which compute it for several embeddings of a batch,
+    it can have neither a queue nor a table.
 
     Args:
         model: the encoder.
@@ -73,6 +78,8 @@ class ContrastiveSentenceLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch: tokenised columns, and the numbers of the rows where the temperature keeps a table."""
+        if _is_decorated(self.model, (TransformerDecorator, ForwardDecorator)):
+            self.criterion.check_without_state()
         embeddings = [self.model(features)["sentence_embedding"] for features in columns(sentence_features)]
         value: Tensor = self.criterion(embeddings, labels)
         return value
@@ -117,6 +124,13 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
         return self.criterion.loss.temperature
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        if _is_decorated(self.model, TransformerDecorator):
+            raise ValueError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss take no loss with cached gradients: use "
+                "ContrastiveSentenceLoss inside of them."
+            )
+        if isinstance(self.calculate_loss, CachedLossDecorator):
+            self.criterion.check_without_state()
         self._labels, self._own = labels, []
         value: Tensor = super().forward(columns(sentence_features), labels)  # type: ignore[arg-type]
         for parameter, gradient in self._own:
@@ -135,11 +149,24 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
         gradients = torch.autograd.grad(value, [*leaves, *own], allow_unused=True, materialize_grads=True)
         for leaf, gradient in zip(leaves, gradients, strict=False):
             leaf.grad = gradient
-        self._own += list(zip(own, gradients[len(leaves) :], strict=True))
+        weight = self._weight(leaves[0].shape[1])
+        self._own += [(parameter, weight * g) for parameter, g in zip(own, gradients[len(leaves) :], strict=True)]
         return value.detach()
+
+    def _weight(self, dim: int) -> float:
+        """What MatryoshkaLoss weighs embeddings of this length with; it does so to those gradients that it knows of."""
+        outer = self.calculate_loss
+        if not isinstance(outer, CachedLossDecorator):
+            return 1.0
+        return float(outer.matryoshka_weights[outer.matryoshka_dims.index(dim)])
 
     def get_config_dict(self) -> dict[str, Any]:
         return {**self.criterion.settings(), "mini_batch_size": self.mini_batch_size}
+
+
+def _is_decorated(model: nn.Module, decorators: type | tuple[type, ...]) -> bool:
+    """Whether one of the library's losses around ours has put such a thing in the place of a `forward`."""
+    return any(isinstance(vars(part).get("forward"), decorators) for part in model.modules())
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

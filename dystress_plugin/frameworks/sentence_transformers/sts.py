@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 
-class Pairs(NamedTuple):
+class ScoredPairs(NamedTuple):
     """Sentences side by side, and how alike people found them: 0 to 5, in SICK-R 1 to 5."""
 
     first: list[str]
@@ -28,7 +28,7 @@ def evaluator(path: str | Path, *, batch_size: int = 128) -> EmbeddingSimilarity
     return EmbeddingSimilarityEvaluator(*pairs, batch_size=batch_size, main_similarity="cosine", name=name)
 
 
-def read_pairs(path: str | Path) -> Pairs:
+def read_pairs(path: str | Path) -> ScoredPairs:
     """Pairs of one task.
 
     Args:
@@ -49,7 +49,7 @@ def read_pairs(path: str | Path) -> Pairs:
         if not files:
             raise ValueError(f"{path} has no STS.input.*.txt: name a file, or a year's folder of SentEval's data.")
         parts = [read_pairs(file) for file in files]
-        return Pairs(
+        return ScoredPairs(
             [entry for part in parts for entry in part.first],
             [entry for part in parts for entry in part.second],
             [entry for part in parts for entry in part.scores],
@@ -60,15 +60,16 @@ def read_pairs(path: str | Path) -> Pairs:
     return found
 
 
-def _semeval(path: Path) -> Pairs:
+def _semeval(path: Path) -> ScoredPairs:
     scores = path.with_name(path.name.replace("STS.input.", "STS.gs.", 1)).read_text(encoding="utf-8").splitlines()
     lines = path.read_text(encoding="utf-8").splitlines()
     if len(lines) != len(scores):
         raise ValueError(f"{path} has {len(lines)} pairs, but its file STS.gs.* {len(scores)} scores.")
-    return _pairs(path, [(*line.split("\t")[:2], score) for line, score in zip(lines, scores, strict=True) if score])
+    scored = [(line, score) for line, score in zip(lines, scores, strict=True) if score]
+    return _pairs(path, [(*line.split("\t")[:2], score) for line, score in scored])
 
 
-def _table(path: Path) -> Pairs:
+def _table(path: Path) -> ScoredPairs:
     with path.open(encoding="utf-8", newline="") as file:
         first = file.readline()
         file.seek(0)
@@ -81,8 +82,8 @@ def _table(path: Path) -> Pairs:
     return _pairs(path, [(*row[5:7], row[4]) if len(row) > 6 else row for row in rows])
 
 
-def _pairs(path: Path, rows: Sequence[Sequence[str]], *, heading: bool = False) -> Pairs:
-    pairs = Pairs([], [], [])
+def _pairs(path: Path, rows: Sequence[Sequence[str]], *, heading: bool = False) -> ScoredPairs:
+    pairs = ScoredPairs([], [], [])
     for number, row in enumerate(rows):
         try:
             first, second, score = row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -46,8 +47,10 @@ def _parser() -> argparse.ArgumentParser:
 
     rest = "everything else goes to the script as it is: --dataset, --train_data_path, --pretrained_checkpoint_dir, ..."
     knn = commands.add_parser("knn", help="solo-learn's main_knn.py", epilog=rest, allow_abbrev=False)
-    knn.add_argument("--k", type=int, nargs="+", default=[20], help="neighbours (default: 20)")
-    knn.add_argument("--temperature", type=float, nargs="+", default=[0.07], help="of cosine weights (default: 0.07)")
+    knn.add_argument("--k", type=_count, nargs="+", default=[20], help="neighbours (default: 20)")
+    knn.add_argument(
+        "--temperature", type=_positive, nargs="+", default=[0.07], help="of cosine weights (default: 0.07)"
+    )
     knn.add_argument("--distance_function", nargs="+", default=["cosine"], help="cosine, euclidean (default: cosine)")
     knn.add_argument("--feature_type", nargs="+", default=["backbone"], help="backbone, projector (default: backbone)")
     knn.set_defaults(run=_knn)
@@ -57,6 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     for command in (knn, umap):
         command.add_argument("--cpu", action="store_true", help="compute on the CPU although there is a GPU")
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
+    return number
 
 
 def _install(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 Every function takes what it changes, does nothing where solo-learn is right, and may be called again. None acts on a
 run of solo-learn's own methods: `for_training` is called when one of our classes is built, `follow_checkpoint` acts
-on checkpoints that one of ours wrote; only our `knn` launcher mends the metric for everybody's. Tested with
+on checkpoints that one of ours wrote; only our `knn` launcher fixes the metric for everybody's. Tested with
 solo-learn 9187ea3.
 """
 

@@ -1,4 +1,4 @@
-"""Classes for solo-learn's METHODS, one for every recipe of the table that has a layout solo-learn can serve.
+"""Classes for solo-learn's METHODS, one for every recipe of the table.
 
 Importing this module needs solo-learn; `registration.register` does it when one of its scripts starts.
 """
@@ -13,13 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dystress_plugin import ContrastiveLoss, diagnostics
+from dystress_plugin import ContrastiveLoss, diagnostics, training
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
 from dystress_plugin.frameworks.solo.settings import DIAGNOSTICS, complete, loss_settings
-from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.recipes import METHODS, Recipe
-from dystress_plugin.temperature import CosineSchedule, Individual
+from dystress_plugin.recipes import Recipe, follow
+from dystress_plugin.temperature import Temperature
 
 try:
     from solo.methods import MoCoV2Plus, SimCLR
@@ -40,13 +39,13 @@ class AdaptiveTemperature(LightningModule):
         fixes.for_training(cfg)
         super().__init__(cfg)
         settings = loss_settings(self.recipe, OmegaConf.to_container(cfg.method_kwargs))
-        self._num_samples: int | None = settings.get("num_samples")
-        if "num_samples" in settings and self._num_samples is None:
-            settings["num_samples"] = 1  # until setup() or a checkpoint knows
+        self._num_samples = self.recipe.table_length(settings)
+        # A table has one entry until setup() or a checkpoint knows better.
+        settings = self.recipe.sized(settings)
         self.contrastive = ContrastiveLoss(
             self.recipe.name, queue_size=_queue_size(cfg), gather_distributed=True, **settings
         )
-        _warn_if_too_short(cfg, self.contrastive)
+        _warn_if_too_short(cfg, self.contrastive.temperature)
 
     @classmethod
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
@@ -67,7 +66,7 @@ class AdaptiveTemperature(LightningModule):
         return diagnostics.callbacks(self.cfg.method_kwargs.get(DIAGNOSTICS))
 
     def contrast(self, index: Tensor, batch_idx: int, *sides: tuple[ContrastiveLoss, Sequence[Tensor]]) -> Tensor:
-        """The mean of some losses, logged as solo-learn's methods do, and now and then what the temperature does.
+        """The mean of some losses, logged as solo-learn's methods do, and what the temperature does to the first.
 
         Args:
             index: (batch,) sample numbers, `batch[0]` of solo-learn's data sets.
@@ -76,33 +75,24 @@ class AdaptiveTemperature(LightningModule):
         """
         temperature = self.contrastive.temperature
         numbers = index if temperature.needs_index else None
-        epoch = temperature.clock(self.current_epoch, batch_idx, self.trainer.num_training_batches)
-        if batch_idx % self.trainer.log_every_n_steps == 0 and len(index) > 1:
-            self._log_temperature(*sides[0], index=numbers, epoch=epoch)
-        values = [loss(*views, index=numbers, epoch=epoch) for loss, views in sides]
+        epoch = training.clock(self, temperature, batch_idx)
+        (first, views), *others = sides
+        values = [training.contrast(self, first, views, index=numbers, epoch=epoch, on_epoch=True)]
+        values += [loss(*views, index=numbers, epoch=epoch) for loss, views in others]
         mean: Tensor = sum(values[1:], values[0]) / len(values)
         self.log("train_nce_loss", mean, on_epoch=True, sync_dist=True)
         return mean
-
-    def _log_temperature(
-        self, loss: ContrastiveLoss, views: Sequence[Tensor], *, index: Tensor | None, epoch: float
-    ) -> None:
-        # Before the loss, which takes the batch's own keys into a queue of negatives.
-        for name, value in temperature_summary(loss, *views, index=index, epoch=epoch).items():
-            reduction = name.rsplit("_", 1)[-1]
-            reduction = reduction if reduction in ("min", "max") else "mean"
-            self.log(name, value, on_step=False, on_epoch=True, reduce_fx=reduction, sync_dist=True)
 
     def setup(self, stage: str) -> None:
         """Gives a table of samples its length, from `method_kwargs.num_samples` or the data set itself."""
         super().setup(stage)
         temperature = self.contrastive.temperature
-        if stage != "fit" or not isinstance(temperature, Individual):
+        if stage != "fit" or not temperature.needs_index:
             return
         size = self._training_samples()
         if self._num_samples is None:
+            training.size_table(temperature, size)
             self._num_samples = size
-            temperature.resize(size)
         elif self._num_samples < size:
             raise ValueError(f"method_kwargs.num_samples={self._num_samples}, but there are {size} training images.")
 
@@ -126,17 +116,8 @@ class AdaptiveTemperature(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes room for the table of a checkpoint where this object does not know the data set."""
         super().on_load_checkpoint(checkpoint)
-        temperature = self.contrastive.temperature
-        table = checkpoint["state_dict"].get("contrastive.temperature.tau")
-        if not isinstance(temperature, Individual) or table is None:
-            return
-        if self._num_samples is None:
-            temperature.resize(len(table))
-        elif self._num_samples != len(table):
-            raise ValueError(
-                f"The checkpoint keeps temperatures of {len(table)} images, this run has {self._num_samples}: it is "
-                "of another data set, or data.fraction or method_kwargs.num_samples differ."
-            )
+        temperature, state = self.contrastive.temperature, checkpoint["state_dict"]
+        training.make_room(temperature, state, "contrastive.temperature.", self._num_samples)
 
 
 class TwoViews(AdaptiveTemperature, SimCLR):
@@ -188,20 +169,17 @@ class TwoQueues(AdaptiveTemperature, MoCoV2Plus):
         return loss
 
 
-# Another layout is served as soon as its class stands here.
-LAYOUTS: dict[str, type[AdaptiveTemperature]] = {"views": TwoViews, "queue": TwoQueues}
+# By whether a recipe has a queue.
+BASES: dict[bool, type[AdaptiveTemperature]] = {False: TwoViews, True: TwoQueues}
 
 
-def _class(recipe: Recipe, base: type[AdaptiveTemperature]) -> type[AdaptiveTemperature]:
-    name = "".join(letter for letter in recipe.title if letter.isalnum())
-    doc = f"{recipe.title} ({recipe.paper}, {recipe.url}); method={recipe.name}."
-    return type(name, (base,), {"recipe": recipe, "__doc__": doc, "__module__": __name__, "__qualname__": name})
+def _class(recipe: Recipe) -> type[AdaptiveTemperature]:
+    cls: type[AdaptiveTemperature] = training.method_class(recipe, BASES[recipe.queue], __name__, {"recipe": recipe})
+    return cls
 
 
-CLASSES: dict[str, type[AdaptiveTemperature]] = {
-    recipe.name: _class(recipe, LAYOUTS[recipe.layout]) for recipe in METHODS.values() if recipe.layout in LAYOUTS
-}
-globals().update({cls.__name__: cls for cls in CLASSES.values()})  # where pickle looks for them
+CLASSES: dict[str, type[AdaptiveTemperature]] = {}
+follow(lambda recipe: CLASSES.update({recipe.name: _class(recipe)}))
 
 
 def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:
@@ -209,13 +187,9 @@ def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:
     return None if keys is None else (keys, cfg.method_kwargs.proj_output_dim)
 
 
-def _warn_if_too_short(cfg: DictConfig, loss: ContrastiveLoss) -> None:
-    temperature, epochs = loss.temperature, cfg.max_epochs
-    if isinstance(temperature, CosineSchedule) and epochs <= temperature.period / 2:
-        rank_zero_warn(
-            f"max_epochs={epochs} is at most half of method_kwargs.period={temperature.period:g}, so the "
-            f"temperature never comes down to tau_min={temperature.tau_min}."
-        )
+def _warn_if_too_short(cfg: DictConfig, temperature: Temperature) -> None:
+    epochs = cfg.max_epochs
+    training.warn_of_concerns(temperature, epochs, rank_zero_warn)
     if cfg.scheduler.name == "warmup_cosine" and epochs <= cfg.scheduler.warmup_epochs:
         rank_zero_warn(
             f"max_epochs={epochs} ends within scheduler.warmup_epochs={cfg.scheduler.warmup_epochs}: the learning "

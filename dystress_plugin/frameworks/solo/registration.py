@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
 from dystress_plugin.frameworks.solo.settings import label
+from dystress_plugin.recipes import Recipe, follow
 
 CONFIGS = "pkg://dystress_plugin.frameworks.solo.configs"
 
@@ -32,10 +33,15 @@ def register() -> bool:
 
     from dystress_plugin.frameworks.solo.methods import CLASSES
 
-    for name, cls in CLASSES.items():
-        host.METHODS.setdefault(name, cls)
+    ours: set[str] = set()
+
+    def add(recipe: Recipe) -> None:
+        cls = CLASSES[recipe.name]
+        if host.METHODS.setdefault(recipe.name, cls) is cls:
+            ours.add(recipe.name)
+
+    follow(add)
     fixes.add_small_backbones(host.BaseMethod._BACKBONES)
-    ours = {name for name, cls in CLASSES.items() if host.METHODS[name] is cls}
     fixes.follow_checkpoint(solo.args.linear, ours)
     add_resolver()
     return True

@@ -11,8 +11,8 @@ from dystress_plugin.recipes import METHODS, Recipe
 
 HEAD = ("proj_hidden_dim", "proj_output_dim")  # of the projector, named as solo-learn's SimCLR names them
 DIAGNOSTICS = "diagnostics_every_n_steps"  # None or 0 for none; changes nothing about what is trained
-# What a layout has beside the temperature and the objective, with solo-learn's own default.
-LAYOUT: dict[str, dict[str, Any]] = {"views": {}, "queue": {"queue_size": 65536}}
+# What a method with a queue has beside the temperature and the objective, with solo-learn's own default.
+QUEUE: dict[str, Any] = {"queue_size": 65536}
 
 
 class Completed(NamedTuple):
@@ -76,7 +76,7 @@ def complete(recipe: Recipe, given: Mapping[str, Any]) -> Completed:
 
 def parameters_of(recipe: Recipe) -> dict[str, Any]:
     """Parameters of temperature, objective and layout with their defaults."""
-    return recipe.parameters | LAYOUT[recipe.layout]
+    return recipe.parameters | (QUEUE if recipe.queue else {})
 
 
 def loss_settings(recipe: Recipe, method_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""Checks of numbers that users give: each returns the value, or an error that names it."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_positive(name: str, value: float) -> float:
+    """`value` as a float, or a ValueError that names it unless it is finite and above 0."""
+    value = check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be above 0.")
+    return value
+
+
+def check_number(name: str, value: float) -> float:
+    """`value` as a float, or an error that names it unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite.")
+    return float(value)
+
+
+def check_count(name: str, value: int, *, given: str | None = None) -> int:
+    """`value`, or a ValueError that names it, or what it was `given` as part of, unless it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        shown = f"{name}={value!r}" if given is None else f"{given}: {name}"
+        raise ValueError(f"{shown} must be an int of at least 1.")
+    return value
+
+
+def check_fraction(name: str, value: float) -> float:
+    """`value` as a float, or an error that names it unless it lies in [0, 1]."""
+    value = check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must lie in [0, 1].")
+    return value
+
+
+def check_range(tau_min: float, tau_max: float, low: str = "tau_min", high: str = "tau_max") -> tuple[float, float]:
+    """Both ends as floats, or an error that names them unless 0 < tau_min <= tau_max."""
+    tau_min, tau_max = check_positive(low, tau_min), check_positive(high, tau_max)
+    if tau_min > tau_max:
+        raise ValueError(f"{low}={tau_min} is above {high}={tau_max}; swap them.")
+    return tau_min, tau_max

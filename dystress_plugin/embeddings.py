@@ -1,0 +1,86 @@
+"""Embeddings as they come: checked, and brought to length 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dystress_plugin import tracing
+
+
+def normalize(z: Tensor, least: float = 0.0) -> Tensor:
+    """z / |z| for every row; a zero row stays zero and gets no gradient, and so does one without an entry of `least`.
+
+    Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
+    """
+    if not tracing.transformed(z):
+        units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
+        return units
+    peak = _peak(z.detach(), least)
+    scaled = z / peak
+    length: Tensor = scaled.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    return scaled / length
+
+
+def _peak(z: Tensor, least: float) -> Tensor:
+    """The largest entry of every row, infinite where the row counts as zero."""
+    peak: Tensor = torch.linalg.vector_norm(z, math.inf, dim=1, keepdim=True)
+    # Below, the gradient 1/|z| itself would leave the dtype's range.
+    return peak.masked_fill_((peak <= 1e8 * torch.finfo(z.dtype).tiny) | (peak < least), math.inf)
+
+
+class _Normalize(torch.autograd.Function):
+    """u = z / |z| and |z|. Autograd by itself would save three copies of z, this saves u.
+
+    |z| is a result as well, for the second derivative: what a gradient is made of has to be one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        # Over the largest entry first: the squares of tiny and huge rows would leave the range.
+        peak = _peak(z, least)
+        units = z / peak
+        length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
+        units.div_(length.masked_fill(length == 0, 1.0))
+        length = (length * peak).nan_to_num_(math.inf, math.inf)
+        ctx.save_for_backward(units, length)
+        return units, length
+
+    @staticmethod
+    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor | None, None]:
+        units, length = ctx.saved_tensors
+        grad = None
+        if grad_units is not None:
+            grad = (grad_units - units * (units * grad_units).sum(1, keepdim=True)) / length
+        if grad_length is not None:
+            along = units * grad_length
+            grad = along if grad is None else grad + along
+        return grad, None
+
+
+def check_view(number: int, view: Tensor, first: Tensor) -> None:
+    """A TypeError or ValueError unless a view is (batch, dim) of floats, of the shape and on the device of view 0."""
+    if not isinstance(view, Tensor):
+        raise TypeError(f"View {number} must be a tensor, not {type(view).__name__}.")
+    if not view.is_floating_point():
+        raise TypeError(f"View {number} is {view.dtype}; embeddings must be of a float dtype: call .float().")
+    if view.dim() != 2:
+        raise ValueError(f"View {number} has shape {tuple(view.shape)}, needs (batch, dim): flatten it.")
+    if view.shape != first.shape:
+        raise ValueError(f"View {number} has shape {tuple(view.shape)}, view 0 {tuple(first.shape)}; they must agree.")
+    if view.device != first.device:
+        raise ValueError(f"View {number} is on {view.device}, view 0 on {first.device}; move them together.")
+    if view.numel() == 0:
+        raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
+
+
+def not_finite(views: Sequence[Tensor]) -> str:
+    """What to say of views that hold NaN or infinity."""
+    bad = [int((~torch.isfinite(view)).any(dim=1).sum()) for view in views]
+    number = next(v for v, rows in enumerate(bad) if rows)
+    return f"View {number} has {bad[number]} of {len(views[0])} rows with NaN or infinity: the model diverged."

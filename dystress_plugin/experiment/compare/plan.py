@@ -1,0 +1,99 @@
+"""What is compared: methods and fixed temperatures, each with every seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dystress_plugin import recipes
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.report import records
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
+from dystress_plugin.temperature import DySTreSS
+
+ELSEWHERE = {"method": "methods=[...]", "seed": "seeds=[...]"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a method with settings.
+
+    Attributes:
+        name: unique, the first part of the folders of its runs.
+        method: name in `recipes.METHODS`.
+        kwargs: parameters that differ from the method's own.
+    """
+
+    name: str
+    method: str
+    kwargs: dict[str, Any]
+
+
+def parse_compare(tokens: Sequence[str]) -> tuple[CompareSettings, PretrainSettings]:
+    """`key=value` tokens divided into what is compared, and what all runs have in common.
+
+    Raises:
+        ValueError: as `settings.parse`, and for the keys of a single run.
+    """
+    own = {f.name for f in fields(CompareSettings)}
+    known = own | {f.name for f in fields(PretrainSettings)} - set(ELSEWHERE)
+    mine: list[str] = []
+    common: list[str] = []
+    for token in tokens:
+        key = token.partition("=")[0].split(".")[0].lstrip("-")
+        if key in ELSEWHERE:
+            raise ValueError(f"'{token}' is for `dystress pretrain`; here it is {ELSEWHERE[key]}.")
+        if key not in known:
+            raise ValueError(unknown_name("key", key, sorted(known)))
+        (mine if key in own else common).append(token)
+    return parse(CompareSettings, mine), parse(PretrainSettings, common)
+
+
+def plan(settings: CompareSettings) -> list[Arm]:
+    """The methods in the order given, then the fixed temperatures that are not among them.
+
+    Raises:
+        ValueError: for an unknown method, a name with a slash, or settings of a method that is not compared.
+    """
+    for name, kwargs in settings.method_kwargs.items():
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"method_kwargs.{name}: say whose, such as method_kwargs.{settings.methods[0]}.{name}=...")
+        if name not in settings.methods:
+            raise ValueError(unknown_name("method in method_kwargs", name, settings.methods))
+    for name in settings.methods:
+        if Path(name).name != name:
+            raise ValueError(f"methods={settings.methods}: the folders of {name}'s runs are named by it; no slashes.")
+    arms = [
+        Arm(name, recipes.recipe(name.partition("-")[0]).name, settings.method_kwargs.get(name, {}))
+        for name in settings.methods
+    ]
+    families = dict.fromkeys(records.family(arm.method) for arm in arms)
+    return [*arms, *(arm for family in families for arm in _constants(family, arms, settings.constants))]
+
+
+def _constants(family: str, arms: Sequence[Arm], chosen: Sequence[float] | None) -> list[Arm]:
+    """The fixed temperatures for the methods of a family; with its objective and layout where simclr has them."""
+    method = f"simclr_{family}" if family else "simclr"
+    own = [arm for arm in arms if records.family(arm.method) == family]
+    taus = list(chosen) if chosen is not None else _range_of(own)
+    there = {_parameters(arm)["tau"] for arm in own if arm.method == method}
+    prefix = f"constant_{family}" if family else "constant"
+    return [Arm(f"{prefix}-{tau:g}", method, {"tau": tau}) for tau in taus if tau not in there]
+
+
+def _range_of(arms: Sequence[Arm]) -> list[float]:
+    """Lowest temperature, midpoint and highest of each method that has a range; else the temperatures they have."""
+    spans = [(p["tau_min"], p["tau_max"]) for p in map(_parameters, arms) if "tau_min" in p and "tau_max" in p]
+    fixed = [p["tau"] for p in map(_parameters, arms) if "tau" in p]
+    if not spans and not fixed:  # temperature-free
+        base = DySTreSS()
+        spans = [(base.tau_min, base.tau_max)]
+    found = [float(f"{tau:.6g}") for low, high in spans for tau in (low, (low + high) / 2, high)]
+    return sorted(set(found or fixed))
+
+
+def _parameters(arm: Arm) -> dict[str, Any]:
+    return recipes.recipe(arm.method).parameters | arm.kwargs

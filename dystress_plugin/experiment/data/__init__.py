@@ -1,0 +1,1 @@
+"""Data sets: which images there are, which of them stay, and how they become views."""

@@ -1,0 +1,288 @@
+"""Folders of images: which of their folders are splits, which are classes, and when two names mean the same one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from dystress_plugin.experiment.io import pictures
+from dystress_plugin.experiment.places import same
+
+SPLITS = {
+    "train": ("train", "training", "trn", "trainval"),
+    "val": ("val", "valid", "validation", "dev", "devel", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst", "holdout"),
+}
+
+HELD_OUT = ("val", "test")  # the first that is there
+
+WORDS = {word: split for split, words in SPLITS.items() for word in words}
+
+FILLERS = {"set", "split", "data", "dataset", "images", "image", "imgs", "img"}  # test_set, train-images
+
+# Beside those that begin with a dot: what archives, network drives and file systems leave.
+HIDDEN = {"__macosx", "__pycache__", "@eadir", "#recycle", "lost+found", "$recycle.bin", "system volume information"}
+
+# Files that together tell a folder of results; the figures in it must never become images of a class.
+TRACES: tuple[tuple[str, frozenset[str]], ...] = (
+    *(
+        ("`dystress pretrain`", frozenset({"config.yaml", other}))
+        for other in ("images.json", "untrained.json", "metrics.csv", "summary.json")
+    ),
+    ("`dystress compare`", frozenset({"compare.yaml"})),
+    ("`dystress report`", frozenset({"results.csv", "report.html"})),
+    ("`dystress inspect`", frozenset({"inspect.json"})),
+    ("`dystress long-tail`", frozenset({"long_tail.json"})),
+    ("Lightning", frozenset({"hparams.yaml"})),
+    ("wandb", frozenset({"wandb-metadata.json"})),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a folder of images is read.
+
+    Attributes:
+        folder: the whole.
+        train: folder of class folders to train on.
+        held_out: folder of class folders to measure accuracies on; None: a part of `train`.
+        unused: names of the other folders beside the two.
+    """
+
+    folder: Path
+    train: Path
+    held_out: Path | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """`train`, and `held_out` if there is one."""
+        return (self.train,) if self.held_out is None else (self.train, self.held_out)
+
+    @property
+    def splits(self) -> list[str]:
+        """The parts as paths below the folder; none where it has class folders itself."""
+        return [] if self.held_out is None else [part.relative_to(self.folder).as_posix() for part in self.parts]
+
+    def __str__(self) -> str:
+        """In a line, for the terminal."""
+        if self.held_out is None:
+            return f"data={self.folder} has class folders."
+        unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        return f"data={self.folder}: trained on {self.splits[0]}, accuracies on {self.splits[1]}{unused}."
+
+
+def read(folder: Path) -> Layout:
+    """How a folder is laid out: class folders, or splits (in any spelling of `SPLITS`) with class folders.
+
+    Raises:
+        ValueError: for a folder that cannot be read, or in two ways, that has splits without class folders or nothing
+            to train on, or that a command wrote results to.
+    """
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise ValueError(f"data={folder} cannot be read: {error}") from None
+
+
+def visible(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted as torchvision sorts classes, without hidden ones."""
+    return sorted(name for name in os.listdir(folder) if os.path.isdir(folder / name) and not _hidden(name))
+
+
+def named_as_image(file: str) -> bool:
+    """Whether a name ends like that of an image, in either case."""
+    return file.lower().endswith(IMG_EXTENSIONS)
+
+
+def class_files(part: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The files of every class folder, in the order of torchvision's ImageFolder; and what cannot be listed, with why.
+
+    Raises:
+        ValueError: for a folder that cannot be listed itself, or with one below that a command wrote results to or that
+            is divided into splits.
+    """
+    top = str(part)
+    places, faults = _walk(top)
+    if top in faults:
+        raise ValueError(f"{top} is no readable folder of class folders with images: {faults[top]}")
+    found: dict[str, list[str]] = {}
+    for folder, names in places:
+        if folder != top:
+            of_class = found.setdefault(os.path.relpath(folder, top).split(os.sep)[0], [])
+            of_class += [str(Path(folder, name)) for name in names]
+            continue
+        for file in [os.path.join(top, name) for name in names if not name.startswith(".")]:
+            if not os.path.exists(file):  # it may stand for a class, which would be missed
+                faults[file] = state(file)
+    return dict(sorted(found.items())), {str(Path(place)): why for place, why in faults.items()}
+
+
+def state(file: str) -> str:
+    """Size and time of a file, or why there are none."""
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        return pictures.reason(error)
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _read(folder: Path) -> Layout:
+    if (writer := _writer(os.listdir(folder))) and writer != "`dystress long-tail`":
+        raise ValueError(f"data={folder} holds results of {writer}, no images to train on. Choose another data.")
+    names = visible(folder)
+    roles = _roles(names)
+    if not roles:
+        return Layout(folder, folder)
+    _check_roles(folder, names, roles)
+    held_out = roles[next(split for split in HELD_OUT if split in roles)][0]
+    chosen = (roles["train"][0], held_out)
+    train, test = (_class_folders_of(folder, name) for name in chosen)
+    if same(train, test):
+        raise ValueError(
+            f"data={folder} has the same images in {chosen[0]} and {chosen[1]}: one is a link to the other."
+        )
+    return Layout(folder, train, test, tuple(name for name in names if name not in chosen))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def _walk(top: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
+    """Every folder that is not hidden, with the names of its files, sorted; and path → why for those that cannot be
+    listed.
+
+    Links are followed, but for those to a folder that they lie in: below them every image would be found once more,
+    and where there are two of them without end.
+    """
+    places: list[tuple[str, list[str]]] = []
+    faults: dict[str, str] = {}
+    around = {top: _with_parents(top)}
+    for folder, inner, names in os.walk(top, onerror=lambda error: faults.update(_told(error)), followlinks=True):
+        inner[:] = sorted(name for name in inner if not _hidden(name))
+        if folder != top:
+            _check_class(folder, inner, names)
+        places.append((folder, sorted(names)))
+        for name in inner.copy():
+            place = os.path.join(folder, name)
+            if os.path.realpath(place) in around[folder]:
+                faults[place] = "a link to a folder that it lies in"
+                inner.remove(name)
+            else:
+                around[place] = around[folder] | _with_parents(place)
+    return sorted(places), faults
+
+
+def _check_class(folder: str, inner: Sequence[str], names: Sequence[str]) -> None:
+    """Raises a ValueError for a folder of a class that holds something else."""
+    if writer := _writer(names):
+        raise ValueError(
+            f"{folder} holds results of {writer}, which are no images, but lies in a folder of images. Move it out."
+        )
+    splits = {name: found[0] for name in inner if (found := _split(name)) and not found[1]}
+    if _complete(splits.values()):
+        raise ValueError(
+            f"{folder} is read as a class, but has the splits {_listed(sorted(splits))}; all would be trained on. Put "
+            f"class folders into train and val, not these into class folders, or give data={folder}"
+        )
+
+
+def _told(error: OSError) -> dict[str, str]:
+    return {error.filename: pictures.reason(error)}
+
+
+def _with_parents(folder: str) -> frozenset[str]:
+    """Where a folder really is, and the folders that it really lies in."""
+    real = Path(os.path.realpath(folder))
+    return frozenset(map(str, (real, *real.parents)))
+
+
+def _writer(names: Sequence[str]) -> str | None:
+    """Which command left the files with these names, if one did."""
+    return next((writer for writer, traces in TRACES if traces.issubset(names)), None)
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """Of a folder's name the split and what else is in it: "seg_train" → ("train", "seg"); None: no split's name."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()  # TrainImages
+    words = re.findall(r"[^\W\d_]+|\d+", apart)
+    bare = [word.removesuffix("set") if word.removesuffix("set") in WORDS else word for word in words]  # trainset
+    found = [word for word in bare if word in WORDS]
+    if len(found) != 1:
+        return None
+    return WORDS[found[0]], " ".join(word for word in bare if word not in WORDS and word not in FILLERS)
+
+
+def _roles(names: Sequence[str]) -> dict[str, list[str]]:
+    """From a split to the folders that its name is read from; {} for a folder of classes.
+
+    `train` and `valid` are splits' names on their own. `seg_train` is one beside `seg_test` only, or where all other
+    folders have names of splits too: `bullet_train` beside `taxi` is a class.
+    """
+    read = {name: found for name in names if (found := _split(name))}
+    by_rest: dict[str, list[str]] = {}
+    for name, (_, rest) in read.items():
+        by_rest.setdefault(rest, []).append(name)
+    complete = [group for group in by_rest.values() if _complete([read[name][0] for name in group])]
+    partners = [name for group in complete for name in group]
+    everything = list(read) if len(read) == len(names) and _complete([split for split, _ in read.values()]) else []
+    roles: dict[str, list[str]] = {}
+    for name in by_rest.get("") or everything or partners:
+        roles.setdefault(read[name][0], []).append(name)
+    return roles
+
+
+def _complete(splits: Collection[str]) -> bool:
+    return "train" in splits and not set(HELD_OUT).isdisjoint(splits)
+
+
+def _check_roles(folder: Path, names: Sequence[str], roles: dict[str, list[str]]) -> None:
+    """Raises a ValueError where splits are not the only way to read the names, or are not all there."""
+    read = [name for found in roles.values() for name in found]
+    for split, found in roles.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"data={folder} is ambiguous: {_listed(found)} mean '{split}'. Keep one, or {_rename(found)}."
+            )
+    if "train" in roles and len(roles) > 1:
+        return
+    others = [name for name in names if name not in read]
+    if others:
+        raise ValueError(
+            f"data={folder} is ambiguous: {_listed(read)} would be a split, or a class like {_listed(others)}. For a "
+            f"class, {_rename(read)}; for a split, put train and val with class folders into a folder of their own, or "
+            f"give data={folder / read[0]}"
+        )
+    missing = "something held out, such as val" if "train" in roles else "train"
+    raise ValueError(
+        f"data={folder} has {_listed(read)}, read as a split, but not {missing}. Add it, or give "
+        f"data={folder / read[0]} to hold out a part of that; for a class, {_rename(read)}."
+    )
+
+
+def _class_folders_of(folder: Path, name: str) -> Path:
+    """The folder of class folders of a split: its own, or one of its name in it, as archives from Kaggle have it."""
+    place = folder / name
+    while len(inner := visible(place)) == 1 and _split(inner[0]) == _split(name):
+        place = place / inner[0]
+    if not inner:
+        raise ValueError(
+            f"data={folder} has splits, but {place} has no class folders, and accuracies need classes. Sort its images "
+            f"into class folders, or give as data a folder that has them; if '{name}' is a class, {_rename([name])}."
+        )
+    return place
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
+def _rename(names: Sequence[str]) -> str:
+    return f"rename {_listed(names)}, such as to '{names[0]}s'"

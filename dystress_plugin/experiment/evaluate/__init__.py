@@ -1,0 +1,1 @@
+"""Accuracies of a frozen backbone."""

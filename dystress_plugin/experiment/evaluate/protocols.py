@@ -1,0 +1,149 @@
+"""The protocols that score a frozen backbone, by name: its features are taken once, and every protocol reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment.evaluate.classifiers import knn_classes, linear_classes
+from dystress_plugin.experiment.settings import PROTOCOLS
+
+DRAWS = 5  # of the few labelled images, with the seeds 0 to 4, the same for every run
+
+IMBALANCED = 2.0  # largest class / smallest class, from which classes are grouped by frequency
+
+COUNT_GROUPS = (("over 100 images", 101, None), ("20 to 100 images", 20, 100), ("under 20 images", 0, 19))
+
+KNOWN = "weighted_knn, knn_K, linear, few_shot_N (images of each class) and few_shot_Npct, with K and N at least 1"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a frozen backbone makes of a data set, in float32 on the CPU.
+
+    Attributes:
+        train: (images, features) of the images it was pretrained on, the memory and the probe's training images.
+        train_labels: (images,).
+        test: (images, features).
+        labels: (images,) of the test images.
+        pool: where the few labelled images are drawn from: `train` or, where a long tail was cut, what it was cut from.
+        pool_labels: its labels.
+        classes: a name for every class, in the order of the labels.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    labels: Tensor
+    pool: Tensor
+    pool_labels: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to classify the test images with frozen features.
+
+    Attributes:
+        name: what a user types.
+        title: what a report shows.
+        text: how it works, a sentence.
+        classes: from features to the classes it gives the test images, (draws, images).
+        per_class_mean: whether its accuracy is the mean over the classes of their accuracies, or over the images.
+    """
+
+    name: str
+    title: str
+    text: str
+    classes: Callable[[Features], Tensor]
+    per_class_mean: bool = False
+
+
+def protocol(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+        ValueError: for any other name, with those that exist.
+    """
+    if name == "weighted_knn":
+        text = "The class with the largest sum of exp(cosine / 0.1) among the 200 nearest training images."
+        return Protocol(name, "weighted kNN, k=200, t=0.1", text, _weighted_knn)
+    if name == "linear":
+        text = "Logistic regression (scikit-learn, C=1) on the standardised features of all training images."
+        return Protocol(name, "linear probe", text, _linear)
+    if match := re.fullmatch(r"knn_([1-9]\d{0,8})", name):
+        k = int(match[1])
+        nearest = "nearest training image" if k == 1 else f"{k} nearest training images, ties to the lower number"
+        text = f"The most frequent class of the {nearest}, by cosine; the mean over classes of their accuracies."
+        return Protocol(name, f"kNN@{k}, mean of classes", text, partial(_majority_knn, k=k), per_class_mean=True)
+    if match := re.fullmatch(r"few_shot_([1-9]\d{0,8}|[1-9]\d?pct|100pct)", name):
+        percent = name.endswith("pct")
+        amount = int(match[1].removesuffix("pct"))
+        each = f"{amount} %" if percent else f"{amount} images"
+        text = (
+            f"Logistic regression on few labels: {each} of every class, as many of each, drawn {DRAWS} times with the "
+            f"seeds 0 to {DRAWS - 1}, the same images for every run; the mean over the draws."
+        )
+        classes = partial(_few_shot, amount=amount, percent=percent)
+        return Protocol(name, f"few-shot linear, {each} per class", text, classes)
+    raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN))
+
+
+def groups(counts: np.ndarray) -> dict[str, list[int]]:
+    """Groups of classes by their training images: thirds, and by number; none for (nearly) balanced classes.
+
+    The accuracy of a group is the mean of its classes' accuracies. SDCLR and Temperature Schedules divide the classes
+    of CIFAR in thirds, those of ImageNet at 100 and 20 images.
+
+    Args:
+        counts: (classes,) training images of each class.
+    """
+    if counts.max() < IMBALANCED * max(1, counts.min()):
+        return {}
+    frequent_first = np.argsort(-counts, kind="stable")
+    thirds = zip(("head", "medium", "tail"), np.array_split(frequent_first, 3), strict=True)
+    found = {name: sorted(map(int, classes)) for name, classes in thirds}
+    for name, low, high in COUNT_GROUPS:
+        inside = (counts >= low) & (counts <= (counts.max() if high is None else high))
+        found[name] = [int(c) for c in np.flatnonzero(inside)]
+    return {name: classes for name, classes in found.items() if classes}
+
+
+def balanced(labels: np.ndarray, each: int, seed: int) -> np.ndarray:
+    """Positions of `each` images of every class, or as many as the smallest class has, drawn with the seed."""
+    each = min(each, int(np.bincount(labels)[np.unique(labels)].min()))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.sort(np.concatenate([order[labels[order] == c][:each] for c in np.unique(labels)]))
+
+
+def _weighted_knn(f: Features) -> Tensor:
+    return knn_classes(f.train, f.train_labels, f.test, num_classes=f.num_classes, k=200, t=0.1)[None]
+
+
+def _majority_knn(f: Features, k: int) -> Tensor:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(min(k, len(f.train)), metric="cosine")
+    return torch.from_numpy(classifier.fit(f.train.numpy(), f.train_labels.numpy()).predict(f.test.numpy()))[None]
+
+
+def _linear(f: Features) -> Tensor:
+    return linear_classes(f.train, f.train_labels, f.test)[None]
+
+
+def _few_shot(f: Features, amount: int, percent: bool) -> Tensor:
+    labels = f.pool_labels.numpy()
+    each = max(1, round(amount / 100 * len(labels) / len(np.unique(labels)))) if percent else amount
+    draws = [torch.from_numpy(balanced(labels, each, seed)) for seed in range(DRAWS)]
+    return torch.stack([linear_classes(f.pool[few], f.pool_labels[few], f.test) for few in draws])

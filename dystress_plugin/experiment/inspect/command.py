@@ -1,0 +1,247 @@
+"""`dystress inspect`: the similarities of a network's embeddings, and what each temperature would do to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import seed_everything
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dystress_plugin import metrics, recipes
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.errors import unknown_name
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.backbone import build_backbone
+from dystress_plugin.experiment.data.datasets import Data, EpochOrder, Shown, Views, load_for, load_for_run
+from dystress_plugin.experiment.data.transforms import view_transform
+from dystress_plugin.experiment.inspect import effects, figures
+from dystress_plugin.experiment.io import files, lock
+from dystress_plugin.experiment.io.config import read_config
+from dystress_plugin.experiment.keys import checked
+from dystress_plugin.experiment.pretrain.module import ViewsModule
+from dystress_plugin.experiment.pretrain.resolve import resolve
+from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings
+from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
+from dystress_plugin.temperature import Constant
+
+MAX_IMAGES = 512  # a million negative pairs
+
+REFERENCE = "constant 0.1"  # SimCLR's default here
+
+
+class Seen(NamedTuple):
+    """A network and the embeddings of one batch.
+
+    Attributes:
+        name: of network and data, for figures.
+        z: two views, (images, dim) each.
+        numbers: (images,) int64, of the images among the training images.
+        samples: how many training images there are.
+        run: method and loss of the run that the network is from; None where it is from no run, or shows other data.
+        epoch: 0 first.
+    """
+
+    name: str
+    z: Sequence[Tensor]
+    numbers: Tensor
+    samples: int
+    run: tuple[str, ContrastiveLoss] | None
+    epoch: float
+
+
+def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
+    """Writes figures and `inspect.json` to `out`; returns what the latter holds.
+
+    Raises:
+        ValueError: for a checkpoint, data, methods or an output folder that do not fit.
+    """
+    settings = checked(settings)
+    _check_methods(settings)
+    out = output_folder(settings)
+    with lock.alone(out):
+        return _inspect(settings, out)
+
+
+def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
+    if {path.name for path in out.iterdir()} - {lock.NAME} and not (out / "inspect.json").exists():
+        raise ValueError(f"out={out} is not empty and holds no results of this command. Choose another out.")
+    seen = _look(settings, out)
+    losses = _losses(settings, seen)
+    pairs = effects.similarities(*seen.z, index=seen.numbers, epoch=seen.epoch)
+    found = {name: effects.effect(loss, pairs) for name, loss in losses.items()}
+    reference = next((name for name in losses if seen.run and losses[name] is seen.run[1]), REFERENCE)
+    against = (found.get(reference) or effects.effect(ContrastiveLoss(Constant(0.1)), pairs)).measures
+    negatives = pairs.negative.shape[1]
+    report = {
+        "settings": asdict(settings),
+        "network": seen.name,
+        "images": pairs.images,
+        "negatives_per_anchor": negatives,
+        "epoch": seen.epoch,
+        "similarities": effects.describe(*seen.z),
+        "alignment": float(metrics.alignment(*seen.z)),
+        "uniformity": float(metrics.uniformity(torch.cat(list(seen.z)))),
+        "reference": reference,
+        "temperatures": {
+            name: its.measures | {"advice": effects.advice(name, its.measures, against, reference, negatives)}
+            for name, its in found.items()
+        },
+    }
+    figures.draw(found, pairs, out, f"{seen.name}, {pairs.images} images in two views")
+    (out / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def output_folder(settings: InspectSettings) -> Path:
+    """Where the results go."""
+    inside = f"{settings.checkpoint}/inspect" if settings.checkpoint else None
+    return Path(settings.out or inside or f"runs/inspect-{places.name_of(settings.data or 'digits')}")
+
+
+def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The measures as rows of text, the first with the headings."""
+    heading = ("temperature", "tau of negatives", "effective", "hardest 1 %", "hardest 10 %", "inverted")
+    return [
+        heading,
+        *(
+            (
+                name,
+                f"{found['tau_negative_min']:.3g} to {found['tau_negative_max']:.3g}",
+                f"{found['effective_negatives']:.0f} of {report['negatives_per_anchor']}",
+                *(f"{found[key]:.1f} %" for key in effects.HARDEST),
+                f"{found['inverted_percent']:.2g} %",
+            )
+            for name, found in report["temperatures"].items()
+        ),
+    ]
+
+
+def _look(settings: InspectSettings, out: Path) -> Seen:
+    run = Path(settings.checkpoint) if settings.checkpoint else None
+    spec, data, own = _shown(settings, run, out)
+    module = _network(spec, data)
+    fresh = run is None or settings.untrained
+    if run and not fresh:
+        _load(module, run)
+    pictures, index = _pictures(settings, spec, data)
+    with torch.no_grad():
+        z = module.train().embed(pictures)  # in train mode, as the loss sees the embeddings
+    title = "untrained" if fresh else f"{recipes.recipe(spec.method).title}, trained for {spec.epochs} epochs:"
+    return Seen(
+        # A folder's name need not be UTF-8, which is all that figures take.
+        name=f"{title} {spec.model.backbone} on {os.fsencode(spec.data.name).decode(errors='backslashreplace')}",
+        z=z,
+        numbers=index,
+        samples=len(data.train.labels),
+        run=(spec.method, module.loss) if run and own else None,
+        epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else spec.epochs - 1),
+    )
+
+
+def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
+    if run is None:
+        asked = _untrained_settings(settings)
+        places.check_apart(out, asked.data)
+        data = load_for(part(DataSpec, asked), asked.seed)
+        return Shown(resolve(asked, data, 1), data, own=False)
+    trained = _run_spec(run, settings)
+    places.check_apart(out, settings.data or trained.data.name)
+    return load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
+
+
+def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
+    config = run / "config.yaml"
+    if not config.exists():
+        raise ValueError(f"checkpoint={run} holds no run of `dystress pretrain`: {config} is missing.")
+    for key in ("backbone", "image_size"):
+        if (value := getattr(settings, key)) is not None:
+            raise ValueError(f"{key}={value} is for an untrained network; the run in checkpoint={run} has its own.")
+    return read_config(config)
+
+
+def _untrained_settings(settings: InspectSettings) -> PretrainSettings:
+    default = PretrainSettings()
+    return PretrainSettings(
+        method="simclr",
+        data=settings.data or default.data,
+        data_root=settings.data_root or default.data_root,
+        download=settings.download,
+        seed=settings.seed,
+        backbone=settings.backbone,
+        image_size=settings.image_size,
+    )
+
+
+def _network(spec: RunSpec, data: Data) -> ViewsModule:
+    """As this run starts; of a method with a queue the network that is trained."""
+    seed_everything(spec.seed, workers=True, verbose=False)
+    backbone, features = build_backbone(spec.model.backbone, spec.model.image_size)
+    loss = ContrastiveLoss(_without_queue(spec.method), **spec.method_kwargs)
+    return ViewsModule(backbone, features, loss, spec, data.num_classes)
+
+
+def _load(module: ViewsModule, run: Path) -> None:
+    path, remedy = run / "checkpoints" / "last.ckpt", "untrained=true does without."
+    if not path.exists():
+        raise ValueError(f"checkpoint={run} has no trained network: {path} is missing. {remedy}")
+    state = files.load(path, "a checkpoint", remedy).get("state_dict", {})
+    wanted = ("backbone.", "projection_head.", "loss.temperature.")
+    state = {name: value for name, value in state.items() if name.startswith(wanted)}
+    files.check_state(module, state, path, remedy)
+    module.load_state_dict(state)
+
+
+def _pictures(settings: InspectSettings, spec: RunSpec, data: Data) -> tuple[list[Tensor], Tensor]:
+    number = min(settings.images or min(spec.data.batch_size, MAX_IMAGES), len(data.train.labels))
+    if number < 2:
+        raise ValueError(f"images={number} must be at least 2: one image has no negatives.")
+    transform = view_transform(spec.augmentation, spec.model.image_size, data.normalize)
+    views = Views(data.train, transform, settings.seed)
+    order = EpochOrder(views, 1, 0, shuffle=True, seed=settings.seed)
+    loader = DataLoader(views, number, sampler=order, num_workers=settings.num_workers)
+    pictures, _, index = next(iter(loader))
+    return pictures, index
+
+
+def _check_methods(settings: InspectSettings) -> None:
+    for name in settings.methods:
+        recipes.recipe(_method(name))
+    for name, parameters in settings.method_kwargs.items():
+        if name not in settings.methods:
+            raise ValueError(unknown_name("method in method_kwargs", name, settings.methods))
+        if not isinstance(parameters, dict):
+            raise ValueError(f"method_kwargs.{name}={parameters} must name a parameter: method_kwargs.{name}.NAME=...")
+
+
+def _losses(settings: InspectSettings, seen: Seen) -> dict[str, ContrastiveLoss]:
+    losses = {f"constant {tau:g}": ContrastiveLoss(Constant(tau)) for tau in settings.constants}
+    if seen.run is not None:
+        losses[f"{recipes.recipe(seen.run[0]).title}, this run's"] = seen.run[1]
+    for name in settings.methods:
+        own = settings.method_kwargs.get(name, {})
+        if seen.run is not None and name == seen.run[0] and not own:
+            continue
+        recipe = recipes.recipe(_without_queue(_method(name)))
+        own = recipe.sized(own, seen.samples)
+        word = name.partition("-")[2]
+        losses[f"{recipe.title} ({word})" if word else recipe.title] = ContrastiveLoss(recipe.name, **own)
+    if not losses:
+        raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
+    return losses
+
+
+def _method(name: str) -> str:
+    """Of `NAME` or `NAME-WORD`, a method with settings of its own."""
+    return name.partition("-")[0]
+
+
+def _without_queue(method: str) -> str:
+    """The method with the same temperature and objective whose negatives are those of the batch."""
+    return method.removesuffix("_moco")

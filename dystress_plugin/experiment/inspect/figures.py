@@ -1,0 +1,156 @@
+"""The figures of `dystress inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dystress_plugin.experiment.inspect.effects import Effect, Similarities, on_grid, relative_weight
+from dystress_plugin.experiment.pretrain.figures import GREEN, ORANGE, STYLE
+
+BINS = 60
+
+FEW_BINS = 20  # of the positives, which are as few as the anchors
+
+COSINE = "cosine similarity"
+
+
+def draw(effects: Mapping[str, Effect], seen: Similarities, folder: Path, title: str) -> list[Path]:
+    """Writes `similarities.png`, `temperatures.png`, `weights.png`, `gradients.png` and `measures.png`.
+
+    Args:
+        effects: by the name to show; those that begin with "constant" are drawn in grey.
+        seen: the pairs that they are the effects on.
+        folder: where to.
+        title: the data and the network.
+    """
+    paths = []
+    with mpl.rc_context(STYLE):
+        for name, plot in (
+            ("similarities", _similarities),
+            ("temperatures", _temperatures),
+            ("weights", _weights),
+            ("gradients", _gradients),
+            ("measures", _measures),
+        ):
+            figure = Figure(figsize=(9, 4.2), layout="constrained")
+            plot(figure, effects, seen)
+            figure.suptitle(f"{figure.get_suptitle()}\n{title}", fontsize=11)
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1])
+    return paths
+
+
+def _similarities(figure: Figure, _effects: Mapping[str, Effect], seen: Similarities) -> None:
+    axes = figure.subplots()
+    for cosine, color, label in ((seen.negative, ORANGE, "negative pairs"), (seen.positive, GREEN, "positive pairs")):
+        axes.hist(
+            cosine.flatten().numpy(),
+            bins=BINS,
+            range=(-1, 1),
+            density=True,
+            color=color,
+            alpha=0.45,
+            label=f"{label}: mean {float(cosine.mean()):.2f}",
+        )
+    axes.set(xlim=(-1, 1), xlabel=COSINE, ylabel="density of pairs (per unit of cosine)")
+    axes.legend(frameon=False)
+    figure.suptitle("Similarities")
+
+
+def _temperatures(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+    left, right = figure.subplots(1, 2)
+    for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
+        for axes, what in ((left, "temperature"), (right, "logit")):
+            grid, values = on_grid(found.maps.negative, len(seen.positive), what)
+            axes.plot(grid, values.median(dim=0).values, label=name, **style)
+            if what == "logit":
+                for low, high in found.measures["falling"]:
+                    inside = (grid >= low) & (grid <= high)
+                    axes.plot(grid[inside], values.median(dim=0).values[inside], color="red", linewidth=5, alpha=0.3)
+    left.set(title="Temperature", xlabel=COSINE, ylabel="temperature (median anchor)", ylim=(0, _highest(effects)))
+    right.set(title="Logit; red where it falls", xlabel=COSINE, ylabel="logit (nats)")
+    _legend(figure, left)
+    figure.suptitle("What a cosine is divided by, and the result")
+
+
+def _weights(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+    axes = figure.subplots()
+    density = axes.twinx()
+    density.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.2)
+    density.set(ylabel="density of negative pairs (grey)")
+    density.grid(visible=False)
+    for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
+        axes.plot(*relative_weight(found, seen), label=name, **style)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(yscale="log", xlabel=f"{COSINE} of a negative", ylabel="softmax weight / mean weight (median anchor)")
+    _legend(figure, axes)
+    figure.suptitle("How much a negative counts")
+
+
+def _gradients(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+    left, right = figure.subplots(1, 2)
+    left.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.25, label="pairs")
+    for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
+        share, middle = _binned(seen.negative, found.push.abs(), BINS, density=True)
+        left.plot(middle, share, label=name, **style)
+        total, middle = _binned(seen.positive, found.pull.abs() / found.pull.abs().mean(), FEW_BINS)
+        number, _ = _binned(seen.positive, torch.ones_like(found.pull), FEW_BINS)
+        right.plot(middle[number > 0], (total / number)[number > 0], marker="o", markersize=3, **style)
+    left.set(title="Negatives: where the push is", xlabel=COSINE, ylabel="share of the gradient (per unit of cosine)")
+    right.set(title="Positives: the pull on a pair", xlabel=COSINE, ylabel="gradient / mean pair's", ylim=(0, None))
+    _legend(figure, left)
+    figure.suptitle("Size of the gradient |dL/ds| over similarity")
+
+
+def _measures(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+    panels = figure.subplots(1, 4, sharey=True)
+    names = list(effects)
+    for axes, key, title, scale, unit in (
+        (panels[0], "hardest_1_percent", "hardest 1 %", 1.0, "of the push (%)"),
+        (panels[1], "hardest_10_percent", "hardest 10 %", 1.0, "of the push (%)"),
+        (panels[2], "effective_negatives", "effective negatives", 100 / seen.negative.shape[1], "of all negatives (%)"),
+        (panels[3], "inverted_percent", "inverted order", 1.0, "of the pairs (%)"),
+    ):
+        values = [scale * found.measures[key] for found in effects.values()]
+        bars = axes.barh(names, values, color=[style["color"] for style in _styles(effects)])
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
+        axes.set(title=title, xlabel=unit, xlim=(0, 1.25 * max([*values, 1.0])))
+        axes.grid(visible=False)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"Hardness, with {seen.negative.shape[1]} negatives an anchor")
+
+
+def _binned(cosine: Tensor, strength: Tensor, bins: int, *, density: bool = False) -> tuple[Tensor, Tensor]:
+    """The sum of the strength in every bin of cosines, with `density` as a share over the width; and their middles."""
+    span = (float(cosine.min()), float(cosine.max()))
+    sums, edges = torch.histogram(cosine.flatten(), bins, range=span, weight=strength.flatten(), density=density)
+    return sums, (edges[1:] + edges[:-1]) / 2
+
+
+def _styles(effects: Mapping[str, Effect]) -> list[dict[str, Any]]:
+    constants = [name for name in effects if name.startswith("constant")]
+    colors = iter(mpl.color_sequences["tab10"])
+    return [
+        {"color": str(0.75 - 0.6 * constants.index(name) / len(constants)), "linestyle": "--", "linewidth": 1.2}
+        if name in constants
+        else {"color": next(colors), "linewidth": 1.8}
+        for name in effects
+    ]
+
+
+def _highest(effects: Mapping[str, Effect]) -> float:
+    tops: list[float] = [
+        found.measures[f"tau_{pairs}_max"] for found in effects.values() for pairs in ("positive", "negative")
+    ]
+    return 1.15 * max(tops)
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)

@@ -1,0 +1,1 @@
+"""Files, locks and interruptions: what every wing stands on."""

@@ -1,0 +1,99 @@
+"""`config.yaml`: what a run's folder records, and how it is read where paths have moved."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.keys import PATHS, merged
+from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
+
+
+def comparable(spec: RunSpec) -> dict[str, Any]:
+    """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
+    nor where CIFAR, which is the same everywhere, comes from.
+    """
+    values = spec.flat()
+    for key in ("out", "data_root", "download"):
+        del values[key]
+    indices = None if spec.data.indices is None else places.place(spec.data.indices)
+    return values | {"data": places.place(spec.data.name), "indices": indices}
+
+
+def recorded(spec: RunSpec) -> dict[str, Any]:
+    """Every setting as a plain value, as a run and its loggers keep them: paths hold from every working directory."""
+    values = spec.flat()
+    # Links stay in them: a disk may be exchanged under its name.
+    absolute = {key: os.path.join(os.getcwd(), path) for key, path in _paths(values).items()}
+    return values | absolute
+
+
+def located(spec: RunSpec, run: Path, given: RunSpec | None = None) -> RunSpec:
+    """A run as recorded with the paths of here and now: where they were, else at the same place beside the run.
+
+    The second is for a run and its data that were moved together, and for version 0.1.0, which kept relative paths.
+
+    Args:
+        spec: the run.
+        run: the folder it is from.
+        given: the run whose choice it is where both places are there, as in a copy of run and data.
+    """
+    values, wishes = spec.flat(), {} if given is None else given.flat()
+    found: dict[str, Any] = {}
+    for key, path in _paths(values).items():
+        here = os.path.join(os.getcwd(), path)
+        tried = [here]
+        if os.path.isabs(path) == os.path.isabs(spec.out):
+            tried.append(os.path.normpath(run.resolve() / _way(spec.out, path)))
+        if not os.path.isabs(path):
+            tried.reverse()
+        if (wanted := wishes.get(key)) is not None:
+            tried.sort(key=lambda path: not places.same(path, wanted))
+        found[key] = next(filter(os.path.exists, tried), here)
+    return RunSpec.of(PretrainSettings(**values | found | {"out": str(run.absolute())}))
+
+
+def recorded_spec(values: dict[str, Any], run: Path, given: RunSpec) -> RunSpec:
+    """A run from what a checkpoint keeps of it, `located`, with its default for a key that is newer."""
+    known = {f.name for f in fields(PretrainSettings)}
+    settings = PretrainSettings(**{key: value for key, value in values.items() if key in known})
+    return located(RunSpec.of(settings), run, given)
+
+
+def _way(start: str, path: str) -> str:
+    """The relative path between two places; as it is where there is none, such as to another drive."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return path
+
+
+def _paths(values: dict[str, Any]) -> dict[str, str]:
+    """The settings that are paths."""
+    return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in places.NAMED}
+
+
+def read_config(path: Path, given: RunSpec | None = None) -> RunSpec:
+    """The run of a `config.yaml`, `located`, with its default for a key that is newer than the file.
+
+    Raises:
+        ValueError: for a file that is damaged or another program's.
+    """
+    remedy = "Put the right one there, or choose another folder."
+    try:
+        config = OmegaConf.load(path)
+        settings = config.get("settings") if isinstance(config, DictConfig) else None
+        if not isinstance(settings, DictConfig):
+            raise ValueError("it has no settings.")
+        return located(RunSpec.of(merged(PretrainSettings, settings)), path.parent, given)
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

@@ -1,0 +1,152 @@
+"""Keys of a command: typed structures with ranges, from `key=value` tokens and to help texts."""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dystress_plugin.errors import unknown_name
+
+T = TypeVar("T")
+
+PATHS = ("data", "indices", "data_root", "out", "checkpoint")
+
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def option(
+    default: Any, help_: str, *, words: Sequence[str] = (), some: bool = False, once: bool = False, **bounds: float
+) -> Any:
+    """A key and what it can have.
+
+    Args:
+        default: its value unless given.
+        help_: what it is, up to a semicolon, and more.
+        words: all that a text can be.
+        some: whether a list must have something.
+        once: whether a list may have nothing twice.
+        **bounds: of a number or of each number in a list, by the names in `BOUNDS`.
+    """
+    metadata = {"help": help_, "words": words, "some": some, "once": once, "bounds": bounds}
+    # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(structure: type[T], tokens: Sequence[str]) -> T:
+    """`key=value` tokens merged into a typed structure.
+
+    Raises:
+        ValueError: for a token without `=`, an unknown key (with the nearest one), a value of the wrong type or out of
+            its range, or a key without default that is missing.
+    """
+    known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
+    texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
+    for token in tokens:
+        key, equals, _ = token.partition("=")
+        if not equals:
+            raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
+        if key.split(".")[0] not in known:
+            raise ValueError(unknown_name("key", key, known))
+    settings: T = merged(structure, *(_parsed(token, texts) for token in tokens))
+    return settings
+
+
+def checked(settings: T) -> T:
+    """Settings that a program has made, as `parse` would have: each value of its key's type and in its range.
+
+    Raises:
+        ValueError: for one that is not.
+    """
+    same: T = merged(settings)
+    return same
+
+
+def merged(base: Any, *changes: Any) -> Any:
+    """Values merged into a structure, and checked."""
+    change: Any = {}
+    try:
+        config = OmegaConf.structured(base)
+        for change in changes:
+            config = OmegaConf.merge(config, change)
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
+        OmegaConf.resolve(config)
+        settings = OmegaConf.to_object(config)
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = getattr(error, "full_key", None) or ", ".join(change) or "setting"
+        wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
+        hint = f"; it must be {wanted}" if wanted else ""
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
+    _check_values(settings)
+    return settings
+
+
+def _check_values(settings: Any) -> None:
+    for f in fields(settings):
+        _check_value(f, getattr(settings, f.name))
+    if check := getattr(settings, "check_together", None):
+        check()
+
+
+def _check_value(f: Field[Any], value: Any) -> None:
+    what = f.metadata["help"].partition(";")[0]
+    if value == "":
+        raise ValueError(f"{f.name}= is empty: {what}.")
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        raise ValueError(f"{f.name}={value} must be a list of plain values: {what}.")
+    if f.metadata["words"] and value is not None and value not in f.metadata["words"]:
+        raise ValueError(unknown_name(f.name, value, f.metadata["words"]))
+    if f.metadata["some"] and not value:
+        raise ValueError(f"{f.name}={value} must be at least one: {what}.")
+    if f.metadata["once"] and len(set(value)) < len(value):
+        raise ValueError(f"{f.name}={value} must be each once: {what}.")
+    bounds = f.metadata["bounds"].items()
+    for number in value if isinstance(value, list) else [value]:
+        # Inside all, not outside of any: NaN is on neither side of a bound.
+        if number is not None and not all(BOUNDS[side](number, bound) for side, bound in bounds):
+            which = f": {number}" if isinstance(value, list) else ""
+            raise ValueError(f"{f.name}={value}{which} must be {range_of(f)}: {what}.")
+
+
+def range_of(f: Field[Any]) -> str:
+    """What numbers a key can be, in words; nothing where it is none."""
+    return " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in f.metadata["bounds"].items())
+
+
+def _parsed(token: str, texts: Sequence[str]) -> Any:
+    """One `key=value` as a config: a text as it stands, anything else as YAML."""
+    key, _, value = token.partition("=")
+    # A folder may have a name such as 'a #1' or 'a: b', which means something else in YAML.
+    if key in texts and value != "null":
+        # bash expands the ~ of key=~/x, other shells do not.
+        return OmegaConf.create({key: os.path.expanduser(value) if key in PATHS else value})
+    try:
+        return OmegaConf.from_dotlist([token])
+    except (YAMLError, ValueError) as error:  # ValueError: of a number with thousands of digits
+        raise ValueError(f"{token} is no key=value in YAML: {str(error).splitlines()[0]}; quote it.") from None
+
+
+def describe(structure: type) -> str:
+    """A line per key: name, default, the words or the help, the range."""
+    lines = []
+    for f in fields(structure):
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
+        shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
+            default if isinstance(default, (str, bool, type(None))) else "", default
+        )
+        words = " | ".join(f.metadata["words"])
+        help_ = f"{words}: {f.metadata['help']}" if words else f.metadata["help"]
+        numbers = f" [{range_of(f)}]" if f.metadata["bounds"] else ""
+        lines.append(f"  {f.name}={shown}".ljust(32) + f"  {help_}{numbers}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""`dystress pretrain`."""

@@ -1,0 +1,178 @@
+"""`dystress pretrain`: one method on one data set, from nothing to a summary; the same command resumes."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from torch.utils.data import DataLoader
+
+from dystress_plugin import recipes, training
+from dystress_plugin.experiment import hardware, places
+from dystress_plugin.experiment.data import datasets as data_module
+from dystress_plugin.experiment.data import scan
+from dystress_plugin.experiment.data.datasets import Data
+from dystress_plugin.experiment.evaluate.features import evaluate
+from dystress_plugin.experiment.io import files, lock
+from dystress_plugin.experiment.io.interruption import Progress, resumable
+from dystress_plugin.experiment.keys import checked
+from dystress_plugin.experiment.pretrain import figures
+from dystress_plugin.experiment.pretrain.folder import RunFolder
+from dystress_plugin.experiment.pretrain.guard import NanGuard
+from dystress_plugin.experiment.pretrain.module import PretrainModule
+from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
+from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, Loaders, make_loaders, make_trainer
+from dystress_plugin.experiment.settings import PretrainSettings, output_folder
+from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
+
+
+def pretrain(settings: PretrainSettings) -> dict[str, Any]:
+    """Trains, evaluates and writes everything to `settings.out`; returns what `summary.json` holds.
+
+    Raises:
+        ValueError: before any training, for settings, devices, data, an output folder or files in it that do not fit,
+            or a folder that another process writes to.
+        RunStopped: for a disk that is full, an image that can no longer be read, or a loss that is not finite.
+        SystemExit: after SIGTERM, with status 143.
+    """
+    settings = checked(settings)
+    recipes.recipe(settings.method)  # or a name without a method would be found only after the images were decoded
+    out = output_folder(settings)
+    with resumable(out) as progress:
+        files.check_place(out)
+        places.check_apart(out, settings.data)
+        trainer = make_trainer(settings, out)
+        # The first process holds the folder for all: the others of a training are no strangers to it.
+        with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
+            return _run(settings, trainer, progress)
+
+
+def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    first = trainer.global_rank == 0
+    spec, data, found = prepare(settings, trainer.world_size)
+    folder = RunFolder.open(spec) if first else RunFolder(Path(spec.out))
+    if folder.finished is not None:
+        return folder.finished
+    module = build_module(spec, data)
+    hardware.check_step(module.backbone, trainer, spec.model.image_size)
+    training.warn_of_concerns(module.loss.temperature, spec.epochs, warnings.warn)
+    if first:
+        folder.begin(module)
+        if found is not None:
+            found.write(folder.path)
+    progress.begun = True
+    started = time.monotonic()
+    untrained = _untrained(folder.path / "untrained.json", module, data, _options(spec)) if first else {}
+    loaders = make_loaders(spec, data, trainer)
+    fit(module, loaders, trainer, folder)
+    return summarise(module, data, loaders[0], folder, untrained, started) if first else {}
+
+
+def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, scan.Scan | None]:
+    """The run that settings ask for, its data, and what was found in a folder of images.
+
+    Raises:
+        ValueError: for data, batches or settings that do not fit.
+    """
+    found = scan_images(settings, output_folder(settings))
+    without = found.left_out if found is not None else ()
+    data = data_module.load_for(part(DataSpec, settings), settings.seed, without=without)
+    check_batch(settings, data, devices)
+    return resolve(settings, data, devices), data, found
+
+
+def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunFolder) -> None:
+    """Trains to the end, from the last checkpoint if there is one."""
+    # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
+    module = trainer.precision_plugin.convert_module(module)
+    with warnings.catch_warnings():
+        for message in HOST_NOISE:
+            warnings.filterwarnings("ignore", message)
+        try:
+            with hardware.processes(trainer):
+                trainer.fit(module, *loaders, ckpt_path=str(folder.last) if folder.last.exists() else None)
+        except ValueError:
+            if module.spec.logging.nan_guard:
+                NanGuard(folder.path).explain(trainer, module)
+            raise
+
+
+def summarise(
+    module: PretrainModule,
+    data: Data,
+    loader: DataLoader[Any],
+    folder: RunFolder,
+    untrained: dict[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Scores what was trained, and writes backbone, figures and, last, `summary.json`, whose content it returns."""
+    spec, out = module.spec, folder.path
+    if spec.logging.wandb != "off":
+        import wandb
+
+        wandb.finish()  # or the next run of this process would go on with it
+
+    device = str(module.device)
+    module.float()
+    trained = evaluate(module.backbone, data, device=device, **_options(spec))
+    files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
+    _draw(module, loader, out)
+    summary = {
+        "method": spec.method,
+        "data": spec.data.name,
+        "seed": spec.seed,
+        "epochs": spec.epochs,
+        **trained,
+        **{f"untrained_{name}": value for name, value in untrained.items()},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
+    title, last = recipes.recipe(module.spec.method).title, module.spec.epochs - 1
+    (out / "figures").mkdir(exist_ok=True)
+    figures.curves(out / "metrics.csv", out / "figures" / "curves.png", title)
+    loader.sampler.set_epoch(last)  # type: ignore[attr-defined]  # also where nothing was left to train
+    views, _, index = next(iter(loader))
+    figures.profile(module, views, index, last, out / "figures" / "temperature.png", title)
+
+
+def _options(spec: RunSpec) -> dict[str, Any]:
+    """How `evaluate` scores a backbone of the run."""
+    return {
+        "image_size": spec.model.image_size,
+        "batch_size": spec.data.batch_size,
+        "num_workers": spec.data.num_workers,
+        "knn_k": spec.evaluation.knn_k,
+        "knn_t": spec.evaluation.knn_t,
+    }
+
+
+def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:
+    """What `scan.scan_folder` finds in the data of a run; None where it is no folder of images."""
+    if not data_module.is_folder(settings.data):
+        return None
+    return scan.scan_folder(
+        settings.data,
+        out,
+        on_bad_image=settings.on_bad_image,
+        num_workers=settings.num_workers,
+        progress=settings.progress,
+    )
+
+
+def _untrained(path: Path, module: PretrainModule, data: Data, options: dict[str, Any]) -> dict[str, Any]:
+    """The accuracies before training, which a resumed run has no need to measure again."""
+    if path.exists():
+        return files.read_json(path)
+    accuracies = evaluate(module.backbone, data, device="cpu", **options)
+    module.backbone.train()
+    files.write_text(path, json.dumps(accuracies) + "\n")
+    return accuracies

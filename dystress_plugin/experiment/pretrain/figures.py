@@ -1,0 +1,89 @@
+"""The figures of a run."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dystress_plugin.experiment.pretrain.module import PretrainModule
+from dystress_plugin.metrics import some_pairs
+
+BLUE, ORANGE, GREEN = "#1f77b4", "#d95f02", "#1b9e77"
+
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "savefig.dpi": 150,
+}
+
+
+def curves(metrics: Path, path: Path, title: str) -> None:
+    """Loss, kNN accuracy, temperatures, alignment and uniformity over epochs."""
+    with metrics.open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    column = {name: [row[name] for row in rows] for name in rows[0]}
+    epoch = column["epoch"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        (loss, knn), (tau, shape) = figure.subplots(2, 2, sharex=True)
+        figure.suptitle(f"{title}: pretraining")
+        loss.plot(epoch, column["loss"], color=BLUE)
+        loss.set(title="Loss", ylabel="loss (nats)")
+        knn.plot(epoch, column["knn_top1"], color=BLUE)
+        knn.set(title="Weighted kNN on the test images", ylabel="top-1 accuracy (%)")
+        for pairs, color in (("positive", GREEN), ("negative", ORANGE)):
+            low, high = column[f"tau_{pairs}_min"], column[f"tau_{pairs}_max"]
+            tau.plot(epoch, column[f"tau_{pairs}_mean"], color=color, label=f"{pairs} pairs: mean, least to most")
+            tau.fill_between(epoch, low, high, color=color, alpha=0.2, linewidth=0)
+        tau.set(title="Temperature", xlabel="epoch", ylabel="temperature", ylim=(0, None))
+        tau.legend(frameon=False, fontsize=8)
+        shape.plot(epoch, column["alignment"], color=GREEN, label="alignment (mean cosine of positives)")
+        shape.plot(epoch, column["uniformity"], color=ORANGE, label="uniformity (log mean potential)")
+        shape.set(title="Embedding", xlabel="epoch", ylabel="value")
+        shape.legend(frameon=False, fontsize=8)
+        for axes in (tau, shape):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(epoch) == 1:  # a line through one point is not seen
+            shape.set_xticks(epoch)
+            for line in (line for axes in figure.axes for line in axes.lines):
+                line.set_marker("o")
+        figure.savefig(path)
+
+
+@torch.no_grad()
+def profile(module: PretrainModule, views: list[Tensor], index: Tensor, epoch: int, path: Path, title: str) -> None:
+    """The temperature at every cosine, over the histograms of the cosines of one batch of views."""
+    # In train mode, as the loss sees the embeddings; that moves the statistics of the norms, which are put back.
+    state = copy.deepcopy(module.state_dict())
+    z = module.train().embed([view.to(module.device) for view in views])
+    module.load_state_dict(state)
+    pairs = some_pairs(module.loss, *z, index=index, epoch=epoch, max_images=256)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        density = figure.subplots()
+        temperature = density.twinx()
+        for cosine, tau, color, label in (
+            (pairs.negative_cosine, pairs.negative_tau, ORANGE, "negative pairs"),
+            (pairs.positive_cosine, pairs.positive_tau, GREEN, "positive pairs"),
+        ):
+            density.hist(cosine.cpu(), bins=80, range=(-1, 1), density=True, color=color, alpha=0.35, label=label)
+            chosen = torch.randperm(len(cosine), generator=torch.Generator().manual_seed(0))[:3000]
+            temperature.scatter(cosine.cpu()[chosen], tau.cpu()[chosen], s=6, color=color, linewidths=0)
+        highest = max(float(pairs.negative_tau.max()), float(pairs.positive_tau.max()))
+        density.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="density of pairs (bars)")
+        temperature.set(ylabel="temperature (dots)", ylim=(0, 1.25 * highest))
+        temperature.spines["right"].set_visible(True)
+        temperature.grid(visible=False)
+        density.set_title(f"{title}: temperature over the similarities of one batch")
+        density.legend(loc="upper left", frameon=False)
+        figure.savefig(path)

@@ -1,0 +1,117 @@
+"""The folder of a run: whose it is, and whether it can go on."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dystress_plugin import __version__
+from dystress_plugin.experiment.data import scan, selection
+from dystress_plugin.experiment.io import files, lock
+from dystress_plugin.experiment.io.config import comparable, read_config, recorded, recorded_spec
+from dystress_plugin.experiment.pretrain.module import PretrainModule
+from dystress_plugin.experiment.spec import RunSpec
+
+VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "scikit-learn", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run.
+
+    Attributes:
+        path: where it is.
+        finished: what `summary.json` holds, once the run has been done to the end.
+    """
+
+    path: Path
+    finished: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, spec: RunSpec) -> RunFolder:
+        """The folder as it is; writes nothing.
+
+        Raises:
+            ValueError: for one that holds another run, something else, or a damaged file.
+        """
+        folder = cls(Path(spec.out))
+        if folder.config.exists():
+            check_settings(folder.path, spec)
+            return replace(folder, finished=files.read_json(folder.summary)) if folder.summary.exists() else folder
+        # What an interruption leaves before config.yaml is there, and a scan that found bad images.
+        own = {"config.yaml.part", scan.RECORD, lock.NAME}
+        if folder.path.exists() and {path.name for path in folder.path.iterdir()} - own:
+            raise ValueError(f"out={spec.out} is not empty and holds no run of this command. Choose another out.")
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """Its settings, and of what versions."""
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The last file of a run."""
+        return self.path / "summary.json"
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last finished epoch."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def begin(self, module: PretrainModule) -> None:
+        """Makes it ready for a training to start or to go on, and writes `config.yaml`.
+
+        Raises:
+            ValueError: for a checkpoint that is damaged or another run's, too little room, or a folder that cannot be
+                written.
+        """
+        if self.last.exists():
+            _check_checkpoint(self.last, module)
+        files.check_room(self.path, module, have=int(self.last.exists()))
+        if self.config.exists():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.write_text(self.config, OmegaConf.to_yaml(_record(module.spec)))
+        except OSError as error:
+            raise ValueError(f"out={self.path} cannot be written: {error}. Choose another out.") from None
+
+
+def check_settings(out: Path, spec: RunSpec) -> None:
+    """Raises a ValueError if `out` holds another run than this."""
+    if (config := out / "config.yaml").exists():
+        _check_same(comparable(spec), comparable(read_config(config, spec)), f"out={out} holds a run")
+        if spec.data.indices is not None:
+            selection.check_unchanged(out, spec.data.indices)
+
+
+def _record(spec: RunSpec) -> DictConfig:
+    """What `config.yaml` holds."""
+    versions = {name: metadata.version(name) for name in VERSIONS}
+    versions |= {"python": platform.python_version(), "dystress_plugin": __version__}
+    record = OmegaConf.create({"settings": recorded(spec), "versions": versions})
+    if spec.data.indices is not None:
+        record[selection.DIGEST] = selection.digest(spec.data.indices)
+    return record
+
+
+def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
+    different = [f"{key}={value} (there: {found.get(key)})" for key, value in wanted.items() if value != found.get(key)]
+    if different:
+        raise ValueError(f"{what} with other settings: {', '.join(different)}. Choose another out.")
+
+
+def _check_checkpoint(last: Path, module: PretrainModule) -> None:
+    """Raises a ValueError for a checkpoint that is damaged, or of another run."""
+    checkpoint = files.load(last, "a checkpoint", files.NO_CHECKPOINT)
+    if missing := [key for key in ("state_dict", "epoch", "settings") if key not in checkpoint]:
+        raise ValueError(f"{last} is no checkpoint of this command: it has no {missing[0]}. {files.NO_CHECKPOINT}")
+    files.check_state(module, checkpoint["state_dict"], last, files.NO_CHECKPOINT)
+    found = recorded_spec(checkpoint["settings"], last.parent.parent, module.spec)
+    _check_same(comparable(module.spec), comparable(found), f"{last} belongs to a run")

@@ -1,0 +1,97 @@
+"""From settings as typed to settings as run."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from pytorch_lightning import seed_everything
+
+from dystress_plugin import recipes
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.experiment.backbone import backbone_name, build_backbone
+from dystress_plugin.experiment.data.datasets import Data
+from dystress_plugin.experiment.data.transforms import augmentation
+from dystress_plugin.experiment.pretrain.module import (
+    MOMENTUM,
+    OPTIMIZERS,
+    PretrainModule,
+    QueueModule,
+    ViewsModule,
+)
+from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import RunSpec
+
+QUEUE_SIZE = 4096
+
+
+def check_batch(settings: PretrainSettings, data: Data, devices: int) -> None:
+    """A ValueError for batches that the data cannot fill."""
+    share = len(data.train.labels) // devices
+    if settings.batch_size > share:
+        each = f", {share} for each of {devices} devices" if devices > 1 else ""
+        raise ValueError(
+            f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images"
+            f"{each}."
+        )
+
+
+def resolve(settings: PretrainSettings, data: Data, devices: int) -> RunSpec:
+    """The run that settings ask for: with a value for every key that they leave open.
+
+    Raises:
+        ValueError: for a parameter that the method does not have, a table that is not of the data's size, or a queue
+            for a method without one.
+    """
+    recipe = recipes.recipe(settings.method)
+    lr, weight_decay = OPTIMIZERS[settings.optimizer]
+    image_size = settings.image_size or data.image_size
+    defaults = {
+        "image_size": image_size,
+        "backbone": backbone_name(None, settings.data),
+        "lr": lr(settings.batch_size * devices),
+        "weight_decay": weight_decay,
+        "warmup_epochs": min(10.0, settings.epochs / 10),
+    }
+    defaults |= _queue(settings, recipe)
+    chosen = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    chosen |= augmentation(settings, data, image_size)
+    parameters = _parameters(settings, recipe, len(data.train.labels))
+    return RunSpec.of(replace(settings, **chosen, method_kwargs=parameters))
+
+
+def _queue(settings: PretrainSettings, recipe: recipes.Recipe) -> dict[str, Any]:
+    """The defaults of a queue where the method has one; else a ValueError for the settings of one."""
+    if recipe.queue:
+        return {"queue_size": QUEUE_SIZE, "momentum_encoder": MOMENTUM}
+    for key in ("queue_size", "momentum_encoder"):
+        if (value := getattr(settings, key)) is not None:
+            raise ValueError(f"{key}={value} is for methods with a queue, such as 'simclr_moco', not '{recipe.name}'.")
+    return {}
+
+
+def _parameters(settings: PretrainSettings, recipe: recipes.Recipe, images: int) -> dict[str, Any]:
+    """Every parameter of the method, the size of a table among them."""
+    recipe.check_names(settings.method_kwargs)
+    own = {n: None if default is inspect.Parameter.empty else default for n, default in recipe.parameters.items()}
+    own = recipe.sized(own | settings.method_kwargs, images)
+    if (given := recipe.table_length(own)) not in (None, images):
+        raise ValueError(f"num_samples={given} must be that of the training images, {images}; leave it out.")
+    return own
+
+
+def build_module(spec: RunSpec, data: Data) -> PretrainModule:
+    """The module of a run as it starts; seeds everything."""
+    seed_everything(spec.seed, workers=True, verbose=False)
+    # First of all that is drawn, so that it starts the same with every method.
+    backbone, features = build_backbone(spec.model.backbone, spec.model.image_size)
+    loss = ContrastiveLoss(
+        spec.method,
+        queue_size=None if spec.queue is None else (spec.queue.size, spec.model.projection_dim),
+        gather_distributed=spec.hardware.gather_distributed,
+        **spec.method_kwargs,
+    )
+    if spec.queue is None:
+        return ViewsModule(backbone, features, loss, spec, data.num_classes)
+    return QueueModule(backbone, features, loss, spec, data.num_classes, spec.queue.momentum)

@@ -1,0 +1,109 @@
+"""Lightning's Trainer and the loaders of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch.utils.data import DataLoader
+
+from dystress_plugin import diagnostics
+from dystress_plugin.experiment.data.datasets import Data, EpochOrder, OwnGenerator, Views
+from dystress_plugin.experiment.data.transforms import plain_transform, view_transform
+from dystress_plugin.experiment.devices import build_trainer
+from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.pretrain.callbacks import EpochTable, SeedEveryEpoch
+from dystress_plugin.experiment.pretrain.guard import NanGuard
+from dystress_plugin.experiment.settings import PretrainSettings
+from dystress_plugin.experiment.spec import HardwareSpec, RunSpec, part
+
+# What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved, and loading
+# in the process itself.
+HOST_NOISE = (
+    "Checkpoint directory .* exists and is not empty",
+    "The dirpath has changed",
+    "The '.*_dataloader' does not have many workers",
+    r".isinstance\(treespec, LeafSpec\). is deprecated",
+)
+
+
+Loaders: TypeAlias = "tuple[DataLoader[Any], list[DataLoader[Any]]]"
+
+
+def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
+    """The loader of views to train on, and those of plain images for the kNN."""
+    batch_size, image_size = spec.data.batch_size, spec.model.image_size
+    common: dict[str, Any] = {
+        "num_workers": spec.data.num_workers,
+        "persistent_workers": spec.data.num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # Or every new iterator would take a number from the generator that dropout draws from.
+        "generator": OwnGenerator(),
+    }
+    views = Views(data.train, view_transform(spec.augmentation, image_size, data.normalize), spec.seed)
+    # Not shuffle=True: the order of a resumed run must not depend on what was drawn before. Lightning sets the epoch.
+    order = EpochOrder(views, trainer.world_size, trainer.global_rank, shuffle=True, seed=spec.seed)
+    train = DataLoader(views, batch_size, sampler=order, drop_last=True, **common)
+    plain = plain_transform(image_size, data.normalize)
+    return train, [DataLoader(Views(images, plain), batch_size, **common) for images in (data.train, data.test)]
+
+
+def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
+    """Lightning's Trainer with all callbacks and loggers of a run; writes nothing.
+
+    It comes before all is resolved, as the learning rate depends on its devices. What loggers record of the run the
+    module tells them.
+    """
+    callbacks: list[Callback] = [
+        SeedEveryEpoch(settings.seed),
+        EpochTable(out / "metrics.csv"),
+        *_diagnostics(settings, out),
+        *([NanGuard(out)] if settings.nan_guard else []),
+        ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, enable_version_counter=False),
+    ]
+    if settings.progress:
+        callbacks.append(TQDMProgressBar())
+    return build_trainer(
+        part(HardwareSpec, settings),
+        max_epochs=settings.epochs,
+        sync_batchnorm=settings.accelerator != "cpu" and torch.cuda.is_available(),
+        callbacks=callbacks,
+        plugins=_plugins(),
+        logger=_loggers(settings, out),
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=out,
+    )
+
+
+def _plugins() -> list[Any]:
+    plugins: list[Any] = [files.WholeCheckpoints()]
+    if SLURMEnvironment.detect():
+        # Its checkpoints are from the middle of an epoch; `sbatch --requeue` and the same command do it exactly.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
+
+
+def _diagnostics(settings: PretrainSettings, out: Path) -> list[Callback]:
+    every = settings.diagnostics_every_n_steps
+    return [diagnostics.callback(out / "diagnostics.csv", every_n_steps=every)] if every else []
+
+
+def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:
+    from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+
+    loggers: list[Logger] = []
+    if settings.tensorboard:
+        loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
+    if settings.wandb != "off":
+        name = f"{settings.method}-{settings.data}-{settings.seed}"
+        offline = settings.wandb == "offline"
+        loggers.append(WandbLogger(name, out, offline=offline, project=settings.wandb_project))
+    return loggers

@@ -1,0 +1,204 @@
+"""What is run: `PretrainSettings` with a value for every key that may be left open, in parts for who needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from dystress_plugin.experiment import places
+from dystress_plugin.experiment.settings import PretrainSettings, output_folder
+
+T = TypeVar("T")
+
+# A field has the name of its key, unless its metadata say another one.
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which images, and how they are loaded.
+
+    Attributes:
+        long_tail: None: no long tail was cut.
+        indices: None: no training images were chosen.
+    """
+
+    name: str = field(metadata={"key": "data"})
+    data_root: str
+    download: bool
+    long_tail: float | None
+    long_tail_profile: str
+    indices: str | None
+    on_bad_image: str
+    batch_size: int
+    num_workers: int
+
+    @property
+    def cut(self) -> bool:
+        """Whether only a part of the training images is used."""
+        return self.long_tail is not None or self.indices is not None
+
+    def on(self, data: str | None, data_root: str | None, download: bool) -> DataSpec:
+        """The same with other data, whose tail nobody cut; None: its own."""
+        own = data is None or places.same(data, self.name)
+        return replace(
+            self,
+            name=data or self.name,
+            data_root=data_root or self.data_root,
+            download=download,
+            long_tail=self.long_tail if own else None,
+            indices=self.indices if own else None,
+        )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Backbone, for images of one size, and projection head."""
+
+    backbone: str
+    image_size: int
+    hidden_dim: int
+    projection_dim: int
+
+
+@dataclass(frozen=True)
+class QueueSpec:
+    """Of a method with a queue: its length, and the share of the past in the keys' encoder."""
+
+    size: int = field(metadata={"key": "queue_size"})
+    momentum: float = field(metadata={"key": "momentum_encoder"})
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What the weights are trained with."""
+
+    name: str = field(metadata={"key": "optimizer"})
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+
+
+@dataclass(frozen=True)
+class AugmentationSpec:
+    """How a view differs from its picture."""
+
+    min_scale: float
+    jitter: float
+    grayscale: float
+    blur: float
+    flip: float
+    rotate: float
+
+
+@dataclass(frozen=True)
+class HardwareSpec:
+    """What it runs on, as asked for: `auto` is what a machine has."""
+
+    accelerator: str
+    devices: str
+    num_nodes: int
+    strategy: str
+    precision: str
+    gather_distributed: bool
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """The weighted kNN."""
+
+    knn_k: int
+    knn_t: float
+
+
+@dataclass(frozen=True)
+class LoggingSpec:
+    """What is shown, kept and watched over while it trains."""
+
+    progress: bool
+    diagnostics_every_n_steps: int
+    wandb: str
+    wandb_project: str
+    tensorboard: bool
+    nan_guard: bool
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run, complete.
+
+    Attributes:
+        method_kwargs: every parameter of the method's temperature; None where that itself means something.
+        out: the folder of the results.
+        queue: None for a method without one.
+    """
+
+    method: str
+    method_kwargs: Mapping[str, Any]
+    seed: int
+    epochs: int
+    out: str
+    data: DataSpec
+    model: ModelSpec
+    queue: QueueSpec | None
+    optimizer: OptimizerSpec
+    augmentation: AugmentationSpec
+    hardware: HardwareSpec
+    evaluation: EvaluationSpec
+    logging: LoggingSpec
+
+    @classmethod
+    def of(cls, settings: PretrainSettings) -> RunSpec:
+        """From settings that leave nothing open.
+
+        Raises:
+            ValueError: for a key without a value.
+        """
+        asked = (value is not None for value in (settings.queue_size, settings.momentum_encoder))
+        return cls(
+            method=settings.method,
+            method_kwargs=dict(settings.method_kwargs),
+            seed=settings.seed,
+            epochs=settings.epochs,
+            out=str(output_folder(settings)),
+            data=part(DataSpec, settings),
+            model=part(ModelSpec, settings),
+            queue=part(QueueSpec, settings) if any(asked) else None,
+            optimizer=part(OptimizerSpec, settings),
+            augmentation=part(AugmentationSpec, settings),
+            hardware=part(HardwareSpec, settings),
+            evaluation=part(EvaluationSpec, settings),
+            logging=part(LoggingSpec, settings),
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Every key of `PretrainSettings`, in its order, as plain values: what `of` makes the same spec from."""
+        values = _values(self) | {"method_kwargs": dict(self.method_kwargs)}
+        for its in (getattr(self, f.name) for f in fields(self)):
+            if hasattr(its, "__dataclass_fields__"):
+                values |= _values(its)
+        return {f.name: values.get(f.name) for f in fields(PretrainSettings)}
+
+
+def part(kind: type[T], settings: PretrainSettings) -> T:
+    """A part of a `RunSpec`; also of settings that leave keys of other parts open.
+
+    Raises:
+        ValueError: for a key without a value that the part needs.
+    """
+    hints = get_type_hints(kind)
+    values = {f.name: getattr(settings, _key(f)) for f in fields(kind)}  # type: ignore[arg-type]
+    for f in fields(kind):  # type: ignore[arg-type]
+        if values[f.name] is None and NoneType not in get_args(hints[f.name]):
+            raise ValueError(f"{_key(f)}=null must have a value.")
+    return kind(**values)
+
+
+def _key(f: Field[Any]) -> str:
+    return str(f.metadata.get("key", f.name))
+
+
+def _values(its: Any) -> dict[str, Any]:
+    return {_key(f): getattr(its, f.name) for f in fields(its)}

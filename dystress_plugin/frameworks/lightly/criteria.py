@@ -1,0 +1,524 @@
+"""Drop-in criteria with lightly's argument names: an `NTXentLoss` goes out, one of these comes in.
+
+They hold no formula: each is `dystress_plugin.ContrastiveLoss` under the name and with the arguments that lightly's
+users know. What they add over it is lightly's rule that only what is trained on enters a memory bank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from dystress_plugin.checks import check_number, check_positive
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.objectives import Objective
+
+
+class Criterion(nn.Module, ABC):
+    """A loss under lightly's names.
+
+    Args:
+        loss: the `ContrastiveLoss` that computes.
+
+    Attributes:
+        loss: the same; `dystress_plugin.metrics.temperature_summary` takes it.
+    """
+
+    def __init__(self, loss: ContrastiveLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    @abstractmethod
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """The loss of a batch."""
+
+    def _value(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
+        value: Tensor = self.loss(z0, z1, index=index, epoch=epoch)
+        return value
+
+
+@final
+class DySTreSSLoss(Criterion):
+    """mean_i -log( exp(s_ip / tau(s_ip)) / (exp(s_ip / tau(s_ip)) + sum_n exp(s_in / tau(s_in))) ).
+
+    NT-Xent with a temperature for every pair, from the pair's own cosine similarity s: tau_max for s = -1 and 1,
+    tau_min for s = 0, tau(s) = tau_min + (tau_max - tau_min) * (1 - cos(pi * s)) / 2 between them. With
+    tau_min = tau_max it is lightly's NTXentLoss.
+
+    - [0] DySTreSS, 2023, https://arxiv.org/abs/2308.01140
+
+    Attributes:
+        tau_min:
+            Lowest temperature. Range: (0, inf)
+        tau_max:
+            Highest temperature. Range: [tau_min, inf). The paper has 0.1 and 0.2 for ImageNet, 0.07 and 0.2 for
+            CIFAR.
+        memory_bank_size:
+            Size of the memory bank as (num_features, dim) tuple, or 0 for none. With a memory bank z0 are the
+            queries, z1 the keys, and the bank's features the negatives, as in MoCo.
+        gather_distributed:
+            If True then negatives from all GPUs are gathered before the loss calculation. A memory bank always
+            takes in the keys of all GPUs.
+        profile:
+            Shape of tau(s): "cosine", "shifted", "cosine_constant", "exponential" or "linear"; see
+            `dystress_plugin.temperature.DySTreSS`, also for the next six.
+        shift:
+            For "shifted" and "cosine_constant". Range: [-1, 0]. None takes the profile's own.
+        scale:
+            For the same two. Range: (0, inf). None takes the profile's own.
+        rate:
+            For "exponential". Range: (0, inf). None takes the profile's own.
+        detach:
+            If True then tau(s) counts as a constant in the gradient, as in the authors' code.
+        negative_range:
+            Another (tau_min, tau_max) for the negatives.
+        stabilise:
+            Epochs over which tau_min rises to tau_max. Range: (0, inf). None leaves it; else the epoch has to be
+            passed with every batch.
+        objective:
+            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        sigma:
+            For "dclw". Range: [0.01, inf). None takes 0.5.
+
+    Raises:
+        ValueError:
+            If not 0 < tau_min <= tau_max, for an unknown profile, a parameter that the profile does not have, or a
+            memory bank without dimension.
+
+    Examples:
+        >>> # initialize the loss function
+        >>> loss_fn = DySTreSSLoss(tau_min=0.1, tau_max=0.2)
+        >>>
+        >>> # generate two random transforms of images
+        >>> t0 = transforms(images)
+        >>> t1 = transforms(images)
+        >>>
+        >>> # feed through SimCLR or MoCo model
+        >>> z0, z1 = model(t0), model(t1)
+        >>>
+        >>> # calculate loss
+        >>> loss = loss_fn(z0, z1)
+    """
+
+    def __init__(
+        self,
+        tau_min: float = 0.1,
+        tau_max: float = 0.2,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        profile: str = "cosine",
+        shift: float | None = None,
+        scale: float | None = None,
+        rate: float | None = None,
+        detach: bool = True,
+        negative_range: tuple[float, float] | None = None,
+        stabilise: float | None = None,
+        objective: str | Objective = "ntxent",
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__(
+            _loss(
+                "dystress",
+                memory_bank_size,
+                gather_distributed,
+                objective=objective,
+                sigma=sigma,
+                tau_min=tau_min,
+                tau_max=tau_max,
+                profile=profile,
+                shift=shift,
+                scale=scale,
+                rate=rate,
+                detach=detach,
+                negative_range=negative_range,
+                stabilise=stabilise,
+            )
+        )
+
+    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            z0: first view embeddings, (batch_size, embedding_size), not normalised.
+            z1: second view embeddings, of the same shape.
+            epoch: current epoch, 0 first; only read with `stabilise`.
+
+        Raises:
+            ValueError: with `stabilise` and without an epoch.
+        """
+        return self._value(z0, z1, epoch=epoch)
+
+
+@final
+class MACLLoss(Criterion):
+    """mean_i -sg[1 / (1 - p_i)] log p_i, p_i = exp(s_ip / tau_a) / (exp(s_ip / tau_a) + sum_n exp(s_in / tau_a)).
+
+    The temperature is one per batch, tau_a = temperature * (1 + alpha * (A - A_0)), with A the mean cosine similarity
+    s_ip of the positives, without gradient. What lightly's own MACLLoss does not have: a memory bank, gathered
+    negatives (A is then the mean over all GPUs), any alpha >= 0, and exact values and gradients where p_i rounds to 1,
+    for which lightly adds 1e-8 to the divisor.
+
+    - [0] Model-Aware Contrastive Learning, 2023, https://arxiv.org/abs/2207.07874
+
+    Attributes:
+        temperature:
+            Base temperature. Range: (0, inf)
+        alpha:
+            How strongly the alignment acts. Range: [0, inf). The paper has 0.5 for images, 2 for sentences.
+        A_0:
+            Alignment at which the temperature is the base temperature. Range: [-1, 1]. 0 for images, 0.8 for
+            sentences.
+        memory_bank_size:
+            Size of the memory bank as (num_features, dim) tuple, or 0 for none.
+        gather_distributed:
+            If True then negatives from all GPUs are gathered before the loss calculation.
+        objective:
+            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        sigma:
+            For "dclw". Range: [0.01, inf). None takes 0.5.
+
+    Raises:
+        ValueError:
+            If a value is out of its range, or for a memory bank without dimension.
+
+    Examples:
+        >>> # initialize the loss function
+        >>> loss_fn = MACLLoss(temperature=0.1, alpha=0.5)
+        >>>
+        >>> # feed two views through SimCLR or MoCo model
+        >>> z0, z1 = model(t0), model(t1)
+        >>>
+        >>> # calculate loss
+        >>> loss = loss_fn(z0, z1)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        alpha: float = 0.5,
+        A_0: float = 0.0,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        objective: str | Objective = "macl",
+        sigma: float | None = None,
+    ) -> None:
+        # The temperature checks both under its own names, tau and threshold, which nobody typed here.
+        check_positive("temperature", temperature)
+        if not -1 <= check_number("A_0", A_0) <= 1:
+            raise ValueError(f"A_0={A_0} must lie in [-1, 1]: it is compared with a mean cosine.")
+        super().__init__(
+            _loss(
+                "macl",
+                memory_bank_size,
+                gather_distributed,
+                objective=objective,
+                sigma=sigma,
+                tau=temperature,
+                alpha=alpha,
+                threshold=A_0,
+            )
+        )
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            z0: first view embeddings, (batch_size, embedding_size), not normalised.
+            z1: second view embeddings, of the same shape.
+        """
+        return self._value(z0, z1)
+
+
+@final
+class TemperatureScheduleLoss(Criterion):
+    """mean_i -log( exp(s_ip / tau_e) / (exp(s_ip / tau_e) + sum_n exp(s_in / tau_e)) ), tau_e from the epoch e.
+
+    NT-Xent with tau_e = tau_min + (tau_max - tau_min) * (1 + cos(2 * pi * e / period)) / 2: tau_max at the start,
+    tau_min after half a period.
+
+    - [0] Temperature Schedules, 2023, https://arxiv.org/abs/2303.13664
+
+    Attributes:
+        tau_min:
+            Lowest temperature. Range: (0, inf)
+        tau_max:
+            Highest temperature. Range: [tau_min, inf)
+        period:
+            Epochs of one full cycle. Range: (0, inf). A training shorter than half of it never reaches tau_min.
+        memory_bank_size:
+            Size of the memory bank as (num_features, dim) tuple, or 0 for none.
+        gather_distributed:
+            If True then negatives from all GPUs are gathered before the loss calculation.
+        per_step:
+            If True then `clock` counts parts of an epoch, so that the temperature moves at every step.
+        objective:
+            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        sigma:
+            For "dclw". Range: [0.01, inf). None takes 0.5.
+
+    Raises:
+        ValueError:
+            If a value is out of its range, or for a memory bank without dimension.
+
+    Examples:
+        >>> # initialize the loss function
+        >>> loss_fn = TemperatureScheduleLoss(period=400)
+        >>>
+        >>> for epoch in range(epochs):
+        >>>     for t0, t1 in dataloader:
+        >>>         z0, z1 = model(t0), model(t1)
+        >>>         loss = loss_fn(z0, z1, epoch=epoch)
+        >>>
+        >>> # or, with per_step=True
+        >>>     for batch, (t0, t1) in enumerate(dataloader):
+        >>>         loss = loss_fn(model(t0), model(t1), epoch=loss_fn.clock(epoch, batch, len(dataloader)))
+    """
+
+    def __init__(
+        self,
+        tau_min: float = 0.1,
+        tau_max: float = 1.0,
+        period: float = 400.0,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        per_step: bool = False,
+        objective: str | Objective = "ntxent",
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__(
+            _loss(
+                "ts",
+                memory_bank_size,
+                gather_distributed,
+                objective=objective,
+                sigma=sigma,
+                tau_min=tau_min,
+                tau_max=tau_max,
+                period=period,
+                per_step=per_step,
+            )
+        )
+
+    def clock(self, epoch: int, batch: int, batches: int) -> float:
+        """What to pass as the epoch at batch `batch` of the `batches` of an epoch, both 0 first; see `per_step`."""
+        return self.loss.temperature.clock(epoch, batch, batches)
+
+    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            z0: first view embeddings, (batch_size, embedding_size), not normalised.
+            z1: second view embeddings, of the same shape.
+            epoch: current epoch, 0 first; parts of an epoch are allowed.
+
+        Raises:
+            ValueError: without an epoch.
+        """
+        return self._value(z0, z1, epoch=epoch)
+
+
+@final
+class TemperatureFreeLoss(Criterion):
+    """mean_i -log( exp(a(s_ip)) / (exp(a(s_ip)) + sum_n exp(a(s_in))) ), a(s) = log((1 + s) / (1 - s)).
+
+    NT-Xent with the log-odds of the cosine similarity instead of a quotient, so that there is no temperature to
+    choose. Its gradient is large for nearly equal negatives: clip gradients.
+
+    - [0] Temperature-Free Loss Function for Contrastive Learning, 2025, https://arxiv.org/abs/2501.17683
+
+    Attributes:
+        clamp:
+            How far |s| stays below 1. Range: [1e-6, 0.5]
+        memory_bank_size:
+            Size of the memory bank as (num_features, dim) tuple, or 0 for none.
+        gather_distributed:
+            If True then negatives from all GPUs are gathered before the loss calculation.
+        objective:
+            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        sigma:
+            For "dclw". Range: [0.01, inf). None takes 0.5.
+
+    Raises:
+        ValueError:
+            If clamp is out of its range, or for a memory bank without dimension.
+
+    Examples:
+        >>> # initialize the loss function
+        >>> loss_fn = TemperatureFreeLoss()
+        >>>
+        >>> # feed two views through SimCLR or MoCo model
+        >>> z0, z1 = model(t0), model(t1)
+        >>>
+        >>> # calculate loss
+        >>> loss = loss_fn(z0, z1)
+    """
+
+    def __init__(
+        self,
+        clamp: float = 1e-6,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        objective: str | Objective = "ntxent",
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__(
+            _loss("tempfree", memory_bank_size, gather_distributed, objective=objective, sigma=sigma, clamp=clamp)
+        )
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            z0: first view embeddings, (batch_size, embedding_size), not normalised.
+            z1: second view embeddings, of the same shape.
+        """
+        return self._value(z0, z1)
+
+
+@final
+class ISogCLRLoss(Criterion):
+    """mean_i sum_v ( sum_n w_vn s_vn - s_vp ), w_vn = sg[ exp(s_vn / tau_i) / (N * running mean of the same) ].
+
+    v runs over the two views of image i, n over its N negatives. Every image of the data set has its own temperature
+    tau_i, which is learned from how similar its negatives are. The tables are part of the state dict: save the
+    criterion with the model, and resume with it. They change only in train mode and for embeddings with gradient.
+
+    - [0] iSogCLR, 2023, https://arxiv.org/abs/2305.11965
+
+    Attributes:
+        num_samples:
+            Number of images in the data set; `index` runs from 0 to num_samples - 1.
+        tau_init:
+            Temperature of every image at the start. Range: [tau_min, tau_max]
+        tau_min:
+            Lowest temperature. Range: (0, inf)
+        tau_max:
+            Highest temperature. Range: [tau_min, inf)
+        rho:
+            How far from uniform the weights of the negatives shall be, as a Kullback-Leibler distance; larger means
+            smaller temperatures. Range: (0, log(number of negatives))
+        gamma:
+            Share of the batch in the running mean. Range: (0, 1]
+        beta:
+            Share of the batch in the temperature's averaged gradient. Range: (0, 1]
+        eta:
+            Step size of the temperatures. Range: [0, inf)
+        clip:
+            Bound of a temperature's gradient. Range: (0, inf)
+        gather_distributed:
+            If True then negatives from all GPUs are gathered before the loss calculation.
+        gradient:
+            "cosine" or "difference", see `dystress_plugin.temperature.Individual`.
+        objective:
+            "sogclr", "ntxent", "macl", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        sigma:
+            For "dclw". Range: [0.01, inf). None takes 0.5.
+
+    Raises:
+        ValueError:
+            If a value is out of its range.
+
+    Examples:
+        >>> # initialize the loss function
+        >>> loss_fn = ISogCLRLoss(num_samples=len(dataset))
+        >>>
+        >>> # the dataset returns its index with the two views of an image
+        >>> for t0, t1, index in dataloader:
+        >>>     z0, z1 = model(t0), model(t1)
+        >>>     loss = loss_fn(z0, z1, index=index)
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        tau_init: float = 0.1,
+        tau_min: float = 0.05,
+        tau_max: float = 1.0,
+        rho: float = 0.4,
+        gamma: float = 0.8,
+        beta: float = 0.5,
+        eta: float = 0.03,
+        clip: float = 3.0,
+        gather_distributed: bool = False,
+        *,
+        gradient: str = "cosine",
+        objective: str | Objective = "sogclr",
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__(
+            _loss(
+                "isogclr",
+                0,
+                gather_distributed,
+                objective=objective,
+                sigma=sigma,
+                num_samples=num_samples,
+                tau_init=tau_init,
+                tau_min=tau_min,
+                tau_max=tau_max,
+                rho=rho,
+                gamma=gamma,
+                beta=beta,
+                eta=eta,
+                clip=clip,
+                gradient=gradient,
+            )
+        )
+
+    def forward(self, z0: Tensor, z1: Tensor, index: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            z0: first view embeddings, (batch_size, embedding_size), not normalised.
+            z1: second view embeddings, of the same shape.
+            index: (batch_size,) int64, number of each image in the data set.
+
+        Raises:
+            ValueError: without an index, or at one outside of the tables.
+        """
+        return self._value(z0, z1, index=index)
+
+
+def _loss(
+    method: str,
+    memory_bank_size: int | Sequence[int],
+    gather_distributed: bool,
+    *,
+    objective: str | Objective,
+    sigma: float | None,
+    **settings: Any,
+) -> ContrastiveLoss:
+    if sigma is not None:
+        settings["sigma"] = sigma
+    return ContrastiveLoss(
+        method,
+        objective=objective,
+        queue_size=_queue_size(memory_bank_size),
+        gather_distributed=gather_distributed,
+        **settings,
+    )
+
+
+def _queue_size(memory_bank_size: int | Sequence[int]) -> tuple[int, int] | None:
+    if isinstance(memory_bank_size, int):
+        if memory_bank_size == 0 and not isinstance(memory_bank_size, bool):
+            return None
+        raise ValueError(
+            f"memory_bank_size={memory_bank_size!r} does not say how long a key is: pass the pair (num_features, dim), "
+            "such as (4096, 128), or 0 for no memory bank."
+        )
+    sizes = tuple(memory_bank_size)
+    if sizes and sizes[0] == 0:  # lightly reads (0, dim) as no bank
+        return None
+    if len(sizes) != 2:
+        raise ValueError(
+            f"memory_bank_size={memory_bank_size!r} must be the pair (num_features, dim), such as (4096, 128), or 0."
+        )
+    return sizes[0], sizes[1]

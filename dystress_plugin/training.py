@@ -1,0 +1,176 @@
+"""What every LightningModule of ours does alike, whichever Lightning and host it trains in. It imports neither."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.metrics import temperature_summary
+from dystress_plugin.recipes import Recipe, class_name
+from dystress_plugin.temperature import Temperature
+
+# The step
+
+
+def clock(module: Any, temperature: Temperature, batch_idx: int) -> float:
+    """The epoch that a module's loss is given for a batch."""
+    return temperature.clock(module.current_epoch, batch_idx, int(module.trainer.num_training_batches))
+
+
+def is_logging_step(module: Any) -> bool:
+    """Whether Lightning, which counts steps from one, writes in this step what is logged."""
+    every = module.trainer.log_every_n_steps
+    return bool(every) and (module.global_step + 1) % every == 0
+
+
+def contrast(
+    module: Any,
+    loss: ContrastiveLoss,
+    views: Sequence[Tensor],
+    *,
+    index: Tensor | None,
+    epoch: float,
+    on_epoch: bool = False,
+) -> Tensor:
+    """The loss of a batch; in logging steps a module also logs what the temperature does to it.
+
+    That is `dystress_plugin.metrics.temperature_summary` of this rank's first images.
+
+    Args:
+        module: the LightningModule in its training step.
+        loss: the loss.
+        views: what it compares.
+        index: (batch,) sample numbers.
+        epoch: see `clock`.
+        on_epoch: log the mean over the epoch and all ranks, of minima the minimum and of maxima the maximum; else the
+            step's own values, which need no communication.
+    """
+    # Before the loss, which takes the batch's own keys into a queue of negatives.
+    if is_logging_step(module) and len(views[0]) > 1:
+        summary = temperature_summary(loss, *views, index=index, epoch=epoch)
+        how: dict[str, Any] = {"on_step": not on_epoch, "on_epoch": on_epoch, "sync_dist": on_epoch}
+        for name, number in summary.items():
+            reduction = name.rsplit("_", 1)[-1]
+            reduction = reduction if reduction in ("min", "max") else "mean"
+            shown = name == "tau_positive_mean"
+            module.log(name, number, prog_bar=shown, reduce_fx=reduction, batch_size=len(views[0]), **how)
+    value: Tensor = loss(*views, index=index, epoch=epoch)
+    return value
+
+
+def warn_of_concerns(temperature: Temperature, epochs: float | None, warn: Callable[[str], Any]) -> None:
+    """Warns of what the temperature says to a training of so many epochs.
+
+    Args:
+        temperature: the temperature.
+        epochs: what the Trainer is told; None and -1 are its words for no limit.
+        warn: the host's function that warns once for all ranks.
+    """
+    for concern in temperature.concerns(epochs) if epochs is not None and epochs >= 0 else []:
+        warn(concern)
+
+
+# A table of samples
+
+
+def size_table(temperature: Temperature, num_samples: int) -> None:
+    """Gives a table of samples, where there is one, the length of the training data.
+
+    Raises:
+        ValueError: if it has learned from data of another length.
+    """
+    if temperature.num_samples in (None, num_samples):
+        return
+    if temperature.has_learned:
+        raise ValueError(_other_data(temperature.num_samples, num_samples))
+    temperature.resize(num_samples)
+
+
+def make_room(temperature: Temperature, state: Mapping[str, Any], prefix: str, known: int | None) -> None:
+    """Gives a table of samples the length that it has in a checkpoint, as long as the training data is unknown.
+
+    Args:
+        temperature: the temperature; nothing happens to one without a table.
+        state: the state dict that is about to be loaded.
+        prefix: what the temperature's entries begin with there, such as "criterion.temperature.".
+        known: the number of training images, or None.
+
+    Raises:
+        ValueError: if that is known to be another one.
+    """
+    saved = _saved_length(temperature, state, prefix)
+    if saved in (None, temperature.num_samples):
+        return
+    if known is not None:
+        raise ValueError(_other_data(saved, known))
+    temperature.resize(saved)  # type: ignore[arg-type]  # no longer None
+
+
+def _saved_length(temperature: Temperature, state: Mapping[str, Any], prefix: str) -> int | None:
+    """What is as long as the table here, and has another length there, is a part of it."""
+    own = temperature.num_samples
+    buffers = dict(temperature.named_buffers())
+    tables = [state.get(prefix + name) for name, x in buffers.items() if x.dim() and len(x) == own]
+    lengths = [len(table) for table in tables if table is not None]
+    return next((length for length in lengths if length != own), own)
+
+
+def _other_data(saved: int | None, present: int) -> str:
+    return (
+        f"The checkpoint keeps temperatures of {saved} images, but this run trains on {present}: resume with the data, "
+        "and the part of it, that it was trained on."
+    )
+
+
+# A momentum encoder
+
+
+def momentum_copies(*parts: nn.Module) -> list[nn.Module]:
+    """Copies that begin the same and take no gradient, so that DistributedDataParallel finds nothing unused."""
+    return [copy.deepcopy(part).requires_grad_(False) for part in parts]
+
+
+def update_momentum(pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> None:
+    """copy <- momentum * copy + (1 - momentum) * part, for pairs of (part, copy)."""
+    from lightly.models.utils import update_momentum
+
+    for part, average in pairs:
+        update_momentum(part, average, momentum)
+
+
+@torch.no_grad()
+def shuffled_keys(encode: Callable[[Tensor], Tensor], images: Tensor, *, distributed: bool) -> Tensor:
+    """Keys of images that are encoded in another order, over all devices, as in MoCo.
+
+    Keys whose batch norm saw the same images as their queries' would be told by it from those in the queue.
+    """
+    from lightly.models.utils import batch_shuffle, batch_unshuffle
+
+    shuffled, order = batch_shuffle(images, distributed=distributed)
+    keys: Tensor = batch_unshuffle(encode(shuffled), order, distributed=distributed)
+    return keys
+
+
+# Classes made from the table
+
+
+def method_class(recipe: Recipe, base: type, module: str, body: Mapping[str, Any]) -> Any:
+    """A subclass for a method, in the module of that name, where pickle and load_from_checkpoint look for it.
+
+    Args:
+        recipe: the method, whose title it bears.
+        base: what it is derived from.
+        module: name of the module that makes it.
+        body: its attributes.
+    """
+    doc = f"{recipe.title} ({recipe.paper}, {recipe.url}); method={recipe.name}. See `{base.__name__}`."
+    name = class_name(recipe)
+    cls = type(name, (base,), {"__doc__": doc, "__module__": module, "__qualname__": name, **body})
+    setattr(sys.modules[module], name, cls)
+    return cls
