@@ -55,7 +55,7 @@ def _affine(x: Tensor, factor: float, summand: float, out: Tensor | None) -> Ten
     """factor * x + summand, in one pass."""
     if tracing.compiled(x):  # numbers that change with the epoch would be constants of its graph
         return x * factor + summand
-    return torch.add(torch.tensor(summand, dtype=x.dtype, device=x.device), x, alpha=factor, out=out)
+    return torch.add(x.new_full((), summand), x, alpha=factor, out=out)
 
 
 def _cosine(low: float, delta: float) -> Phase:

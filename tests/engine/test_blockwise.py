@@ -171,4 +171,5 @@ def test_a_compiled_step_is_the_step():
 
     expected = torch.autograd.grad(step(*z), model.weight)[0]
     compiled = torch.compile(step, backend="eager")
-    assert torch.allclose(torch.autograd.grad(compiled(*z), model.weight)[0], expected, rtol=1e-6)
+    found = torch.autograd.grad(compiled(*z), model.weight)[0]
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
