@@ -560,7 +560,7 @@ def _ranks(build: Build, name: str) -> None:
     """Two ranks that saw different batches hold the same state."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, (folder, build()), nprocs=2)  # type: ignore[attr-defined]  # type: ignore[attr-defined]
+            multiprocessing.spawn(_rank, (folder, build()), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
         except Exception as error:  # of either process, or of starting it
             last = [line for line in str(error).splitlines() if line.strip()][-1]
             raise ContractError(
