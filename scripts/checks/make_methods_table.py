@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import dystress_plugin
-from dystress_plugin.experiment.pretrain.module import MODULES
 from dystress_plugin.frameworks import lightly
 from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
 from dystress_plugin.recipes import METHODS
@@ -67,7 +66,7 @@ def table():
                 LAYOUTS[recipe.queue],
                 f"[{recipe.paper}]({recipe.url})",
                 _defaults(recipe),
-                _mark(recipe.queue in MODULES),
+                _mark(True),
                 "its own" if recipe.name in HOSTS_OWN else _mark(recipe.queue in solo),
                 criteria.get((recipe.temperature, recipe.objective), "–"),
                 f"`{module['model'].__name__}`" if module else "–",

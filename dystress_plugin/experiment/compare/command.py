@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dystress_plugin import recipes
 from dystress_plugin.experiment import places
-from dystress_plugin.experiment.compare.plan import Arm, plan
+from dystress_plugin.experiment.compare.plan import plan
 from dystress_plugin.experiment.compare.workers import Workers, shell_lines
 from dystress_plugin.experiment.data.datasets import Data, load_for
 from dystress_plugin.experiment.devices import build_trainer
@@ -37,15 +37,13 @@ LOOKS = 40  # of the diagnostics in a run, unless set
 
 
 class Prepared(NamedTuple):
-    """What is to be done.
+    """What the runs are trained on.
 
     Attributes:
-        runs: seed by seed.
         data: for each seed.
         left_out: files in it that cannot be used.
     """
 
-    runs: list[PretrainSettings]
     data: dict[int, Data]
     left_out: Collection[str]
 
@@ -62,12 +60,12 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
         ValueError: before any training, for settings that do not fit; or after it, where runs have failed.
     """
     settings, common = checked(settings), checked(common)
+    runs = _runs(settings, common)
     out = Path(settings.out)
     with alone(out, wait=True) as lock:
-        prepared = _prepare(settings, common)
-        runs = prepared.runs
+        prepared = _prepare(settings, runs)
         files.write_text(out / "compare.yaml", OmegaConf.to_yaml({"command": command, "settings": asdict(settings)}))
-        _lay_untrained(settings, prepared)
+        _lay_untrained(settings, runs, prepared)
         failures = _work(settings, runs, lock)
         finished = [Path(run.out or "") for run in runs if _finished(run) and Path(run.out or "").name not in failures]
         if not finished:
@@ -88,12 +86,18 @@ def shell_plan(settings: CompareSettings, common: PretrainSettings) -> list[str]
         ValueError: for settings that do not fit.
     """
     settings, common = checked(settings), checked(common)
+    runs = _runs(settings, common)
     with alone(Path(settings.out), wait=True):
-        return shell_lines(settings, _prepare(settings, common).runs)
+        _prepare(settings, runs)
+    return shell_lines(settings, runs)
 
 
-def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Arm]) -> list[PretrainSettings]:
+def _runs(settings: CompareSettings, common: PretrainSettings) -> list[PretrainSettings]:
     """A run for every seed and arm; seed by seed, so that an unfinished comparison is one of fewer seeds."""
+    arms = plan(settings)
+    for name in settings.protocols:
+        protocol(name)
+    places.check_apart(Path(settings.out), common.data)
     queues = any(recipes.recipe(arm.method).queue for arm in arms)
     runs = []
     for seed in settings.seeds:
@@ -116,26 +120,21 @@ def _runs(settings: CompareSettings, common: PretrainSettings, arms: Sequence[Ar
     return runs
 
 
-def _prepare(settings: CompareSettings, common: PretrainSettings) -> Prepared:
-    """The runs; finds what is wrong with any of them before the first one has trained for an hour.
+def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Prepared:
+    """Finds what is wrong with any run before the first one has trained for an hour; sets the diagnostics.
 
     Folders of images are scanned once: the runs find in their folders what was found.
     """
-    arms = plan(settings)
-    for name in settings.protocols:
-        protocol(name)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    devices = build_trainer(part(HardwareSpec, common), logger=False, enable_checkpointing=False).world_size
+    devices = build_trainer(part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False).world_size
     out = Path(settings.out)
-    runs = _runs(settings, common, arms)
-    places.check_apart(out, common.data)
     scan = scan_images(runs[0], out)
     left_out = scan.left_out if scan is not None else ()
     if scan is not None:
         scan.write(out)
     looks = settings.diagnostics_every_n_steps
     data: dict[int, Data] = {}
-    for number, run in enumerate(runs):
+    for run in runs:
         folder = Path(run.out or "")
         if scan is not None and not folder.exists():
             folder.mkdir(parents=True)
@@ -150,16 +149,16 @@ def _prepare(settings: CompareSettings, common: PretrainSettings) -> Prepared:
             looks = max(1, run.epochs * (len(its.train.labels) // run.batch_size) // LOOKS)
         run.diagnostics_every_n_steps = looks
         resolved = resolve(run, its, devices)
-        if number < len(arms):
+        if run.seed == runs[0].seed:
             build_module(resolved, its)
         check_settings(folder, resolved)
-    return Prepared(runs, data, left_out)
+    return Prepared(data, left_out)
 
 
-def _lay_untrained(settings: CompareSettings, prepared: Prepared) -> None:
+def _lay_untrained(settings: CompareSettings, runs: Sequence[PretrainSettings], prepared: Prepared) -> None:
     """Scores what the runs of a seed start from, once, and puts the scores into the folders of those not begun."""
     for seed in settings.seeds:
-        its = [run for run in prepared.runs if run.seed == seed]
+        its = [run for run in runs if run.seed == seed]
         new = [run for run in its if not Path(run.out or "", "config.yaml").exists()]
         if not new:
             continue
