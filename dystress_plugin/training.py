@@ -33,6 +33,7 @@ def contrast(
     module: Any,
     loss: ContrastiveLoss,
     views: Sequence[Tensor],
+    batch_idx: int,
     *,
     index: Tensor | None,
     epoch: float,
@@ -46,13 +47,16 @@ def contrast(
         module: the LightningModule in its training step.
         loss: the loss.
         views: what it compares.
+        batch_idx: number of the batch within the epoch.
         index: (batch,) sample numbers.
         epoch: see `clock`.
         on_epoch: log the mean over the epoch and all ranks, of minima the minimum and of maxima the maximum; else the
             step's own values, which need no communication.
     """
+    # An epoch may be over before a logging step has come, and is written nevertheless.
+    due = is_logging_step(module) or (on_epoch and batch_idx == 0)
     # Before the loss, which takes the batch's own keys into a queue of negatives.
-    if is_logging_step(module) and len(views[0]) > 1:
+    if due and len(views[0]) > 1:
         summary = temperature_summary(loss, *views, index=index, epoch=epoch)
         how: dict[str, Any] = {"on_step": not on_epoch, "on_epoch": on_epoch, "sync_dist": on_epoch}
         for name, number in summary.items():

@@ -84,7 +84,18 @@ def test_logging_steps_are_those_in_which_lightning_writes(every, steps):
     module, found, loss = Module(every), [], ContrastiveLoss("dystress")
     for module.global_step in range(6):
         module.logged.clear()
-        training.contrast(module, loss, embeddings(3, 4), index=None, epoch=0.0)
+        training.contrast(module, loss, embeddings(3, 4), 0, index=None, epoch=0.0)
+        found += [module.global_step] if module.logged else []
+    assert found == steps
+
+
+@pytest.mark.parametrize(("every", "steps"), [(2, [0, 1, 3, 5]), (50, [0, 3])])
+def test_an_epoch_that_is_shorter_than_the_logging_interval_has_values_too(every, steps):
+    module, found, loss = Module(every), [], ContrastiveLoss("dystress")
+    for module.global_step in range(6):  # two epochs of three
+        module.logged.clear()
+        batch = module.global_step % 3
+        training.contrast(module, loss, embeddings(3, 4), batch, index=None, epoch=0.0, on_epoch=True)
         found += [module.global_step] if module.logged else []
     assert found == steps
 
@@ -92,7 +103,7 @@ def test_logging_steps_are_those_in_which_lightning_writes(every, steps):
 @pytest.mark.parametrize("on_epoch", [True, False])
 def test_minima_are_logged_as_minima_and_steps_need_no_communication(on_epoch):
     module = Module(1)
-    training.contrast(module, ContrastiveLoss("ts"), embeddings(5, 4), index=None, epoch=1.0, on_epoch=on_epoch)
+    training.contrast(module, ContrastiveLoss("ts"), embeddings(5, 4), 0, index=None, epoch=1.0, on_epoch=on_epoch)
     assert len(module.logged) == 8
     for name, how in module.logged.items():
         assert how["reduce_fx"] == name[-3:] if name[-3:] in ("min", "max") else how["reduce_fx"] == "mean"
@@ -105,7 +116,7 @@ def test_the_summary_is_of_the_queue_before_the_batch():
     before = loss.queue.keys.clone()
     views = [view.requires_grad_() for view in embeddings(3, 4)]
     expected = dystress_plugin.metrics.temperature_summary(loss, *views)
-    value = training.contrast(module, loss, views, index=None, epoch=0.0)
+    value = training.contrast(module, loss, views, 0, index=None, epoch=0.0)
     assert {name: how["value"] for name, how in module.logged.items()} == expected
     assert value.requires_grad
     assert not torch.equal(loss.queue.keys, before)
@@ -113,7 +124,7 @@ def test_the_summary_is_of_the_queue_before_the_batch():
 
 def test_a_batch_of_one_image_has_a_loss_but_nothing_to_log():
     module, loss = Module(1), ContrastiveLoss("simclr_moco", queue_size=(6, 4))
-    assert training.contrast(module, loss, embeddings(1, 4), index=None, epoch=0.0).isfinite()
+    assert training.contrast(module, loss, embeddings(1, 4), 0, index=None, epoch=0.0).isfinite()
     assert module.logged == {}
 
 

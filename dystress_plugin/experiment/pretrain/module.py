@@ -87,7 +87,7 @@ class PretrainModule(LightningModule, ABC):
         z = self.embed(views)
         epoch = training.clock(self, self.loss.temperature, batch_idx)
         self.last_step = Step(tuple(view.detach() for view in z), index, epoch)
-        loss = training.contrast(self, self.loss, z, index=index, epoch=epoch, on_epoch=True)
+        loss = training.contrast(self, self.loss, z, batch_idx, index=index, epoch=epoch, on_epoch=True)
         self.last_step = self.last_step._replace(loss=loss.detach())
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(index))
         return loss

@@ -142,7 +142,7 @@ class ContrastiveModule(LightningModule, ABC):
         views, targets = batch[0], batch[1]
         features, z = self.embed(views)
         epoch = training.clock(self, self.criterion.temperature, batch_idx)
-        loss = training.contrast(self, self.criterion, z, index=self._index(batch), epoch=epoch)
+        loss = training.contrast(self, self.criterion, z, batch_idx, index=self._index(batch), epoch=epoch)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
 
         cls_loss, cls_log = self.online_classifier.training_step(

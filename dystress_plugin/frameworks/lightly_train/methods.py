@@ -52,7 +52,8 @@ class Views(host.SimCLR):
         z = self.embed(batch["views"])
         index = self._index(batch["filename"]) if self.criterion.temperature.needs_index else None
         epoch = training.clock(self, self.criterion.temperature, batch_idx)
-        return TrainingStepResult(loss=training.contrast(self, self.criterion, z, index=index, epoch=epoch))
+        loss = training.contrast(self, self.criterion, z, batch_idx, index=index, epoch=epoch)
+        return TrainingStepResult(loss=loss)
 
     def configure_callbacks(self) -> list[Any]:
         return diagnostics.callbacks(self.method_args.diagnostics_every_n_steps)

@@ -77,7 +77,7 @@ class AdaptiveTemperature(LightningModule):
         numbers = index if temperature.needs_index else None
         epoch = training.clock(self, temperature, batch_idx)
         (first, views), *others = sides
-        values = [training.contrast(self, first, views, index=numbers, epoch=epoch, on_epoch=True)]
+        values = [training.contrast(self, first, views, batch_idx, index=numbers, epoch=epoch, on_epoch=True)]
         values += [loss(*views, index=numbers, epoch=epoch) for loss, views in others]
         mean: Tensor = sum(values[1:], values[0]) / len(values)
         self.log("train_nce_loss", mean, on_epoch=True, sync_dist=True)
