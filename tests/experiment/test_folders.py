@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -620,7 +621,8 @@ def test_a_report_is_of_one_data_set_however_it_is_named(own):
     records.check_together(runs)
     assert "data" not in records.unequal(runs)
     write_images(own / "photos 2")
-    runs[0].settings.data = str(own / "photos 2")
+    spec = runs[0].settings
+    runs[0] = replace(runs[0], settings=replace(spec, data=replace(spec.data, name=str(own / "photos 2"))))
     with pytest.raises(ValueError, match="The runs differ in data"):
         records.check_together(runs)
 

@@ -86,9 +86,7 @@ def test_what_writes_to_a_folder_is_refused_where_another_does(command, tiny, im
 
 def test_the_other_processes_of_a_training_are_not_refused(tiny, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(
-        pretrain, "_run", lambda settings, recipe, trainer, out, progress: started.append(trainer.global_rank)
-    )
+    monkeypatch.setattr(pretrain, "_run", lambda settings, trainer, progress: started.append(trainer.global_rank))
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # which Lightning sets
     with alone(Path(tiny["out"])):
         for rank in (1, 0):
