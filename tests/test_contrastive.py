@@ -10,6 +10,7 @@ from grid import (
     EPOCH,
     KINDS,
     OBJECTIVES,
+    SAMPLES,
     Pair,
     assert_agree,
     assert_close,
@@ -271,7 +272,7 @@ def test_objective_defaults_to_the_methods_own(given, objective):
     assert ContrastiveLoss(given).objective == objective
 
 
-@pytest.mark.parametrize("build", [ModelAware, lambda: Individual(9, rho=0.2)])
+@pytest.mark.parametrize("build", [ModelAware, lambda: Individual(SAMPLES, rho=0.2)])
 def test_a_warm_up_that_is_over_is_the_method_it_warmed_up(build):
     warm, plain = ContrastiveLoss(WarmUp(build(), epochs=2)), ContrastiveLoss(build())
     for seed in range(3):  # twice from the tables of the steps before

@@ -184,8 +184,10 @@ def test_a_third_partys_warm_up_is_the_method_it_arrives_at(warm, folder, tmp_pa
     model = tiny("warm_macl", epochs=1.0, alpha=0.2)
     assert model.criterion.objective == model.criterion.temperature.default_objective == "macl"
     fit(model, folder, tmp_path, epochs=2)
+    model = tiny("warm_macl", epochs=3)
+    model.trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False)
     with pytest.warns(UserWarning, match="warm-up never arrives at ModelAware"):
-        fit(tiny("warm_macl", epochs=3), folder, tmp_path)
+        model.on_fit_start()
     with pytest.raises(ValueError, match=r"Unknown parameter of method 'warm_macl' 'alpa'\. Did you mean 'alpha'"):
         tiny("warm_macl", alpa=0.2)
 

@@ -479,9 +479,18 @@ def test_a_checkpoint_without_the_table_is_said(bert, tmp_path):
         made.callback_handler.callbacks[-1].on_train_begin(made.args, made.state, made.control)
 
 
+@pytest.mark.parametrize("max_steps", [-1, 4])
+def test_a_training_too_short_for_its_schedule_warns(bert, tmp_path, max_steps):
+    made = trainer(bert, tmp_path, lambda model: ContrastiveSentenceLoss(model, CosineSchedule(period=8)), epochs=4)
+    made.args.max_steps, made.state.num_train_epochs = max_steps, 2
+    ends = 4 if max_steps == -1 else 2
+    with pytest.warns(UserWarning, match=f"half a period of 4 epochs, but training ends after {ends}"):
+        made.callback_handler.callbacks[-1].on_train_begin(made.args, made.state, made.control)
+
+
 def test_losses_inside_of_others_are_found(bert, tmp_path):
     def wrapped(model):
-        return losses.MatryoshkaLoss(model, CachedContrastiveSentenceLoss(model, CosineSchedule()), [8, 4])
+        return losses.MatryoshkaLoss(model, CachedContrastiveSentenceLoss(model, CosineSchedule(period=1)), [8, 4])
 
     made = trainer(bert, tmp_path, wrapped, epochs=1)
     made.train()

@@ -87,7 +87,7 @@ class AdaptiveTemperature(LightningModule):
         """Gives a table of samples its length, from `method_kwargs.num_samples` or the data set itself."""
         super().setup(stage)
         temperature = self.contrastive.temperature
-        if stage != "fit" or temperature.num_samples is None:
+        if stage != "fit" or not temperature.needs_index:
             return
         size = self._training_samples()
         if self._num_samples is None:
