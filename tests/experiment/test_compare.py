@@ -26,7 +26,7 @@ from dystress_plugin.experiment.pretrain.command import pretrain
 from dystress_plugin.experiment.pretrain.resolve import resolve
 from dystress_plugin.experiment.report import cost
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
-from dystress_plugin.recipes import recipe
+from dystress_plugin.experiment.spec import DataSpec, part
 
 
 def names(**settings):
@@ -279,8 +279,8 @@ def test_features_are_extracted_once_for_each_run_and_once_for_each_seed(tiny, t
 
 def test_what_was_laid_for_another_start_is_not_believed(tiny, tmp_path):
     run = PretrainSettings(**tiny | {"progress": False, "epochs": 1})
-    data = load_for(run)
-    start = resolve(run, recipe(run.method), data, 1)
+    data = load_for(part(DataSpec, run), run.seed)
+    start = resolve(run, data, 1)
     laid = scores.Scores({"knn_top1": 12.5, "linear_top1": 25.0}, [scores.Score("knn_1", "all", 1.0, 6, 18)], None)
     for name, seed in (("same", 0), ("other", 1)):
         folder = tmp_path / name

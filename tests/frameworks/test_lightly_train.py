@@ -67,7 +67,9 @@ def host(tmp_path_factory):
         patch.setattr(view_transform, "Compose", functools.partial(view_transform.Compose, seed=0))
         # Our simclr, which LightlyTrain's own hides.
         patch.setitem(method_helpers._method_name_to_cls.ours, "our_simclr", CLASSES["simclr"])
-        yield SimpleNamespace(train=lightly_train, helpers=method_helpers, classes={name: CLASSES[name] for name in METHODS})
+        yield SimpleNamespace(
+            train=lightly_train, helpers=method_helpers, classes={name: CLASSES[name] for name in METHODS}
+        )
 
 
 @pytest.fixture(scope="module")
