@@ -11,7 +11,7 @@ from dystress_plugin.temperature import Constant
 POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
 
 # Methods, in the order in which the table has their temperatures; all are seen on white and on black.
-COLORS = ("#2f8fd6", "#d6456b", "#9a5fd0", "#a08a18", "#17a5bf", "#a8684a")
+COLORS = ("#2f8fd6", "#d6456b", "#9a5fd0", "#a08a18", "#79b52e", "#a8684a")
 
 GREY = "#8a8a8a"  # fixed temperatures, what others are compared with, and an untrained network
 
