@@ -1,8 +1,10 @@
-"""Checks of numbers that users give: each returns the value, or an error that names it."""
+"""Checks of what users give: each returns the value, or an error that names it."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 def check_positive(name: str, value: float) -> float:
@@ -44,3 +46,12 @@ def check_range(tau_min: float, tau_max: float, low: str = "tau_min", high: str 
     if tau_min > tau_max:
         raise ValueError(f"{low}={tau_min} is above {high}={tau_max}; swap them.")
     return tau_min, tau_max
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], *, choices: str | None = None) -> str:
+    """A message for a name that is not among `known`: the nearest one first, then all of them, or `choices`."""
+    known = list(known)
+    spelled = {entry.lower(): entry for entry in known}  # "DySTreSS" is near to "dystress"
+    nearest = difflib.get_close_matches(str(name).lower(), spelled, n=1, cutoff=0.4)
+    hint = f" Did you mean '{spelled[nearest[0]]}'?" if nearest else ""
+    return f"Unknown {kind} '{name}'.{hint} Choose from: {choices or ', '.join(known)}."

@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.embeddings import check_view, normalize, not_finite
 from dystress_plugin.engine import ENGINES, RowStats
-from dystress_plugin.errors import unknown_name
 from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.layout import LAYOUTS, Block
 from dystress_plugin.objectives import OBJECTIVES, Objective

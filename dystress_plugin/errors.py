@@ -1,19 +1,8 @@
-"""Wording of errors that several places raise."""
+"""Errors that are no fault of a setting, and what another library says of its own."""
 
 from __future__ import annotations
 
-import difflib
 import traceback
-from collections.abc import Iterable
-
-
-def unknown_name(kind: str, name: object, known: Iterable[str], *, choices: str | None = None) -> str:
-    """A message for a name that is not among `known`: the nearest one first, then all of them, or `choices`."""
-    known = list(known)
-    spelled = {entry.lower(): entry for entry in known}  # "DySTreSS" is near to "dystress"
-    nearest = difflib.get_close_matches(str(name).lower(), spelled, n=1, cutoff=0.4)
-    hint = f" Did you mean '{spelled[nearest[0]]}'?" if nearest else ""
-    return f"Unknown {kind} '{name}'.{hint} Choose from: {choices or ', '.join(known)}."
 
 
 class RunStopped(RuntimeError):

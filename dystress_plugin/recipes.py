@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
-from dystress_plugin.errors import first_line, unknown_name
+from dystress_plugin.checks import unknown_name
+from dystress_plugin.errors import first_line
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import (
     Constant,

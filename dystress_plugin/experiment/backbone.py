@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dystress_plugin.errors import first_line, unknown_name
+from dystress_plugin.checks import unknown_name
+from dystress_plugin.errors import first_line
 
 SMALL_IMAGE = 64  # pixels, up to which a ResNet keeps the resolution of its input in the first layers
 

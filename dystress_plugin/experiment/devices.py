@@ -12,7 +12,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment.spec import HardwareSpec
 
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "single_device")  # the beginnings of the names of those for CPU and GPU

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 
 T = TypeVar("T")
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dystress_plugin import tracing
-from dystress_plugin.checks import check_number, check_positive, check_range
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import check_number, check_positive, check_range, unknown_name
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Parts, PartsReader, Times, Work
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dystress_plugin import distributed, tracing
-from dystress_plugin.checks import check_fraction, check_number, check_positive, check_range
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import check_fraction, check_number, check_positive, check_range, unknown_name
 from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled

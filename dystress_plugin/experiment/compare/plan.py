@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dystress_plugin import recipes
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment.keys import parse
 from dystress_plugin.experiment.report import records
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings

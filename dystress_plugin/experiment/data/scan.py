@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data.folders import named_as_image
 from dystress_plugin.experiment.io import files, pictures

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.data.datasets import Images

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment.evaluate.classifiers import knn_classes, linear_classes
 from dystress_plugin.experiment.settings import PROTOCOLS
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 
 BENCHMARK = Path("benchmarks", "imagenet", "resnet50")
 

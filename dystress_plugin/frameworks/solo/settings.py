@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.recipes import METHODS, Recipe
 
 HEAD = ("proj_hidden_dim", "proj_output_dim")  # of the projector, named as solo-learn's SimCLR names them
