@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.transforms import ToTensor
 
 from dystress_plugin.frameworks.lightly import modules
-from dystress_plugin.frameworks.lightly.module import sample_numbers
+from dystress_plugin.frameworks.lightly.base import sample_numbers
 from dystress_plugin.recipes import METHODS
 
 IMAGES = 12  # in `folder`, in two classes

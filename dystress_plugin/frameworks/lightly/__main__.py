@@ -45,7 +45,7 @@ def benchmark_directory(repo: str | None) -> Path:
 def load_benchmark(directory: Path) -> ModuleType:
     """lightly's main module, its METHODS extended in place by those of ours whose names it does not have.
 
-    lightly's own methods run as well where Lightning would stop them, see `module.log_as_outermost`.
+    lightly's own methods run as well where Lightning would stop them, see `base.log_as_outermost`.
 
     Raises:
         SystemExit: with a message of two lines, if lightly is missing or the clone needs another version of it.
@@ -53,7 +53,7 @@ def load_benchmark(directory: Path) -> ModuleType:
     try:
         from lightly.utils.benchmarking import KNNClassifier
 
-        from dystress_plugin.frameworks.lightly.module import log_as_outermost
+        from dystress_plugin.frameworks.lightly.base import log_as_outermost
         from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
     except ImportError as error:
         raise SystemExit(

@@ -6,8 +6,9 @@ users know. What they add over it is lightly's rule that only what is trained on
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -21,19 +22,31 @@ class Criterion(nn.Module, ABC):
     """A loss under lightly's names.
 
     Args:
-        loss: the `ContrastiveLoss` that computes.
+        method: name in `dystress_plugin.recipes.METHODS`.
+        arguments: those of the subclass by name, which is its `locals()`.
+        **names: what the temperature calls an argument that lightly calls otherwise.
 
     Attributes:
-        loss: the same; `dystress_plugin.metrics.temperature_summary` takes it.
+        loss: the `ContrastiveLoss` that computes; `dystress_plugin.metrics.temperature_summary` takes it.
     """
 
-    def __init__(self, loss: ContrastiveLoss) -> None:
+    def __init__(self, method: str, arguments: Mapping[str, Any], **names: str) -> None:
         super().__init__()
-        self.loss = loss
+        # Not all of `arguments`: among the locals is `self`.
+        settings = {names.get(name, name): arguments[name] for name in inspect.signature(type(self)).parameters}
+        if settings["sigma"] is None:  # which one objective alone has
+            del settings["sigma"]
+        queue_size = _queue_size(settings.pop("memory_bank_size", 0))
+        self.loss = ContrastiveLoss(method, queue_size=queue_size, **settings)
 
     @abstractmethod
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """The loss of a batch."""
+        """The loss of a batch.
+
+        Args:
+            z0: first view embeddings, (batch_size, embedding_size), not normalised.
+            z1: second view embeddings, of the same shape.
+        """
 
     def _value(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
         value: Tensor = self.loss(z0, z1, index=index, epoch=epoch)
@@ -50,56 +63,31 @@ class DySTreSSLoss(Criterion):
 
     - [0] DySTreSS, 2023, https://arxiv.org/abs/2308.01140
 
-    Attributes:
-        tau_min:
-            Lowest temperature. Range: (0, inf)
-        tau_max:
-            Highest temperature. Range: [tau_min, inf). The paper has 0.1 and 0.2 for ImageNet, 0.07 and 0.2 for
-            CIFAR.
-        memory_bank_size:
-            Size of the memory bank as (num_features, dim) tuple, or 0 for none. With a memory bank z0 are the
-            queries, z1 the keys, and the bank's features the negatives, as in MoCo.
-        gather_distributed:
-            If True then negatives from all GPUs are gathered before the loss calculation. A memory bank always
-            takes in the keys of all GPUs.
-        profile:
-            Shape of tau(s): "cosine", "shifted", "cosine_constant", "exponential" or "linear"; see
-            `dystress_plugin.temperature.DySTreSS`, also for the next six.
-        shift:
-            For "shifted" and "cosine_constant". Range: [-1, 0]. None takes the profile's own.
-        scale:
-            For the same two. Range: (0, inf). None takes the profile's own.
-        rate:
-            For "exponential". Range: (0, inf). None takes the profile's own.
-        detach:
-            If True then tau(s) counts as a constant in the gradient, as in the authors' code.
-        negative_range:
-            Another (tau_min, tau_max) for the negatives.
-        stabilise:
-            Epochs over which tau_min rises to tau_max. Range: (0, inf). None leaves it; else the epoch has to be
-            passed with every batch.
-        objective:
-            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
-        sigma:
-            For "dclw". Range: [0.01, inf). None takes 0.5.
+    Args:
+        tau_min: Lowest temperature, in (0, inf).
+        tau_max: Highest temperature, in [tau_min, inf). The paper has 0.1 and 0.2 for ImageNet, 0.07 and 0.2 for CIFAR.
+        memory_bank_size: (num_features, dim) of a memory bank, or 0 for none. With one z0 are the queries, z1 the
+            keys, and the bank's features the negatives, as in MoCo.
+        gather_distributed: Compare with the batches of all GPUs. A memory bank always takes in the keys of all GPUs.
+        profile: Shape of tau(s): "cosine", "shifted", "cosine_constant", "exponential" or "linear".
+        shift, scale: Of "shifted" and "cosine_constant"; None is the profile's own. See
+            `dystress_plugin.temperature.DySTreSS`, also for the next three.
+        rate: Of "exponential"; None is the profile's own.
+        detach: Take tau(s) for a constant in the gradient, as in the authors' code.
+        negative_range: Another (tau_min, tau_max) for the negatives.
+        stabilise: Epochs over which tau_min rises to tau_max; the epoch is then needed with every batch. None: never.
+        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        sigma: Of "dclw", in [0.01, inf); None is 0.5.
 
     Raises:
-        ValueError:
-            If not 0 < tau_min <= tau_max, for an unknown profile, a parameter that the profile does not have, or a
-            memory bank without dimension.
+        ValueError: If not 0 < tau_min <= tau_max, for an unknown profile, a parameter that the profile does not have,
+            or a memory bank without dimension.
 
     Examples:
-        >>> # initialize the loss function
         >>> loss_fn = DySTreSSLoss(tau_min=0.1, tau_max=0.2)
         >>>
-        >>> # generate two random transforms of images
-        >>> t0 = transforms(images)
-        >>> t1 = transforms(images)
-        >>>
-        >>> # feed through SimCLR or MoCo model
-        >>> z0, z1 = model(t0), model(t1)
-        >>>
-        >>> # calculate loss
+        >>> # two random transforms of images, through a SimCLR or MoCo model
+        >>> z0, z1 = model(transforms(images)), model(transforms(images))
         >>> loss = loss_fn(z0, z1)
     """
 
@@ -120,36 +108,10 @@ class DySTreSSLoss(Criterion):
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
     ) -> None:
-        super().__init__(
-            _loss(
-                "dystress",
-                memory_bank_size,
-                gather_distributed,
-                objective=objective,
-                sigma=sigma,
-                tau_min=tau_min,
-                tau_max=tau_max,
-                profile=profile,
-                shift=shift,
-                scale=scale,
-                rate=rate,
-                detach=detach,
-                negative_range=negative_range,
-                stabilise=stabilise,
-            )
-        )
+        super().__init__("dystress", locals())
 
     def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            z0: first view embeddings, (batch_size, embedding_size), not normalised.
-            z1: second view embeddings, of the same shape.
-            epoch: current epoch, 0 first; only read with `stabilise`.
-
-        Raises:
-            ValueError: with `stabilise` and without an epoch.
-        """
+        """The loss of a batch; `stabilise` alone reads the epoch, 0 first, and needs it."""
         return self._value(z0, z1, epoch=epoch)
 
 
@@ -164,35 +126,20 @@ class MACLLoss(Criterion):
 
     - [0] Model-Aware Contrastive Learning, 2023, https://arxiv.org/abs/2207.07874
 
-    Attributes:
-        temperature:
-            Base temperature. Range: (0, inf)
-        alpha:
-            How strongly the alignment acts. Range: [0, inf). The paper has 0.5 for images, 2 for sentences.
-        A_0:
-            Alignment at which the temperature is the base temperature. Range: [-1, 1]. 0 for images, 0.8 for
-            sentences.
-        memory_bank_size:
-            Size of the memory bank as (num_features, dim) tuple, or 0 for none.
-        gather_distributed:
-            If True then negatives from all GPUs are gathered before the loss calculation.
-        objective:
-            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
-        sigma:
-            For "dclw". Range: [0.01, inf). None takes 0.5.
+    Args:
+        temperature: Base temperature, in (0, inf).
+        alpha: How strongly the alignment acts, in [0, inf). The paper has 0.5 for images, 2 for sentences.
+        A_0: Alignment at which the temperature is the base temperature, in [-1, 1]. 0 for images, 0.8 for sentences.
+        memory_bank_size: As for `DySTreSSLoss`; likewise the three below.
+        gather_distributed: Compare with the batches of all GPUs.
+        objective: Of `dystress_plugin.objectives`.
+        sigma: Of objective "dclw".
 
     Raises:
-        ValueError:
-            If a value is out of its range, or for a memory bank without dimension.
+        ValueError: If a value is out of its range, or for a memory bank without dimension.
 
     Examples:
-        >>> # initialize the loss function
         >>> loss_fn = MACLLoss(temperature=0.1, alpha=0.5)
-        >>>
-        >>> # feed two views through SimCLR or MoCo model
-        >>> z0, z1 = model(t0), model(t1)
-        >>>
-        >>> # calculate loss
         >>> loss = loss_fn(z0, z1)
     """
 
@@ -211,26 +158,9 @@ class MACLLoss(Criterion):
         check_positive("temperature", temperature)
         if not -1 <= check_number("A_0", A_0) <= 1:
             raise ValueError(f"A_0={A_0} must lie in [-1, 1]: it is compared with a mean cosine.")
-        super().__init__(
-            _loss(
-                "macl",
-                memory_bank_size,
-                gather_distributed,
-                objective=objective,
-                sigma=sigma,
-                tau=temperature,
-                alpha=alpha,
-                threshold=A_0,
-            )
-        )
+        super().__init__("macl", locals(), temperature="tau", A_0="threshold")
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            z0: first view embeddings, (batch_size, embedding_size), not normalised.
-            z1: second view embeddings, of the same shape.
-        """
         return self._value(z0, z1)
 
 
@@ -243,38 +173,22 @@ class TemperatureScheduleLoss(Criterion):
 
     - [0] Temperature Schedules, 2023, https://arxiv.org/abs/2303.13664
 
-    Attributes:
-        tau_min:
-            Lowest temperature. Range: (0, inf)
-        tau_max:
-            Highest temperature. Range: [tau_min, inf)
-        period:
-            Epochs of one full cycle. Range: (0, inf). A training shorter than half of it never reaches tau_min.
-        memory_bank_size:
-            Size of the memory bank as (num_features, dim) tuple, or 0 for none.
-        gather_distributed:
-            If True then negatives from all GPUs are gathered before the loss calculation.
-        per_step:
-            If True then `clock` counts parts of an epoch, so that the temperature moves at every step.
-        objective:
-            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
-        sigma:
-            For "dclw". Range: [0.01, inf). None takes 0.5.
+    Args:
+        tau_min: Lowest temperature, in (0, inf).
+        tau_max: Highest temperature, in [tau_min, inf).
+        period: Epochs of one full cycle, in (0, inf). A training shorter than half of it never reaches tau_min.
+        memory_bank_size: As for `DySTreSSLoss`; likewise `gather_distributed`, `objective` and `sigma`.
+        gather_distributed: Compare with the batches of all GPUs.
+        per_step: `clock` counts parts of an epoch, so that the temperature moves at every step.
+        objective: Of `dystress_plugin.objectives`.
+        sigma: Of objective "dclw".
 
     Raises:
-        ValueError:
-            If a value is out of its range, or for a memory bank without dimension.
+        ValueError: If a value is out of its range, or for a memory bank without dimension.
 
     Examples:
-        >>> # initialize the loss function
         >>> loss_fn = TemperatureScheduleLoss(period=400)
-        >>>
         >>> for epoch in range(epochs):
-        >>>     for t0, t1 in dataloader:
-        >>>         z0, z1 = model(t0), model(t1)
-        >>>         loss = loss_fn(z0, z1, epoch=epoch)
-        >>>
-        >>> # or, with per_step=True
         >>>     for batch, (t0, t1) in enumerate(dataloader):
         >>>         loss = loss_fn(model(t0), model(t1), epoch=loss_fn.clock(epoch, batch, len(dataloader)))
     """
@@ -291,35 +205,14 @@ class TemperatureScheduleLoss(Criterion):
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
     ) -> None:
-        super().__init__(
-            _loss(
-                "ts",
-                memory_bank_size,
-                gather_distributed,
-                objective=objective,
-                sigma=sigma,
-                tau_min=tau_min,
-                tau_max=tau_max,
-                period=period,
-                per_step=per_step,
-            )
-        )
+        super().__init__("ts", locals())
 
     def clock(self, epoch: int, batch: int, batches: int) -> float:
         """What to pass as the epoch at batch `batch` of the `batches` of an epoch, both 0 first; see `per_step`."""
         return self.loss.temperature.clock(epoch, batch, batches)
 
     def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            z0: first view embeddings, (batch_size, embedding_size), not normalised.
-            z1: second view embeddings, of the same shape.
-            epoch: current epoch, 0 first; parts of an epoch are allowed.
-
-        Raises:
-            ValueError: without an epoch.
-        """
+        """The loss of a batch in an epoch, 0 first, parts of one allowed; without it a ValueError."""
         return self._value(z0, z1, epoch=epoch)
 
 
@@ -332,30 +225,18 @@ class TemperatureFreeLoss(Criterion):
 
     - [0] Temperature-Free Loss Function for Contrastive Learning, 2025, https://arxiv.org/abs/2501.17683
 
-    Attributes:
-        clamp:
-            How far |s| stays below 1. Range: [1e-6, 0.5]
-        memory_bank_size:
-            Size of the memory bank as (num_features, dim) tuple, or 0 for none.
-        gather_distributed:
-            If True then negatives from all GPUs are gathered before the loss calculation.
-        objective:
-            "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
-        sigma:
-            For "dclw". Range: [0.01, inf). None takes 0.5.
+    Args:
+        clamp: How far |s| stays below 1, in [1e-6, 0.5].
+        memory_bank_size: As for `DySTreSSLoss`; likewise the three below.
+        gather_distributed: Compare with the batches of all GPUs.
+        objective: Of `dystress_plugin.objectives`.
+        sigma: Of objective "dclw".
 
     Raises:
-        ValueError:
-            If clamp is out of its range, or for a memory bank without dimension.
+        ValueError: If clamp is out of its range, or for a memory bank without dimension.
 
     Examples:
-        >>> # initialize the loss function
         >>> loss_fn = TemperatureFreeLoss()
-        >>>
-        >>> # feed two views through SimCLR or MoCo model
-        >>> z0, z1 = model(t0), model(t1)
-        >>>
-        >>> # calculate loss
         >>> loss = loss_fn(z0, z1)
     """
 
@@ -368,17 +249,9 @@ class TemperatureFreeLoss(Criterion):
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
     ) -> None:
-        super().__init__(
-            _loss("tempfree", memory_bank_size, gather_distributed, objective=objective, sigma=sigma, clamp=clamp)
-        )
+        super().__init__("tempfree", locals())
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            z0: first view embeddings, (batch_size, embedding_size), not normalised.
-            z1: second view embeddings, of the same shape.
-        """
         return self._value(z0, z1)
 
 
@@ -392,47 +265,30 @@ class ISogCLRLoss(Criterion):
 
     - [0] iSogCLR, 2023, https://arxiv.org/abs/2305.11965
 
-    Attributes:
-        num_samples:
-            Number of images in the data set; `index` runs from 0 to num_samples - 1.
-        tau_init:
-            Temperature of every image at the start. Range: [tau_min, tau_max]
-        tau_min:
-            Lowest temperature. Range: (0, inf)
-        tau_max:
-            Highest temperature. Range: [tau_min, inf)
-        rho:
-            How far from uniform the weights of the negatives shall be, as a Kullback-Leibler distance; larger means
-            smaller temperatures. Range: (0, log(number of negatives))
-        gamma:
-            Share of the batch in the running mean. Range: (0, 1]
-        beta:
-            Share of the batch in the temperature's averaged gradient. Range: (0, 1]
-        eta:
-            Step size of the temperatures. Range: [0, inf)
-        clip:
-            Bound of a temperature's gradient. Range: (0, inf)
-        gather_distributed:
-            If True then negatives from all GPUs are gathered before the loss calculation.
-        gradient:
-            "cosine" or "difference", see `dystress_plugin.temperature.Individual`.
-        objective:
-            "sogclr", "ntxent", "macl", "dcl" or "dclw"; see `dystress_plugin.objectives`.
-        sigma:
-            For "dclw". Range: [0.01, inf). None takes 0.5.
+    Args:
+        num_samples: Number of images in the data set; `index` runs from 0 to num_samples - 1.
+        tau_init: Temperature of every image at the start, in [tau_min, tau_max].
+        tau_min: Lowest temperature, in (0, inf).
+        tau_max: Highest temperature, in [tau_min, inf).
+        rho: How far from uniform the weights of the negatives shall be, as a Kullback-Leibler distance, in
+            (0, log(number of negatives)); larger means smaller temperatures.
+        gamma: Share of the batch in the running mean, in (0, 1].
+        beta: Share of the batch in the temperature's averaged gradient, in (0, 1].
+        eta: Step size of the temperatures, in [0, inf).
+        clip: Bound of a temperature's gradient, in (0, inf).
+        gather_distributed: Compare with the batches of all GPUs.
+        gradient: "cosine" or "difference", see `dystress_plugin.temperature.Individual`.
+        objective: Of `dystress_plugin.objectives`; likewise `sigma`, of "dclw".
+        sigma: As for `DySTreSSLoss`.
 
     Raises:
-        ValueError:
-            If a value is out of its range.
+        ValueError: If a value is out of its range.
 
     Examples:
-        >>> # initialize the loss function
         >>> loss_fn = ISogCLRLoss(num_samples=len(dataset))
-        >>>
         >>> # the dataset returns its index with the two views of an image
         >>> for t0, t1, index in dataloader:
-        >>>     z0, z1 = model(t0), model(t1)
-        >>>     loss = loss_fn(z0, z1, index=index)
+        >>>     loss = loss_fn(model(t0), model(t1), index=index)
     """
 
     def __init__(
@@ -452,58 +308,11 @@ class ISogCLRLoss(Criterion):
         objective: str | Objective = "sogclr",
         sigma: float | None = None,
     ) -> None:
-        super().__init__(
-            _loss(
-                "isogclr",
-                0,
-                gather_distributed,
-                objective=objective,
-                sigma=sigma,
-                num_samples=num_samples,
-                tau_init=tau_init,
-                tau_min=tau_min,
-                tau_max=tau_max,
-                rho=rho,
-                gamma=gamma,
-                beta=beta,
-                eta=eta,
-                clip=clip,
-                gradient=gradient,
-            )
-        )
+        super().__init__("isogclr", locals())
 
     def forward(self, z0: Tensor, z1: Tensor, index: Tensor | None = None) -> Tensor:
-        """The loss of a batch.
-
-        Args:
-            z0: first view embeddings, (batch_size, embedding_size), not normalised.
-            z1: second view embeddings, of the same shape.
-            index: (batch_size,) int64, number of each image in the data set.
-
-        Raises:
-            ValueError: without an index, or at one outside of the tables.
-        """
+        """The loss of a batch; index, (batch_size,) int64, numbers its images in the data set, a ValueError without."""
         return self._value(z0, z1, index=index)
-
-
-def _loss(
-    method: str,
-    memory_bank_size: int | Sequence[int],
-    gather_distributed: bool,
-    *,
-    objective: str | Objective,
-    sigma: float | None,
-    **settings: Any,
-) -> ContrastiveLoss:
-    if sigma is not None:
-        settings["sigma"] = sigma
-    return ContrastiveLoss(
-        method,
-        objective=objective,
-        queue_size=_queue_size(memory_bank_size),
-        gather_distributed=gather_distributed,
-        **settings,
-    )
 
 
 def _queue_size(memory_bank_size: int | Sequence[int]) -> tuple[int, int] | None:
