@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.recipes import Recipe, class_name
+from dystress_plugin.recipes import Recipe, class_name, follow
 from dystress_plugin.temperature import Temperature
 
 # The step
@@ -162,6 +162,23 @@ def shuffled_keys(encode: Callable[[Tensor], Tensor], images: Tensor, *, distrib
 
 
 # Classes made from the table
+
+
+def method_classes(bases: Mapping[bool, type], module: str, body: Callable[[Recipe], dict[str, Any]]) -> dict[str, Any]:
+    """A class for every method by name, and from then on for each that is registered; see `method_class`.
+
+    Args:
+        bases: what they are derived from, by whether a method has a queue.
+        module: name of the module that makes them.
+        body: from a method to the attributes of its class.
+    """
+    classes: dict[str, Any] = {}
+
+    def add(recipe: Recipe) -> None:
+        classes[recipe.name] = method_class(recipe, bases[recipe.queue], module, body(recipe))
+
+    follow(add)
+    return classes
 
 
 def method_class(recipe: Recipe, base: type, module: str, body: Mapping[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def test_label_tells_settings_apart():
     assert label("dystress", {**HEAD, "tau_max": 0.3, "negative_range": [0.1, 0.2]}, None) == (
         "-negative_range0.1_0.2-tau_max0.3"
     )
-    assert label("macl", complete(METHODS["macl"], {**HEAD, "temperature": 0.2}).method_kwargs, 1) == "-seed1-tau0.2"
+    assert label("macl", complete(METHODS["macl"], {**HEAD, "temperature": 0.2})[0], 1) == "-seed1-tau0.2"
     assert label("macl_moco", {**HEAD, "queue_size": 65536}, seed=1) == "-seed1"
     assert label("macl_moco", {**HEAD, "queue_size": 8}, seed=1) == "-seed1-queue_size8"
     assert label("simclr_of_theirs", {"temperature": 0.2}, seed=1) == "-seed1-temperature0.2"

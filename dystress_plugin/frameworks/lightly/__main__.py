@@ -28,18 +28,16 @@ def benchmark_directory(repo: str | None) -> Path:
         SystemExit: with a message of two lines, if there is none.
     """
     clone = repo or os.environ.get("LIGHTLY_HOME")
-    if not clone:
-        raise SystemExit(
-            "lightly's benchmark is in its GitHub repository, not in the installed package: clone lightly-ai/lightly.\n"
-            "Then name the clone with --repo PATH, or in the environment as LIGHTLY_HOME."
-        )
-    directory = Path(clone).expanduser().resolve() / BENCHMARK
-    if not (directory / "main.py").is_file():
-        raise SystemExit(
-            f"'{clone}' is not a clone of lightly's GitHub repository: it has no {BENCHMARK / 'main.py'}.\n"
-            "Clone lightly-ai/lightly, and name the clone with --repo PATH, or in the environment as LIGHTLY_HOME."
-        )
-    return directory
+    directory = Path(clone or "").expanduser().resolve() / BENCHMARK
+    if clone and (directory / "main.py").is_file():
+        return directory
+    problem = "lightly's benchmark is in its GitHub repository, not in the installed package."
+    if clone:
+        problem = f"'{clone}' is not a clone of lightly's GitHub repository: it has no {BENCHMARK / 'main.py'}."
+    raise SystemExit(
+        f"{problem}\n"
+        "Clone lightly-ai/lightly, and name the clone with --repo PATH, or in the environment as LIGHTLY_HOME."
+    )
 
 
 def load_benchmark(directory: Path) -> ModuleType:

@@ -15,20 +15,16 @@ from torch import Tensor
 
 from dystress_plugin import diagnostics, training
 from dystress_plugin.frameworks.lightly_train.arguments import ViewsArgs, args_class
-from dystress_plugin.recipes import Recipe, follow
+from dystress_plugin.recipes import Recipe
 
 
-class Views(host.SimCLR):
+class ViewsMethod(host.SimCLR):
     """LightlyTrain's SimCLR with our loss in the place of its criterion.
 
     Beside `train_loss` it logs, in the steps that the Trainer logs, what the temperature does to the batch
     (`dystress_plugin.metrics.temperature_summary`).
 
     A method with a table of samples (iSogCLR) tells images apart by the filenames of LightlyTrain's data set.
-
-    Args:
-        *args: LightlyTrain's.
-        **kwargs: LightlyTrain's, `method_args` among them.
     """
 
     recipe: ClassVar[Recipe]
@@ -85,14 +81,10 @@ class Views(host.SimCLR):
         return torch.tensor([self._sample_numbers[name] for name in filenames])
 
 
-class Queue(Views):
+class QueueMethod(ViewsMethod):
     """MoCo v2: keys from a momentum encoder, in batches shuffled over all devices, and a queue of them.
 
     Transform and optimizer are those of LightlyTrain's DenseCL, which is MoCo v2 with a second, local loss.
-
-    Args:
-        *args: LightlyTrain's.
-        **kwargs: LightlyTrain's, `method_args` among them.
     """
 
     # Static methods of a class that is no base of this one.
@@ -124,7 +116,7 @@ class Queue(Views):
 
 
 # By whether a recipe has a queue.
-BASES: dict[bool, type[Views]] = {False: Views, True: Queue}
+BASES: dict[bool, type[ViewsMethod]] = {False: ViewsMethod, True: QueueMethod}
 
 
 def sample_numbers(dataset: Any) -> dict[str, int]:
@@ -147,11 +139,6 @@ def _of_criterion(name: str) -> bool:
     return name.startswith("criterion.")
 
 
-def _class(recipe: Recipe) -> type[Views]:
-    body = {"recipe": recipe, "args": args_class(recipe)}
-    cls: type[Views] = training.method_class(recipe, BASES[recipe.queue], __name__, body)
-    return cls
-
-
-CLASSES: dict[str, type[Views]] = {}
-follow(lambda recipe: CLASSES.update({recipe.name: _class(recipe)}))
+CLASSES: dict[str, type[ViewsMethod]] = training.method_classes(
+    BASES, __name__, lambda recipe: {"recipe": recipe, "args": args_class(recipe)}
+)

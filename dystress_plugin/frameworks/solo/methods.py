@@ -17,7 +17,7 @@ from dystress_plugin import ContrastiveLoss, diagnostics, training
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
 from dystress_plugin.frameworks.solo.settings import DIAGNOSTICS, complete, loss_settings
-from dystress_plugin.recipes import Recipe, follow
+from dystress_plugin.recipes import Recipe
 from dystress_plugin.temperature import Temperature
 
 try:
@@ -53,10 +53,9 @@ class AdaptiveTemperature(LightningModule):
         given = cfg.get("method_kwargs") or {}
         if isinstance(given, DictConfig):
             given = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
-        completed = complete(cls.recipe, given)
-        for note in completed.notes:
+        cfg.method_kwargs, notes = complete(cls.recipe, given)
+        for note in notes:
             rank_zero_info(note)
-        cfg.method_kwargs = completed.method_kwargs
         # args.json is written unresolved; a name that is spelled out can be read there, and by older code.
         OmegaConf.resolve(cfg)
         return super().add_and_assert_specific_cfg(cfg)
@@ -173,13 +172,9 @@ class TwoQueues(AdaptiveTemperature, MoCoV2Plus):
 BASES: dict[bool, type[AdaptiveTemperature]] = {False: TwoViews, True: TwoQueues}
 
 
-def _class(recipe: Recipe) -> type[AdaptiveTemperature]:
-    cls: type[AdaptiveTemperature] = training.method_class(recipe, BASES[recipe.queue], __name__, {"recipe": recipe})
-    return cls
-
-
-CLASSES: dict[str, type[AdaptiveTemperature]] = {}
-follow(lambda recipe: CLASSES.update({recipe.name: _class(recipe)}))
+CLASSES: dict[str, type[AdaptiveTemperature]] = training.method_classes(
+    BASES, __name__, lambda recipe: {"recipe": recipe}
+)
 
 
 def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from dystress_plugin.checks import unknown_name
 from dystress_plugin.recipes import METHODS, Recipe
@@ -15,20 +15,10 @@ DIAGNOSTICS = "diagnostics_every_n_steps"  # None or 0 for none; changes nothing
 QUEUE: dict[str, Any] = {"queue_size": 65536}
 
 
-class Completed(NamedTuple):
-    """Checked settings.
+def complete(recipe: Recipe, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A method's parameters with their defaults filled in, and what the user should know, one line each.
 
-    Attributes:
-        method_kwargs: everything, with the recipe's defaults filled in; None where only the data set can tell.
-        notes: what the user should know, one line each.
-    """
-
-    method_kwargs: dict[str, Any]
-    notes: list[str]
-
-
-def complete(recipe: Recipe, given: Mapping[str, Any]) -> Completed:
-    """Fills in the defaults of a method's parameters; None stands for the default.
+    None stands for the default, and remains where only the data set can tell.
 
     `temperature` may come from a config that was written for another method of solo-learn: it is tau where the
     method has one, and ignored with a note where it has not.
@@ -71,7 +61,7 @@ def complete(recipe: Recipe, given: Mapping[str, Any]) -> Completed:
         notes.append(f"method_kwargs.temperature={temperature} is ignored beside tau={filled['tau']}.")
     # solo-learn's SimCLR reads the key, so it has to be there.
     filled["temperature"] = filled.get("tau")
-    return Completed(filled, notes)
+    return filled, notes
 
 
 def parameters_of(recipe: Recipe) -> dict[str, Any]:
