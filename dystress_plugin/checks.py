@@ -32,12 +32,25 @@ def check_count(name: str, value: int, *, given: str | None = None) -> int:
     return value
 
 
+def check_at_least(name: str, value: float, least: float) -> float:
+    """`value` as a float, or an error that names it unless it is finite and at least `least`."""
+    value = check_number(name, value)
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
+    return value
+
+
+def check_between(name: str, value: float, low: float, high: float, range_: str | None = None) -> float:
+    """`value` as a float, or an error that names it, and the range by its name, unless it lies in [low, high]."""
+    value = check_number(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} must lie in {f'{range_} = ' if range_ else ''}[{low}, {high}].")
+    return value
+
+
 def check_fraction(name: str, value: float) -> float:
     """`value` as a float, or an error that names it unless it lies in [0, 1]."""
-    value = check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} must lie in [0, 1].")
-    return value
+    return check_between(name, value, 0, 1)
 
 
 def check_range(tau_min: float, tau_max: float, low: str = "tau_min", high: str = "tau_max") -> tuple[float, float]:

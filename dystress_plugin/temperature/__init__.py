@@ -1,17 +1,16 @@
-"""How a cosine similarity becomes a logit: one class a file, over one abstract base.
+"""How a cosine similarity becomes a logit: a file a method, over one abstract base.
 
 Beside the temperatures, what one of your own is made of; `dystress_plugin.recipes.register` says how.
 """
 
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.constant import Constant
-from dystress_plugin.temperature.cosine_schedule import CosineSchedule
 from dystress_plugin.temperature.dystress import DySTreSS, ProfiledMap
 from dystress_plugin.temperature.individual import Individual
 from dystress_plugin.temperature.learnable import Learnable
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled
 from dystress_plugin.temperature.model_aware import ModelAware
-from dystress_plugin.temperature.step_schedule import StepSchedule
+from dystress_plugin.temperature.schedules import CosineSchedule, StepSchedule
 from dystress_plugin.temperature.temperature_free import TemperatureFree
 from dystress_plugin.temperature.warm_up import WarmUp
 

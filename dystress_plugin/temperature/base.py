@@ -6,6 +6,7 @@ A `Temperature` is a module with the method's settings and state. Once per batch
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Temperature(nn.Module, ABC):
 
     A subclass has to give `prepare` alone. One that learns from batches gives `update` too; one with a table of samples
     `num_samples`, `resize` and `has_learned`, and sets `needs_index`. `dystress_plugin.testing.check_temperature` tells
-    whether it all fits together, `dystress_plugin.recipes.register` how to make a method of it.
+    whether it all fits together, `dystress_plugin.recipes.register` how to make a method of it. Ours raise an
+    error that names a setting out of its range.
 
     Attributes:
         needs_index: the loss must be given `index`.
@@ -106,3 +108,21 @@ class Temperature(nn.Module, ABC):
     def clock(self, epoch: int, batch: int, batches: int) -> float:
         """What an adapter passes as the epoch at batch `batch` of the `batches` of an epoch, both 0 first."""
         return epoch + batch / batches if self.per_step else float(epoch)
+
+    def extra_repr(self) -> str:
+        own = {name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters}
+        return ", ".join(f"{name}={value}" for name, value in own.items() if not isinstance(value, nn.Module))
+
+
+def given_epoch(epoch: float | None, needed_by: str) -> float:
+    """The epoch, or a ValueError where there is none."""
+    if epoch is None:
+        raise ValueError(f"{needed_by} needs the epoch: call loss(z0, z1, epoch=current_epoch).")
+    return epoch
+
+
+def given_index(index: Tensor | None, needed_by: str) -> Tensor:
+    """The sample numbers, or a ValueError where there are none."""
+    if index is None:
+        raise ValueError(f"{needed_by} needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")
+    return index

@@ -17,9 +17,6 @@ class Constant(Temperature):
 
     Args:
         tau: temperature, above 0.
-
-    Raises:
-        ValueError: if tau is not a finite number above 0.
     """
 
     def __init__(self, tau: float = 0.1) -> None:
@@ -29,6 +26,3 @@ class Constant(Temperature):
     def prepare(self, batch: Batch) -> LogitMaps:
         map_ = Scaled(self.tau)
         return LogitMaps(map_, map_)
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dystress_plugin import tracing
 from dystress_plugin.checks import check_number, check_positive, check_range, unknown_name
-from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.base import Batch, Temperature, given_epoch
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Parts, PartsReader, Times, Work
 
 
@@ -276,9 +276,8 @@ class DySTreSS(Temperature):
 
     def _map(self, tau_min: float, tau_max: float, batch: Batch) -> ProfiledMap:
         if self.stabilise is not None:
-            if batch.epoch is None:
-                raise ValueError("DySTreSS with stabilise needs the epoch: call loss(z0, z1, epoch=current_epoch).")
-            tau_min += (tau_max - tau_min) * min(1.0, batch.epoch / self.stabilise)
+            epoch = given_epoch(batch.epoch, "DySTreSS with stabilise")
+            tau_min += (tau_max - tau_min) * min(1.0, epoch / self.stabilise)
         return ProfiledMap(self.profile, tau_min, tau_max - tau_min, self.parameters_, self.detach)
 
     def extra_repr(self) -> str:

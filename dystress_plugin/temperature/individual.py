@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from dystress_plugin import distributed, tracing
-from dystress_plugin.checks import check_fraction, check_number, check_positive, check_range, unknown_name
+from dystress_plugin.checks import (
+    check_at_least,
+    check_between,
+    check_fraction,
+    check_positive,
+    check_range,
+    unknown_name,
+)
 from dystress_plugin.rows import RowStats
-from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.base import Batch, Temperature, given_index
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
 
@@ -99,17 +106,13 @@ class Individual(Temperature):
     ) -> None:
         super().__init__()
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)
-        self.tau_init = check_positive("tau_init", tau_init)
-        if not self.tau_min <= self.tau_init <= self.tau_max:
-            raise ValueError(f"tau_init={tau_init} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}].")
+        self.tau_init = check_between("tau_init", tau_init, self.tau_min, self.tau_max, "[tau_min, tau_max]")
         self.rho = check_positive("rho", rho)
         self.gamma = check_fraction("gamma", gamma)
         self.beta = check_fraction("beta", beta)
         if not self.gamma or not self.beta:
             raise ValueError(f"gamma={gamma} and beta={beta} must be above 0: at 0 nothing is ever learned.")
-        self.eta = check_number("eta", eta)
-        if self.eta < 0:
-            raise ValueError(f"eta={eta} must be at least 0.")
+        self.eta = check_at_least("eta", eta, 0)
         self.clip = check_positive("clip", clip)
         if gradient not in ("cosine", "difference"):
             raise ValueError(unknown_name("gradient", gradient, ["cosine", "difference"]))
@@ -207,8 +210,7 @@ class Individual(Temperature):
         self.visited[images] = True
 
     def _checked(self, index: Tensor | None) -> Tensor:
-        if index is None:
-            raise ValueError("Individual needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")
+        index = given_index(index, "Individual")
         # On CUDA indexing itself fails, and looking would wait for the device.
         if index.device.type == "cpu" and tracing.eager(index):
             low, high = int(index.min()), int(index.max())
@@ -227,10 +229,6 @@ class Individual(Temperature):
             self._buffers[name] = self._buffers[name].to(device, dtype)  # type: ignore[union-attr]
         self.visited = self.visited.to(device)
         return self
-
-    def extra_repr(self) -> str:
-        names = ("num_samples", "tau_init", "tau_min", "tau_max", "rho", "gamma", "beta", "eta", "clip", "gradient")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def _log(x: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import tracing
-from dystress_plugin.checks import check_positive, check_range
+from dystress_plugin.checks import check_between, check_positive, check_range
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
@@ -27,17 +27,12 @@ class Learnable(Temperature):
         tau: temperature at the start, in [tau_min, tau_max].
         tau_min: lowest temperature, above 0.
         tau_max: highest temperature.
-
-    Raises:
-        ValueError: if a value is out of its range.
     """
 
     def __init__(self, tau: float = 0.07, tau_min: float = 0.01, tau_max: float = 1.0) -> None:
         super().__init__()
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)
-        tau = check_positive("tau", tau)
-        if not self.tau_min <= tau <= self.tau_max:
-            raise ValueError(f"tau={tau} must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}].")
+        tau = check_between("tau", check_positive("tau", tau), self.tau_min, self.tau_max, "[tau_min, tau_max]")
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
 
     def prepare(self, batch: Batch) -> LogitMaps:

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from dystress_plugin import tracing
-from dystress_plugin.checks import check_number, check_positive
+from dystress_plugin.checks import check_at_least, check_between, check_positive
 from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
@@ -30,9 +30,6 @@ class ModelAware(Temperature):
         alpha: how strongly the alignment acts, at least 0.
         threshold: alignment at which the temperature is tau, in [-1, 1]; A_0 in the paper.
 
-    Raises:
-        ValueError: if a value is out of its range.
-
     Warns:
         UserWarning: once, when the formula would fall below tau / 10, where it is held, in a batch that is learned
             from. For A <= threshold - 1/alpha it would even be negative.
@@ -43,12 +40,8 @@ class ModelAware(Temperature):
     def __init__(self, tau: float = 0.1, alpha: float = 0.5, threshold: float = 0.0) -> None:
         super().__init__()
         self.tau = check_positive("tau", tau)
-        self.alpha = check_number("alpha", alpha)
-        self.threshold = check_number("threshold", threshold)
-        if self.alpha < 0:
-            raise ValueError(f"alpha={alpha} must be at least 0.")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold={threshold} must lie in [-1, 1]: it is compared with a mean cosine.")
+        self.alpha = check_at_least("alpha", alpha, 0)
+        self.threshold = check_between("threshold", threshold, -1, 1)  # it is compared with a mean cosine
         # Most settings cannot reach the floor at all; then no step pays for looking, which on a GPU would wait.
         self._watch_floor = 1 + self.alpha * (-1 - self.threshold) < FLOOR
 
@@ -73,6 +66,3 @@ class ModelAware(Temperature):
 
     def _factor(self, batch: Batch) -> Tensor:
         return 1 + self.alpha * (batch.mean(batch.positive_cosine) - self.threshold)
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, alpha={self.alpha}, threshold={self.threshold}"

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dystress_plugin.checks import check_number
+from dystress_plugin.checks import check_between
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Parts, PartsReader
 
@@ -60,20 +60,12 @@ class TemperatureFree(Temperature):
 
     Args:
         clamp: how far |s| stays below 1, in [1e-6, 0.5]; the least that float32 resolves well.
-
-    Raises:
-        ValueError: if clamp is out of its range.
     """
 
     def __init__(self, clamp: float = 1e-6) -> None:
         super().__init__()
-        self.clamp = check_number("clamp", clamp)
-        if not 1e-6 <= self.clamp <= 0.5:
-            raise ValueError(f"clamp={clamp} must lie in [1e-6, 0.5].")
+        self.clamp = check_between("clamp", clamp, 1e-6, 0.5)
 
     def prepare(self, batch: Batch) -> LogitMaps:
         map_ = LogOddsMap(self.clamp)
         return LogitMaps(map_, map_)
-
-    def extra_repr(self) -> str:
-        return f"clamp={self.clamp}"

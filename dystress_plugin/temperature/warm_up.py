@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dystress_plugin.checks import check_positive
 from dystress_plugin.rows import RowStats
-from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.base import Batch, Temperature, given_epoch
 from dystress_plugin.temperature.maps import LogitMaps, MixedMap, Scaled
 
 
@@ -24,11 +24,10 @@ class WarmUp(Temperature):
         temperature: where it arrives, any `Temperature`.
         tau: the constant it starts from, above 0.
         epochs: how long it takes, above 0.
-        per_step: whether adapters pass the epoch with its fraction; see `CosineSchedule`.
+        per_step: whether adapters pass the epoch with its fraction; see `Schedule`.
 
     Raises:
         TypeError: if temperature is not a `Temperature`.
-        ValueError: if a value is out of its range.
     """
 
     needs_epoch = True
@@ -66,9 +65,7 @@ class WarmUp(Temperature):
         return ([own] if epochs <= self.epochs else []) + self.temperature.concerns(epochs)
 
     def prepare(self, batch: Batch) -> LogitMaps:
-        if batch.epoch is None:
-            raise ValueError("WarmUp needs the epoch: call loss(z0, z1, epoch=current_epoch).")
-        share = min(1.0, batch.epoch / self.epochs)
+        share = min(1.0, given_epoch(batch.epoch, "WarmUp") / self.epochs)
         maps = self.temperature.prepare(batch)
         positive, negative = (MixedMap(Scaled(self.tau), map_, share) for map_ in maps)
         return LogitMaps(positive, negative)
@@ -85,6 +82,3 @@ class WarmUp(Temperature):
 
     def _has_arrived(self, batch: Batch) -> bool:
         return batch.epoch is not None and batch.epoch >= self.epochs
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, epochs={self.epochs}, per_step={self.per_step}"

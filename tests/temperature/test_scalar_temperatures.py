@@ -69,7 +69,7 @@ def tau(temperature, **batch):
         (lambda: WarmUp(Constant), TypeError, "must be a Temperature"),
         (lambda: WarmUp(Constant(), tau=0), ValueError, "tau=0.0 must be above 0"),
         (lambda: WarmUp(Constant(), epochs=0), ValueError, "epochs=0.0 must be above 0"),
-        (lambda: TemperatureFree(0.0), ValueError, r"clamp=0.0 must lie in \[1e-6, 0.5\]"),
+        (lambda: TemperatureFree(0.0), ValueError, r"clamp=0.0 must lie in \[1e-06, 0.5\]"),
         (lambda: TemperatureFree(0.6), ValueError, "clamp=0.6"),
         (lambda: TemperatureFree(math.nan), ValueError, "clamp=nan must be finite"),
     ],
