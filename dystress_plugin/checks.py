@@ -34,10 +34,10 @@ def check_count(name: str, value: int, *, given: str | None = None) -> int:
 
 def check_at_least(name: str, value: float, least: float) -> float:
     """`value` as a float, or an error that names it unless it is finite and at least `least`."""
-    value = check_number(name, value)
-    if value < least:
+    number = check_number(name, value)
+    if number < least:
         raise ValueError(f"{name}={value} must be at least {least}.")
-    return value
+    return number
 
 
 def check_between(name: str, value: float, low: float, high: float, range_: str | None = None) -> float:

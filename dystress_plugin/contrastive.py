@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
-from dystress_plugin.checks import unknown_name
+from dystress_plugin.checks import check_at_least, unknown_name
 from dystress_plugin.embeddings import check_view, normalize, not_finite
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.key_queue import KeyQueue
@@ -22,7 +22,7 @@ from dystress_plugin.layout import LAYOUTS, Block
 from dystress_plugin.objectives import OBJECTIVES, Objective
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Temperature
-from dystress_plugin.temperature.base import Batch
+from dystress_plugin.temperature.base import Batch, given_epoch, given_index
 from dystress_plugin.temperature.maps import LogitMaps
 
 
@@ -185,13 +185,8 @@ class ContrastiveLoss(nn.Module):
     ) -> Pairs:
         """Every pair of a batch with its temperature; of this rank alone, and without a change of state.
 
-        It holds the whole matrix of similarities: give it a few hundred images.
-
-        Args:
-            *views: as for the loss.
-            index: as for the loss.
-            epoch: as for the loss.
-            max_keys: how many keys of a queue to compare with at most; None: all of them.
+        It holds the whole matrix of similarities: give it a few hundred images. The arguments are those of the loss,
+        and how many keys of a queue to compare with at most, all of them where that is None.
         """
         units, index, epoch = self._checked(views, index, epoch)
         with torch.autocast(views[0].device.type, enabled=False):
@@ -288,8 +283,8 @@ class ContrastiveLoss(nn.Module):
         """(views, batch, dim) of length 1 in the dtype of the computation, the index there, the epoch as a float."""
         self._check_views(views)
         name = type(self.temperature).__name__
-        if index is None and self.temperature.needs_index:
-            raise ValueError(f"{name} needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")
+        if self.temperature.needs_index:
+            given_index(index, name)
         if index is not None:
             if not isinstance(index, Tensor) or index.dtype != torch.int64:
                 got = index.dtype if isinstance(index, Tensor) else type(index).__name__
@@ -297,14 +292,10 @@ class ContrastiveLoss(nn.Module):
             if index.shape != views[0].shape[:1]:
                 raise ValueError(f"index has shape {tuple(index.shape)}, the batch needs ({len(views[0])},).")
             index = index.to(views[0].device)
-        if epoch is None and self.temperature.needs_epoch:
-            raise ValueError(f"{name} needs the epoch: call loss(z0, z1, epoch=current_epoch).")
+        if self.temperature.needs_epoch:
+            given_epoch(epoch, name)
         if epoch is not None:
-            if isinstance(epoch, bool) or not isinstance(epoch, (int, float)):
-                raise TypeError(f"epoch={epoch!r} must be a number, not {type(epoch).__name__}.")
-            if not 0 <= epoch < math.inf:
-                raise ValueError(f"epoch={epoch} must be finite and at least 0.")
-            epoch = float(epoch)
+            epoch = check_at_least("epoch", epoch, 0)
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
         # Nothing here is an operation that autocast would take to a half precision.
         together = torch.cat([view.to(dtype) for view in views])

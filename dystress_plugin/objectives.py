@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dystress_plugin.checks import check_positive
+from dystress_plugin.checks import check_at_least
 from dystress_plugin.rows import RowStats
 
 
@@ -98,11 +98,8 @@ class Objective:
 
     def checked(self, settings: Mapping[str, float]) -> dict[str, float]:
         """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf)."""
-        parameters = {name: check_positive(name, settings.get(name, value)) for name, value in self.parameters.items()}
-        for name, value in parameters.items():
-            if value < 0.01:
-                raise ValueError(f"{name}={value} must be at least 0.01: below, the weights of a batch underflow.")
-        return parameters
+        # Below, the weights of a batch underflow.
+        return {name: check_at_least(name, settings.get(name, value), 0.01) for name, value in self.parameters.items()}
 
 
 OBJECTIVES: dict[str, Objective] = {

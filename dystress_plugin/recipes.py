@@ -84,11 +84,9 @@ class Recipe:
         opened = self.keeps_table and settings.get(TABLE) is None
         return {**settings, TABLE: num_samples} if opened else dict(settings)
 
-    def check_names(self, settings: Iterable[str]) -> None:
-        """A ValueError at a parameter that the method does not have, with the nearest that it has."""
-        self._check_names(settings, self.parameters)
-
-    def _check_names(self, settings: Iterable[str], known: Collection[str]) -> None:
+    def check_names(self, settings: Iterable[str], known: Collection[str] | None = None) -> None:
+        """A ValueError at a parameter that the method, or what is `known` of it, does not have, with the nearest."""
+        known = self.parameters if known is None else known
         for name in settings:
             if name not in known:
                 raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, known or ["(none)"]))
@@ -101,7 +99,7 @@ class Recipe:
             TypeError: if a parameter without default is missing.
         """
         parameters = {n: v for n, v in self.parameters.items() if n not in OBJECTIVES[self.objective].parameters}
-        self._check_names(settings, parameters)
+        self.check_names(settings, parameters)
         missing = [n for n, v in parameters.items() if v is inspect.Parameter.empty and settings.get(n) is None]
         if missing:
             raise TypeError(f"Method '{self.name}' needs {', '.join(f'{n}=...' for n in missing)}.")

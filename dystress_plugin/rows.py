@@ -1,9 +1,8 @@
-"""What an engine computes: a few numbers per anchor, and a double loop that says so slowly."""
+"""What an engine computes: a few numbers per anchor."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,35 +41,3 @@ class NegativeStats(NamedTuple):
 
     negative: Tensor
     negative_cosine: Tensor | None
-
-
-def naive_row_stats(
-    anchors: Sequence[Sequence[float]],
-    candidates: Sequence[Sequence[float]],
-    positives: Sequence[Sequence[int]],
-    excluded: Sequence[Sequence[int]],
-    logit: Callable[[float], float],
-) -> list[tuple[float, float, float, float]]:
-    """(P, L, s, N) of every anchor in plain Python: the definition that engines are tested against.
-
-    Args:
-        anchors: vectors of length 1.
-        candidates: vectors of length 1.
-        positives: for every anchor the candidates that show the same image.
-        excluded: for every anchor the candidates that are not negatives: itself and its positives.
-        logit: from cosine to logit.
-    """
-    result = []
-    for i, anchor in enumerate(anchors):
-        cosine = [sum(a * c for a, c in zip(anchor, candidate, strict=True)) for candidate in candidates]
-        negatives = [j for j in range(len(candidates)) if j not in excluded[i]]
-        total = sum(math.exp(logit(cosine[j])) for j in negatives)
-        result.append(
-            (
-                math.log(sum(math.exp(logit(cosine[j])) for j in positives[i])),
-                math.log(total),
-                sum(cosine[j] for j in positives[i]) / len(positives[i]),
-                sum(math.exp(logit(cosine[j])) * cosine[j] for j in negatives) / total,
-            )
-        )
-    return result

@@ -359,3 +359,24 @@ class Individual:
             self.u[sample] = (1 - self.beta) * self.u[sample] + self.beta * mean
             moved = self.tau[sample] - self.eta * self.u[sample]
             self.tau[sample] = min(max(moved, self.tau_min), self.tau_max)
+
+
+# What an engine computes
+
+
+def naive_row_stats(anchors, candidates, positives, excluded, logit):
+    """(P, L, s, N) of every anchor, as `RowStats` calls them; `positives` and `excluded` are lists of columns."""
+    result = []
+    for i, anchor in enumerate(anchors):
+        cosine = [sum(a * c for a, c in zip(anchor, candidate, strict=True)) for candidate in candidates]
+        negatives = [j for j in range(len(candidates)) if j not in excluded[i]]
+        total = sum(math.exp(logit(cosine[j])) for j in negatives)
+        result.append(
+            (
+                math.log(sum(math.exp(logit(cosine[j])) for j in positives[i])),
+                math.log(total),
+                sum(cosine[j] for j in positives[i]) / len(positives[i]),
+                sum(math.exp(logit(cosine[j])) * cosine[j] for j in negatives) / total,
+            )
+        )
+    return result

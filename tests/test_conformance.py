@@ -9,7 +9,7 @@ import torch
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, ModelAware, TemperatureFree
 from dystress_plugin.temperature.base import Batch
-from dystress_plugin.temperature.dystress import PROFILES, monotone_limit
+from dystress_plugin.temperature.profiles import PROFILES, monotone_limit
 
 
 def circle(*degrees):

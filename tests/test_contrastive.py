@@ -497,7 +497,7 @@ def test_bad_index_raises_where_it_is_not_needed_too(index):
     ("epoch", "error", "message"),
     [
         (None, ValueError, r"CosineSchedule needs the epoch: call loss\(z0, z1, epoch=current_epoch\)"),
-        (-1, ValueError, "epoch=-1 must be finite and at least 0"),
+        (-1, ValueError, "epoch=-1 must be at least 0"),
         (-0.5, ValueError, "epoch=-0.5"),
         (float("nan"), ValueError, "epoch=nan"),
         (float("inf"), ValueError, "epoch=inf"),

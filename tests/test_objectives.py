@@ -161,7 +161,7 @@ def test_only_dclw_has_a_parameter():
 @pytest.mark.parametrize(
     ("sigma", "error", "message"),
     [
-        (0.0, ValueError, "sigma=0.0 must be above 0"),
+        (0.0, ValueError, "sigma=0.0 must be at least 0.01"),
         (0.009, ValueError, "sigma=0.009 must be at least 0.01"),
         (math.nan, ValueError, "sigma=nan must be finite"),
         ("1", TypeError, "sigma='1' must be a number, not str"),

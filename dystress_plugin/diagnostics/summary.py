@@ -66,15 +66,9 @@ def summaries(
     max_images: int = MAX_IMAGES,
     name: str = "",
 ) -> list[Summary]:
-    """Describes the first images of a batch; to be called before the loss, whose state it reads and leaves alone.
+    """Describes the first `max_images` of a batch; to be called before the loss, whose state it reads and leaves alone.
 
-    Args:
-        loss: the loss.
-        *views: as for the loss.
-        index: as for the loss.
-        epoch: as for the loss.
-        max_images: how many images to sample.
-        name: becomes `Summary.loss`.
+    The other arguments are those of the loss; `name` becomes `Summary.loss`.
 
     Returns:
         Similarities and temperatures of the positives, then of the negatives; nothing where there is nothing finite.
@@ -99,14 +93,9 @@ def temperature_summary(
     epoch: float | None = None,
     max_images: int = MAX_IMAGES,
 ) -> dict[str, Tensor]:
-    """What the temperature does to the first images of a batch; changes no state and needs no gradient.
+    """What the temperature does to the first `max_images` of a batch; changes no state and needs no gradient.
 
-    Args:
-        loss: the loss, whose temperature is asked.
-        *views: as for the loss.
-        index: as for the loss.
-        epoch: as for the loss.
-        max_images: how many images to sample; the negatives among them are a square of this times the views.
+    The other arguments are those of the loss. Of the negatives it looks at a square of `max_images` times the views.
 
     Returns:
         0-dim tensors `tau_positive_mean`, `_min`, `_max`, the same for `tau_negative`, `alignment`, `uniformity`.
@@ -129,18 +118,9 @@ def some_pairs(
     max_images: int = MAX_IMAGES,
     max_keys: int = 1024,
 ) -> Pairs:
-    """`ContrastiveLoss.pairs` of the first images of a batch, and with a queue of some of its keys.
+    """`ContrastiveLoss.pairs` of the first `max_images` of a batch, and with a queue of at most `max_keys` of its keys.
 
     With a queue it must be called before the loss, which puts this batch's keys among the negatives of the next.
-
-    Args:
-        loss: the loss, which stays as it is.
-        *views: as for the loss.
-        index: as for the loss.
-        epoch: as for the loss.
-        max_images: how many images to sample.
-        max_keys: how many keys of a queue to sample.
     """
     first = [view.detach()[:max_images] for view in views]
-    index = index[:max_images] if index is not None else None
-    return loss.pairs(*first, index=index, epoch=epoch, max_keys=max_keys)
+    return loss.pairs(*first, index=None if index is None else index[:max_images], epoch=epoch, max_keys=max_keys)

@@ -227,12 +227,8 @@ def _apart(tensors: Tensors) -> Tensors:
 
 def _sum_over_rows(plan: Plan, of_rows: Callable[[slice], Tensors]) -> Tensors:
     step = max(1, entries_of_a_tile(plan.excluded.device) // plan.columns)
-    sums: list[Tensor | None] = []
-    for start in range(0, plan.rows, step):
+    sums = of_rows(slice(0, step))
+    for start in range(step, plan.rows, step):
         found = of_rows(slice(start, start + step))
-        sums = (
-            [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
-            if sums
-            else list(found)
-        )
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
     return sums

@@ -14,15 +14,7 @@ from dystress_plugin.temperature.maps import LogitMap
 def negative_stats(
     anchors: Tensor, candidates: Tensor | None, excluded: Tensor, logit_map: LogitMap, *, want_cosine: bool
 ) -> NegativeStats:
-    """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i, with s_ij = anchors_i . candidates_j.
-
-    Args:
-        anchors: (rows, dim), of length 1.
-        candidates: (columns, dim), of length 1; None where they are the anchors themselves.
-        excluded: (rows, any) int64 on the CPU, the columns that are not negatives of each row.
-        logit_map: a.
-        want_cosine: whether to return the negatives' mean cosine as well.
-    """
+    """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i; the arguments are those of `blockwise`."""
     cosine = anchors @ (anchors if candidates is None else candidates).T
     # Not zeros_like: under vmap that would be one for every example.
     out = torch.zeros(cosine.shape, dtype=torch.bool, device=cosine.device)

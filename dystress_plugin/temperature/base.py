@@ -10,12 +10,10 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dystress_plugin.rows import RowStats
+from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.maps import LogitMaps
 
 

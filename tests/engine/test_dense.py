@@ -1,9 +1,9 @@
 import pytest
 import torch
 from grid import CASES, EPOCH, assert_close, build, embeddings, tolerance
+from oracle import naive_row_stats
 
 from dystress_plugin.engine import ENGINES
-from dystress_plugin.rows import naive_row_stats
 from dystress_plugin.temperature.base import Batch
 
 dense = ENGINES["dense"]

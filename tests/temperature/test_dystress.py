@@ -7,7 +7,7 @@ import torch
 
 from dystress_plugin.temperature import DySTreSS
 from dystress_plugin.temperature.base import Batch
-from dystress_plugin.temperature.dystress import PROFILES, monotone_limit
+from dystress_plugin.temperature.profiles import PROFILES, monotone_limit
 
 DEFAULTS = {
     "cosine": {},
