@@ -41,13 +41,9 @@ class Passes:
         return Passes, ()  # a copy has seen nothing
 
     def value(self, compute: Callable[[], Tensor], units: Tensor, state: Sequence[Tensor], *, learns: bool) -> Tensor:
-        """What `compute` returns, or returned when it was called for the same pass before.
+        """What `compute` makes of `units` and `state`, or made of them when it was called for the same pass before.
 
-        Args:
-            compute: from `units` and `state` to the loss, and to the state after it if the pass is learned from.
-            units: the embeddings.
-            state: tensors that the loss reads and may move; without any, every pass is computed as it is.
-            learns: whether it is to be learned from, if it is not repeated.
+        Without any `state` that it reads, and moves if the pass is learned from, every pass is computed as it is.
 
         Raises:
             ValueError: for a pass that a checkpoint repeats where it cannot be told what it repeats, or if the state

@@ -105,31 +105,18 @@ class _MeanGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, first: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        from torch.distributed.nn.functional import all_reduce  # with gradient; not every build of torch has it
+
         own = [torch.zeros_like(p) if g is None else g for p, g in zip(ctx.parameters, gradients, strict=True)]
         sizes = [gradient.numel() for gradient in own]
         found = own[0].new_tensor([gradient is not None for gradient in gradients], dtype=torch.float64)
         together = torch.cat([*(gradient.flatten().double() for gradient in own), found])
-        *means, found = _Mean.apply(together).split([*sizes, len(own)])  # type: ignore[no-untyped-call]
+        *means, found = (all_reduce(together) / world_size()).split([*sizes, len(own)])
         return first, *(
             # Looking at `found` waits for a GPU, and is needed only where this rank has no gradient.
             None if gradient is None and not found[number] else mean.view_as(like).to(like.dtype)
             for number, (gradient, mean, like) in enumerate(zip(gradients, means, own, strict=True))
         )
-
-
-class _Mean(torch.autograd.Function):
-    """Mean over ranks, entry by entry, and so is its gradient."""
-
-    @staticmethod
-    def forward(_: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total / world_size()
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        mean: Tensor = _Mean.apply(gradient)  # type: ignore[no-untyped-call]
-        return mean
 
 
 def _sizes(tensor: Tensor) -> list[int]:

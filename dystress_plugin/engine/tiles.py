@@ -160,10 +160,6 @@ _of_thread = threading.local()
 class _Scratch:
     """Tiles to overwrite. On a CPU they outlive the call: the system takes longer to hand out memory than a pass over
     it, and gives back what is freed. A GPU's allocator keeps it anyway.
-
-    Args:
-        plan: for the size of a tile.
-        like: for dtype and device.
     """
 
     def __init__(self, plan: Plan, like: Tensor) -> None:

@@ -4,13 +4,12 @@ Beside the temperatures, what one of your own is made of; `dystress_plugin.recip
 """
 
 from dystress_plugin.temperature.base import Batch, Temperature
-from dystress_plugin.temperature.constant import Constant
 from dystress_plugin.temperature.dystress import DySTreSS
 from dystress_plugin.temperature.individual import Individual
-from dystress_plugin.temperature.learnable import Learnable
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled
 from dystress_plugin.temperature.model_aware import ModelAware
 from dystress_plugin.temperature.profiles import ProfiledMap
+from dystress_plugin.temperature.scalar import Constant, Learnable
 from dystress_plugin.temperature.schedules import CosineSchedule, StepSchedule
 from dystress_plugin.temperature.temperature_free import TemperatureFree
 from dystress_plugin.temperature.warm_up import WarmUp

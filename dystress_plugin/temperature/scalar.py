@@ -1,4 +1,4 @@
-"""A learned scalar temperature, as CLIP has it."""
+"""One temperature for all pairs: a constant, the baseline of every comparison; or learned, as CLIP has it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from dystress_plugin import tracing
 from dystress_plugin.checks import check_between, check_positive, check_range
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
+
+
+@final
+class Constant(Temperature):
+    """a(s) = s / tau with one fixed number.
+
+    SimCLR, 2020, https://arxiv.org/abs/2002.05709 (0.1 for ImageNet, 0.5 for CIFAR-10).
+
+    Args:
+        tau: temperature, above 0.
+    """
+
+    def __init__(self, tau: float = 0.1) -> None:
+        super().__init__()
+        self.tau = check_positive("tau", tau)
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        map_ = Scaled(self.tau)
+        return LogitMaps(map_, map_)
 
 
 @final
