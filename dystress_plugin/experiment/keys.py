@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar, get_type_hints
@@ -19,22 +20,26 @@ T = TypeVar("T")
 
 PATHS = ("data", "indices", "data_root", "out", "checkpoint")
 
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+ENDS = {"[": "at least", "(": "above", "]": "at most", ")": "below"}
 
 
 def option(
-    default: Any, help_: str, *, words: Sequence[str] = (), some: bool = False, once: bool = False, **bounds: float
+    default: Any, help_: str, interval: str = "", *, words: Sequence[str] = (), some: bool = False, once: bool = False
 ) -> Any:
     """A key and what it can have.
 
     Args:
         default: its value unless given.
         help_: what it is, up to a semicolon, and more.
+        interval: of a number or of each number in a list, such as "(0, 1]".
         words: all that a text can be.
         some: whether a list must have something.
         once: whether a list may have nothing twice.
-        **bounds: of a number or of each number in a list, by the names in `BOUNDS`.
     """
+    numbers = [literal_eval(number) for number in interval[1:-1].split(", ") if interval]
+    bounds = {ENDS[end]: number for end, number in zip(interval[:1] + interval[-1:], numbers, strict=True)}
     metadata = {"help": help_, "words": words, "some": some, "once": once, "bounds": bounds}
     # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
@@ -78,8 +83,7 @@ def merged(base: Any, *changes: Any) -> Any:
         config = OmegaConf.structured(base)
         for change in changes:
             config = OmegaConf.merge(config, change)
-        missing = OmegaConf.missing_keys(config)
-        if missing:
+        if missing := OmegaConf.missing_keys(config):
             raise ValueError(f"{', '.join(f'{key}=...' for key in sorted(missing))} must be given.")
         OmegaConf.resolve(config)
         settings = OmegaConf.to_object(config)
@@ -88,15 +92,11 @@ def merged(base: Any, *changes: Any) -> Any:
         wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
         hint = f"; it must be {wanted}" if wanted else ""
         raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
-    _check_values(settings)
-    return settings
-
-
-def _check_values(settings: Any) -> None:
     for f in fields(settings):
         _check_value(f, getattr(settings, f.name))
     if check := getattr(settings, "check_together", None):
         check()
+    return settings
 
 
 def _check_value(f: Field[Any], value: Any) -> None:
@@ -121,7 +121,7 @@ def _check_value(f: Field[Any], value: Any) -> None:
 
 def range_of(f: Field[Any]) -> str:
     """What numbers a key can be, in words; nothing where it is none."""
-    return " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in f.metadata["bounds"].items())
+    return " and ".join(f"{name} {bound:,}" for name, bound in f.metadata["bounds"].items())
 
 
 def _parsed(token: str, texts: Sequence[str]) -> Any:
@@ -142,9 +142,7 @@ def describe(structure: type) -> str:
     lines = []
     for f in fields(structure):
         default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
-        shown = {None: "null", "???": "(required)", True: "true", False: "false"}.get(
-            default if isinstance(default, (str, bool, type(None))) else "", default
-        )
+        shown = {"None": "null", "???": "(required)", "True": "true", "False": "false"}.get(str(default), default)
         words = " | ".join(f.metadata["words"])
         help_ = f"{words}: {f.metadata['help']}" if words else f.metadata["help"]
         numbers = f" [{range_of(f)}]" if f.metadata["bounds"] else ""

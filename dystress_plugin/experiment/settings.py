@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dystress_plugin.errors import unknown_name
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.keys import option
 
@@ -16,7 +17,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 
-LARGEST_SEED = 2**32 - 1  # of NumPy, and so of Lightning
+SEED = f"[0, {2**32 - 1}]"  # NumPy's, and so Lightning's
 
 
 @dataclass
@@ -27,90 +28,60 @@ class PretrainSettings:
     method_kwargs: dict[str, Any] = option({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
     data: str = option("digits", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
     out: str | None = option(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
-    epochs: int = option(20, "passes over the training images", at_least=1, at_most=1_000_000)
-    seed: int = option(
-        0,
-        "number that weights, data order, augmentation and the long tail are drawn from",
-        at_least=0,
-        at_most=LARGEST_SEED,
-    )
+    epochs: int = option(20, "passes over the training images", "[1, 1_000_000]")
+    seed: int = option(0, "number that weights, data order, augmentation and the long tail are drawn from", SEED)
 
     data_root: str = option("datasets", "where cifar10 and cifar100 are")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    long_tail: float | None = option(
-        None, "keep fewer images of each class: last class / first class, such as 0.01", above=0, at_most=1
-    )
+    long_tail: float | None = option(None, "keep fewer of each class: last class / first class, such as 0.01", "(0, 1]")
     long_tail_profile: str = option(
         "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
     )
     indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
-    image_size: int | None = option(
-        None, "pixels of a view; null: 8 for digits, 32 for CIFAR, 224 for folders", at_least=1, at_most=4096
-    )
-    batch_size: int = option(
-        256, "images per step and device; the rest of an epoch is dropped", at_least=2, at_most=1_000_000
-    )
-    num_workers: int = option(
-        0, "processes that load images; 0 loads in the training process", at_least=0, at_most=1024
-    )
+    image_size: int | None = option(None, "pixels of a view; null: digits 8, CIFAR 32, folders 224", "[1, 4096]")
+    batch_size: int = option(256, "images per step and device; the rest of an epoch is dropped", "[2, 1_000_000]")
+    num_workers: int = option(0, "processes that load images; 0 loads in the training process", "[0, 1024]")
 
     backbone: str | None = option(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
-    hidden_dim: int = option(512, "hidden width of the projection head", at_least=1, at_most=65_536)
-    projection_dim: int = option(128, "numbers per embedding", at_least=1, at_most=65_536)
-    queue_size: int | None = option(
-        None, "negatives in the queue of a *_moco method; null: 4096", at_least=1, at_most=10_000_000
-    )
+    hidden_dim: int = option(512, "hidden width of the projection head", "[1, 65_536]")
+    projection_dim: int = option(128, "numbers per embedding", "[1, 65_536]")
+    queue_size: int | None = option(None, "negatives in the queue of a *_moco method; null: 4096", "[1, 10_000_000]")
     momentum_encoder: float | None = option(
         None,
         "share of the past in the keys' encoder of a *_moco method, at the start; rises to 1; null: 0.99",
-        at_least=0,
-        at_most=1,
+        "[0, 1]",
     )
 
     optimizer: str = option("lars", "what the weights are trained with", words=("lars", "sgd"))
     lr: float | None = option(
         None,
         "learning rate; null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices",
-        above=0,
-        at_most=1_000_000,
+        "(0, 1_000_000]",
     )
-    momentum: float = option(0.9, "of the optimizer, the share of the past", at_least=0, below=1)
+    momentum: float = option(0.9, "of the optimizer, the share of the past", "[0, 1)")
     weight_decay: float | None = option(
-        None, "of the optimizer; null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases", at_least=0, at_most=1000
+        None, "of the optimizer; null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases", "[0, 1000]"
     )
     warmup_epochs: float | None = option(
-        None,
-        "epochs of linear warm-up, at most all; null: a tenth, at most 10; then a cosine",
-        at_least=0,
-        at_most=1_000_000,
+        None, "epochs of linear warm-up, at most all; null: a tenth, at most 10; then a cosine", "[0, 1_000_000]"
     )
 
     min_scale: float | None = option(
-        None, "smallest crop as a share of the image; null: 0.5 for digits, else 0.2", above=0, at_most=1
+        None, "smallest crop, a share of the image; null: 0.5 for digits, else 0.2", "(0, 1]"
     )
-    jitter: float | None = option(
-        None, "strength of colour jitter; null: 0.5, 1.0 above 64 px", at_least=0, at_most=2.5
-    )
-    grayscale: float | None = option(
-        None, "probability of a grey view; null: 0 for digits, else 0.2", at_least=0, at_most=1
-    )
-    blur: float | None = option(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px", at_least=0, at_most=1)
-    flip: float | None = option(
-        None, "probability of a horizontal flip; null: 0 for digits, else 0.5", at_least=0, at_most=1
-    )
-    rotate: float | None = option(
-        None, "degrees of random rotation; null: 15 for digits, else 0", at_least=0, at_most=180
-    )
+    jitter: float | None = option(None, "strength of colour jitter; null: 0.5, 1.0 above 64 px", "[0, 2.5]")
+    grayscale: float | None = option(None, "probability of a grey view; null: 0 for digits, else 0.2", "[0, 1]")
+    blur: float | None = option(None, "probability of Gaussian blur; null: 0, 0.5 above 64 px", "[0, 1]")
+    flip: float | None = option(None, "probability of a horizontal flip; null: 0 for digits, else 0.5", "[0, 1]")
+    rotate: float | None = option(None, "degrees of random rotation; null: 15 for digits, else 0", "[0, 180]")
 
     on_bad_image: str = option(
         "stop", "what to do before training about files in a folder that cannot be used", words=("stop", "skip")
     )
     nan_guard: bool = option(True, "stop at the first loss or gradient that is not finite, and say what was there")
 
-    knn_k: int = option(
-        200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
-    )
-    knn_t: float = option(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    knn_k: int = option(200, "neighbours of the weighted kNN; all images where there are fewer", "[1, 1_000_000_000]")
+    knn_t: float = option(0.1, "temperature of the weighted kNN", "[0.02, 1_000_000]")
     protocols: list[str] = option(
         [], "how the trained backbone is scored as well, into protocols.csv; as for `dystress report`", once=True
     )
@@ -123,15 +94,14 @@ class PretrainSettings:
 
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
     devices: str = option("1", "number of devices, auto, -1 for all GPUs, or a list of GPUs such as '0,1'")
-    num_nodes: int = option(1, "machines; several need a launcher such as srun or torchrun", at_least=1, at_most=10_000)
+    num_nodes: int = option(1, "machines; several need a launcher such as srun or torchrun", "[1, 10_000]")
     strategy: str = option("auto", "Lightning's strategy, such as ddp")
     precision: str = option("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
     progress: bool = option(True, "show a progress bar")
     diagnostics_every_n_steps: int = option(
         50,
         "steps between two samples of similarities and temperatures, into diagnostics.csv; 0: none",
-        at_least=0,
-        at_most=1_000_000_000,
+        "[0, 1_000_000_000]",
     )
     wandb: str = option("off", "logging to wandb", words=("off", "offline", "online"))
     wandb_project: str = option("dystress", "project in wandb")
@@ -151,12 +121,10 @@ class EvaluateSettings:
     data: str | None = option(None, "other data than it was trained on; null: the same")
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    batch_size: int = option(512, "images per step", at_least=1, at_most=1_000_000)
-    num_workers: int = option(0, "processes that load images", at_least=0, at_most=1024)
-    knn_k: int = option(
-        200, "neighbours of the weighted kNN; all images where there are fewer", at_least=1, at_most=1_000_000_000
-    )
-    knn_t: float = option(0.1, "temperature of the weighted kNN", at_least=0.02, at_most=1_000_000)
+    batch_size: int = option(512, "images per step", "[1, 1_000_000]")
+    num_workers: int = option(0, "processes that load images", "[0, 1024]")
+    knn_k: int = option(200, "neighbours of the weighted kNN; all images where there are fewer", "[1, 1_000_000_000]")
+    knn_t: float = option(0.1, "temperature of the weighted kNN", "[0.02, 1_000_000]")
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
 
 
@@ -166,18 +134,14 @@ class LongTailSettings:
 
     data: str = option("???", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
     out: str = option("???", "new folder for train/CLASS/*.png, val/CLASS/*.png, indices.npy and long_tail.json")
-    long_tail: float | None = option(
-        None, "keep fewer images of each class: last class / first class, such as 0.01", above=0, at_most=1
-    )
+    long_tail: float | None = option(None, "keep fewer of each class: last class / first class, such as 0.01", "(0, 1]")
     long_tail_profile: str = option(
         "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
     )
     shuffle_classes: bool = option(False, "draw which classes are frequent; else the first ones are")
     indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
-    indices_by: str = option(
-        "position", "what indices mean; number: that in the file's name", words=("position", "number")
-    )
-    seed: int = option(0, "number that the images are drawn from", at_least=0, at_most=LARGEST_SEED)
+    indices_by: str = option("position", "what indices mean; number: in the file's name", words=("position", "number"))
+    seed: int = option(0, "number that the images are drawn from", SEED)
     images: bool = option(True, "write the images; false writes the index file alone")
     data_root: str = option("datasets", "where cifar10 and cifar100 are")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
@@ -193,16 +157,13 @@ class CompareSettings:
         some=True,
         once=True,
     )
-    seeds: list[int] = option(
-        [0, 1, 2], "each method is trained once with each", some=True, once=True, at_least=0, at_most=LARGEST_SEED
-    )
+    seeds: list[int] = option([0, 1, 2], "each method is trained once with each", SEED, some=True, once=True)
     out: str = option("runs/compare", "folder of the runs, results.csv and report.html, where the same command resumes")
     method_kwargs: dict[str, Any] = option({}, "of one of the methods, such as method_kwargs.dystress.tau_max=0.3")
     constants: list[float] | None = option(
         None,
         "fixed temperatures to train as well; null: tau_min, midpoint and tau_max of each method; []: none",
-        above=0,
-        at_most=1_000_000,
+        "(0, 1_000_000]",
     )
     protocols: list[str] = option(
         PROTOCOLS,
@@ -210,21 +171,18 @@ class CompareSettings:
         some=True,
         once=True,
     )
-    jobs: int = option(
-        1, "runs at once, each a process of its own; several GPUs are dealt out", at_least=1, at_most=1024
-    )
+    jobs: int = option(1, "runs at once, each a process of its own; several GPUs are dealt out", "[1, 1024]")
     diagnostics_every_n_steps: int | None = option(
         None,
         "steps between two samples of similarities and temperatures; null: forty samples in a run; 0: none",
-        at_least=0,
-        at_most=1_000_000_000,
+        "[0, 1_000_000_000]",
     )
     progress: bool = option(True, "show a progress bar over all runs")
     plan: bool = option(False, "train nothing; print a shell line for each run, and a last one for the report")
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""
-        _check_names(self.constants or [])
+        _check_arms(self.methods, self.method_kwargs, self.constants or [])
 
 
 @dataclass
@@ -232,9 +190,7 @@ class ReportSettings:
     """Keys of `dystress report` beside the folders."""
 
     runs: list[str] = option([], "folders of finished runs, or that hold them; the same as naming them without a key")
-    out: str | None = option(
-        None, "where results.csv and report.html go; null: beside the runs, or where compare put it"
-    )
+    out: str | None = option(None, "for results.csv and report.html; null: beside the runs, or where compare put it")
     protocols: list[str] = option(
         PROTOCOLS,
         "how backbones are scored; what a run's protocols.csv has already is not computed again",
@@ -254,40 +210,46 @@ class InspectSettings:
         ["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True
     )
     method_kwargs: dict[str, Any] = option({}, "parameters of a method, such as method_kwargs.dystress.tau_max=0.3")
-    constants: list[float] = option(
-        [0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with", above=0, at_most=1_000_000
-    )
+    constants: list[float] = option([0.05, 0.1, 0.2, 0.5], "fixed temperatures to compare with", "(0, 1_000_000]")
     out: str | None = option(None, "folder of the results; null: CHECKPOINT/inspect, or runs/inspect-DATA")
     untrained: bool = option(False, "the run's network as it was before training")
     epoch: float | None = option(
-        None,
-        "what scheduled temperatures are shown at, 0 first; null: the run's last, or 0",
-        at_least=0,
-        at_most=1_000_000,
+        None, "what scheduled temperatures are shown at, 0 first; null: the run's last, or 0", "[0, 1_000_000]"
     )
     images: int | None = option(
         None,
         "images that are compared with each other, all where there are fewer; null: the run's batch_size, at most 512",
-        at_least=2,
-        at_most=4096,
+        "[2, 4096]",
     )
-    seed: int = option(
-        0, "number that images, their views and an untrained network are drawn from", at_least=0, at_most=LARGEST_SEED
-    )
+    seed: int = option(0, "number that images, their views and an untrained network are drawn from", SEED)
     backbone: str | None = option(None, "of an untrained network, as for `dystress pretrain`")
     image_size: int | None = option(
-        None, "pixels of a view for an untrained network, as for `dystress pretrain`", at_least=1, at_most=4096
+        None, "pixels of an untrained network's view, as for `dystress pretrain`", "[1, 4096]"
     )
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    num_workers: int = option(0, "processes that load images", at_least=0, at_most=1024)
+    num_workers: int = option(0, "processes that load images", "[0, 1024]")
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""
-        _check_names(self.constants or [])
+        _check_arms(self.methods, self.method_kwargs, self.constants)
 
 
-def _check_names(constants: Sequence[float]) -> None:
+def method_of(arm: str) -> str:
+    """Of `NAME` or `NAME-WORD`, which is a method with settings of its own."""
+    return arm.partition("-")[0]
+
+
+def _check_arms(methods: Sequence[str], method_kwargs: Mapping[str, Any], constants: Sequence[float]) -> None:
+    for name, parameters in method_kwargs.items():
+        named = isinstance(parameters, dict)
+        if name in methods and not named:
+            raise ValueError(f"method_kwargs.{name}={parameters} must name a parameter: method_kwargs.{name}.NAME=...")
+        if not named:
+            some = (*methods, "METHOD")[0]
+            raise ValueError(f"method_kwargs.{name}: say whose, such as method_kwargs.{some}.{name}=...")
+        if name not in methods:
+            raise ValueError(unknown_name("method in method_kwargs", name, methods))
     if len({f"{tau:g}" for tau in constants}) < len(constants):
         raise ValueError(f"constants={constants} must be different in six digits, by which they are named.")
 

@@ -162,51 +162,44 @@ class RunSpec:
         Raises:
             ValueError: for a key without a value.
         """
-        asked = (value is not None for value in (settings.queue_size, settings.momentum_encoder))
-        return cls(
-            method=settings.method,
-            method_kwargs=dict(settings.method_kwargs),
-            seed=settings.seed,
-            epochs=settings.epochs,
-            out=str(output_folder(settings)),
-            data=part(DataSpec, settings),
-            model=part(ModelSpec, settings),
-            queue=part(QueueSpec, settings) if any(asked) else None,
-            optimizer=part(OptimizerSpec, settings),
-            augmentation=part(AugmentationSpec, settings),
-            hardware=part(HardwareSpec, settings),
-            evaluation=part(EvaluationSpec, settings),
-            logging=part(LoggingSpec, settings),
-            arm=settings.arm,
-            family=settings.family,
-        )
+        return part(cls, replace(settings, out=str(output_folder(settings))))
 
     def flat(self) -> dict[str, Any]:
         """Every key of `PretrainSettings`, in its order, as plain values: what `of` makes the same spec from."""
-        values = _values(self) | {"method_kwargs": dict(self.method_kwargs)}
-        for its in (getattr(self, f.name) for f in fields(self)):
-            if hasattr(its, "__dataclass_fields__"):
-                values |= _values(its)
+        values = _flat(self) | {"method_kwargs": dict(self.method_kwargs)}
         return {f.name: values.get(f.name) for f in fields(PretrainSettings)}
 
 
 def part(kind: type[T], settings: PretrainSettings) -> T:
-    """A part of a `RunSpec`; also of settings that leave keys of other parts open.
+    """A `RunSpec` or a part of one, whatever is open in other parts.
 
     Raises:
         ValueError: for a key without a value that the part needs.
     """
     hints = get_type_hints(kind)
-    values = {f.name: getattr(settings, _key(f)) for f in fields(kind)}  # type: ignore[arg-type]
-    for f in fields(kind):  # type: ignore[arg-type]
-        if values[f.name] is None and NoneType not in get_args(hints[f.name]):
-            raise ValueError(f"{_key(f)}=null must have a value.")
-    return kind(**values)
+    return kind(**{f.name: _value(f, hints[f.name], settings) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _value(f: Field[Any], hint: Any, settings: PretrainSettings) -> Any:
+    """Of a field: a part, or that of its key."""
+    kind, *others = get_args(hint) or (hint,)
+    if hasattr(kind, "__dataclass_fields__"):
+        open_ = NoneType in others and all(getattr(settings, _key(its)) is None for its in fields(kind))
+        return None if open_ else part(kind, settings)
+    value = getattr(settings, _key(f))
+    if value is None and NoneType not in others:
+        raise ValueError(f"{_key(f)}=null must have a value.")
+    return value
 
 
 def _key(f: Field[Any]) -> str:
     return str(f.metadata.get("key", f.name))
 
 
-def _values(its: Any) -> dict[str, Any]:
-    return {_key(f): getattr(its, f.name) for f in fields(its)}
+def _flat(its: Any) -> dict[str, Any]:
+    """The values of all keys that it has, its parts' among them."""
+    values: dict[str, Any] = {}
+    for f in fields(its):
+        value = getattr(its, f.name)
+        values |= _flat(value) if hasattr(value, "__dataclass_fields__") else {_key(f): value}
+    return values

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dystress_plugin.experiment.keys import describe, option, parse
-from dystress_plugin.experiment.settings import LARGEST_SEED
+from dystress_plugin.experiment.settings import SEED
 from dystress_plugin.objectives import OBJECTIVES
 
 TINY = "tiny"
@@ -36,39 +36,39 @@ class Settings:
     layout: str = option("one_way", "what is compared with what", words=("one_way", "both_ways", "views"))
     model: str = option(TINY, "tiny, or name or path of a released encoder, of which the transformer is read")
     sentences: str | None = option(None, "text file, a sentence a line; must be given")
-    max_sentences: int | None = option(None, "read only the first ones", at_least=2, at_most=1_000_000_000)
+    max_sentences: int | None = option(None, "read only the first ones", "[2, 1_000_000_000]")
     dev: str | None = option(None, "STS file that picks the best model; null: the last one")
     sts: list[str] = option([], "STS files, or folders of a year's files, to evaluate on before and after")
     out: str | None = option(None, "folder of the results; null: runs/simcse-METHOD-SEED")
-    seed: int = option(0, "number that weights, order and dropout are drawn from", at_least=0, at_most=LARGEST_SEED)
+    seed: int = option(0, "number that weights, order and dropout are drawn from", SEED)
 
-    epochs: float = option(1.0, "passes over the sentences", above=0, at_most=1_000_000)
-    batch_size: int = option(64, "sentences per step and device", at_least=2, at_most=1_000_000)
+    epochs: float = option(1.0, "passes over the sentences", "(0, 1_000_000]")
+    batch_size: int = option(64, "sentences per step and device", "[2, 1_000_000]")
     mini_batch_size: int | None = option(
-        None, "sentences embedded at a time, with cached gradients; null: all", at_least=1, at_most=1_000_000
+        None, "sentences embedded at a time, with cached gradients; null: all", "[1, 1_000_000]"
     )
-    lr: float | None = option(None, "learning rate; null: 3e-5, 5e-4 for tiny", above=0, at_most=1_000_000)
+    lr: float | None = option(None, "learning rate; null: 3e-5, 5e-4 for tiny", "(0, 1_000_000]")
     warmup: float = option(
-        0.0, "share of the steps in which the learning rate rises; it falls linearly to 0 then", at_least=0, below=1
+        0.0, "share of the steps in which the learning rate rises; it falls linearly to 0 then", "[0, 1)"
     )
-    max_length: int = option(32, "tokens that are read of a sentence", at_least=3, at_most=65_536)
+    max_length: int = option(32, "tokens that are read of a sentence", "[3, 65_536]")
     pooling: str = option(
         "cls", "from tokens to a sentence, whatever the released encoder has", words=("cls", "mean", "max", "lasttoken")
     )
     head: bool = option(True, "train under an MLP that is thrown away")
-    eval_steps: int = option(125, "steps between two evaluations on dev", at_least=1, at_most=1_000_000_000)
+    eval_steps: int = option(125, "steps between two evaluations on dev", "[1, 1_000_000_000]")
     precision: str = option("fp32", "numbers that are computed with", words=("fp32", "fp16", "bf16"))
     cpu: bool = option(False, "leave a GPU alone")
     diagnostics_every_n_steps: int = option(
-        50, "steps between two samples of similarities and temperatures; 0: none", at_least=0, at_most=1_000_000_000
+        50, "steps between two samples of similarities and temperatures; 0: none", "[0, 1_000_000_000]"
     )
     progress: bool = option(True, "show progress bars")
 
-    vocabulary: int = option(8000, "word pieces of tiny", at_least=10, at_most=1_000_000)
-    dim: int = option(128, "numbers per token of tiny", at_least=1, at_most=65_536)
-    layers: int = option(2, "layers of tiny", at_least=1, at_most=1000)
-    heads: int = option(4, "heads of tiny", at_least=1, at_most=1000)
-    dropout: float = option(0.1, "dropout of tiny", at_least=0, below=1)
+    vocabulary: int = option(8000, "word pieces of tiny", "[10, 1_000_000]")
+    dim: int = option(128, "numbers per token of tiny", "[1, 65_536]")
+    layers: int = option(2, "layers of tiny", "[1, 1000]")
+    heads: int = option(4, "heads of tiny", "[1, 1000]")
+    dropout: float = option(0.1, "dropout of tiny", "[0, 1)")
 
     table: list[str] = option([], "train nothing: print the table of these runs, and of runs inside of these folders")
 

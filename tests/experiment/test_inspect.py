@@ -152,7 +152,7 @@ def inspect(**settings):
 
 
 def test_an_untrained_network_is_inspected(images, tmp_path, capsys):
-    out = tmp_path / "look"
+    out = tmp_path / "seen"
     assert inspect(data=images, image_size=12, backbone="test_resnet", images=9, out=out) == 0
     report = json.loads((out / "inspect.json").read_text())
     assert (report["images"], report["negatives_per_anchor"], report["epoch"]) == (9, 16, 0)
@@ -183,7 +183,7 @@ def without_figures(monkeypatch):
 def test_a_run_is_inspected_with_its_own_temperatures(tiny, tmp_path):
     settings = tiny | {"method": "isogclr", "method_kwargs.eta": 0.1}
     assert main(["pretrain", *(f"{key}={value}" for key, value in settings.items())]) == 0
-    out = tmp_path / "look"
+    out = tmp_path / "seen"
     options = {"checkpoint": tiny["out"], "constants": "[]", "images": 8, "seed": 1}
     own = {"methods": "[isogclr,dystress,dystress-low]", "method_kwargs.dystress-low.tau_max": 0.15}
     assert inspect(**options, **own, out=out) == 0
@@ -213,8 +213,8 @@ def test_a_run_with_a_queue_shows_the_network_that_is_trained(tiny):
     assert main(["pretrain", *(f"{key}={value}" for key, value in settings.items())]) == 0
     assert inspect(checkpoint=tiny["out"], methods="[ts_moco]", constants="[0.1]", epoch=200) == 0
     report = json.loads(Path(tiny["out"], "inspect", "inspect.json").read_text())
-    assert list(report["temperatures"]) == ["constant 0.1", "DySTreSS MoCo, this run's", "TS"]
-    assert report["temperatures"]["TS"]["tau_negative_max"] == pytest.approx(0.1)
+    assert list(report["temperatures"]) == ["constant 0.1", "DySTreSS MoCo, this run's", "TS MoCo"]
+    assert report["temperatures"]["TS MoCo"]["tau_negative_max"] == pytest.approx(0.1)
     assert report["negatives_per_anchor"] == 2 * 6 - 2
 
 
@@ -236,8 +236,8 @@ def test_bad_settings_write_nothing(settings, message, images, tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    base = {"data": images, "image_size": 12, "backbone": "test_resnet", "out": "look"}
-    base = base if "checkpoint" not in settings else {"out": "look"}
+    base = {"data": images, "image_size": 12, "backbone": "test_resnet", "out": "seen"}
+    base = base if "checkpoint" not in settings else {"out": "seen"}
     assert inspect(**base | settings) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "images"]

@@ -61,7 +61,7 @@ def refused(command, token, capsys):
 
 def beside(side, bound, whole):
     """Of the numbers at the end of a range, the last inside and the first outside of it."""
-    outwards = -math.inf if side in ("at_least", "above") else math.inf
+    outwards = -math.inf if side in ("at least", "above") else math.inf
     if side in ("above", "below"):
         return math.nextafter(bound, -outwards), bound
     return bound, bound + int(math.copysign(1, outwards)) if whole else math.nextafter(bound, outwards)
@@ -122,7 +122,7 @@ def test_null_is_none_and_what_is_no_yaml_is_an_error():
 def test_every_number_has_a_range_and_what_is_outside_is_refused_by_name(command, f, hint, capsys):
     structure, given = COMMANDS[command]
     sides = set(f.metadata["bounds"])
-    assert len(sides) == len(sides & {"at_least", "above"}) + len(sides & {"at_most", "below"}) == 2
+    assert len(sides) == len(sides & {"at least", "above"}) + len(sides & {"at most", "below"}) == 2
     (line,) = (line for line in describe(structure).splitlines() if line.startswith(f"  {f.name}="))
     assert line.endswith(f"[{range_of(f)}]")
 

@@ -11,7 +11,7 @@ from dystress_plugin import recipes
 from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment.keys import parse
 from dystress_plugin.experiment.report import records
-from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, method_of
 from dystress_plugin.temperature import DySTreSS
 
 ELSEWHERE = {
@@ -67,18 +67,13 @@ def plan(settings: CompareSettings) -> list[Arm]:
     """The methods in the order given, then the fixed temperatures that are not among them.
 
     Raises:
-        ValueError: for an unknown method, a name with a slash, or settings of a method that is not compared.
+        ValueError: for an unknown method, or a name with a slash.
     """
-    for name, kwargs in settings.method_kwargs.items():
-        if not isinstance(kwargs, dict):
-            raise ValueError(f"method_kwargs.{name}: say whose, such as method_kwargs.{settings.methods[0]}.{name}=...")
-        if name not in settings.methods:
-            raise ValueError(unknown_name("method in method_kwargs", name, settings.methods))
     for name in settings.methods:
         if Path(name).name != name:
             raise ValueError(f"methods={settings.methods}: the folders of {name}'s runs are named by it; no slashes.")
     arms = [
-        Arm(name, recipes.recipe(name.partition("-")[0]).name, settings.method_kwargs.get(name, {}))
+        Arm(name, recipes.recipe(method_of(name)).name, settings.method_kwargs.get(name, {}))
         for name in settings.methods
     ]
     families = dict.fromkeys(arm.family for arm in arms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +27,20 @@ from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.pretrain.module import ViewsModule
 from dystress_plugin.experiment.pretrain.resolve import resolve
-from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings
+from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings, method_of
 from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
+from dystress_plugin.experiment.style import styles
+from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import Constant
 
 MAX_IMAGES = 512  # a million negative pairs
 
-REFERENCE = "constant 0.1"  # SimCLR's default here
+FIXED = "simclr"  # the method of a constant
+
+REFERENCE = "constant 0.1"  # its default
 
 
-class Seen(NamedTuple):
+class Sample(NamedTuple):
     """A network and the embeddings of one batch.
 
     Attributes:
@@ -63,7 +67,8 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
         ValueError: for a checkpoint, data, methods or an output folder that do not fit.
     """
     settings = checked(settings)
-    _check_methods(settings)
+    for name in settings.methods:
+        recipes.recipe(method_of(name))
     out = output_folder(settings)
     with lock.alone(out):
         return _inspect(settings, out)
@@ -72,11 +77,11 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
 def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
     if {path.name for path in out.iterdir()} - {lock.NAME} and not (out / "inspect.json").exists():
         raise ValueError(f"out={out} is not empty and holds no results of this command. Choose another out.")
-    seen = _look(settings, out)
+    seen = _sample(settings, out)
     losses = _losses(settings, seen)
     pairs = effects.similarities(*seen.z, index=seen.numbers, epoch=seen.epoch)
-    found = {name: effects.effect(loss, pairs) for name, loss in losses.items()}
-    reference = next((name for name in losses if seen.run and losses[name] is seen.run[1]), REFERENCE)
+    found = {name: effects.effect(loss, pairs) for name, (_, loss) in losses.items()}
+    reference = next((name for name, its in losses.items() if its is seen.run), REFERENCE)
     against = (found.get(reference) or effects.effect(ContrastiveLoss(Constant(0.1)), pairs)).measures
     negatives = pairs.negative.shape[1]
     report = {
@@ -94,7 +99,8 @@ def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
             for name, its in found.items()
         },
     }
-    figures.draw(found, pairs, out, f"{seen.name}, {pairs.images} images in two views")
+    style = styles({name: method for name, (method, _) in losses.items()}, {name: name for name in losses})
+    figures.draw(found, style, pairs, out, f"{seen.name}, {pairs.images} images in two views")
     (out / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -123,7 +129,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _look(settings: InspectSettings, out: Path) -> Seen:
+def _sample(settings: InspectSettings, out: Path) -> Sample:
     run = Path(settings.checkpoint) if settings.checkpoint else None
     spec, data, own = _shown(settings, run, out)
     module = _network(spec, data)
@@ -134,7 +140,7 @@ def _look(settings: InspectSettings, out: Path) -> Seen:
     with torch.no_grad():
         z = module.train().embed(pictures)  # in train mode, as the loss sees the embeddings
     title = "untrained" if fresh else f"{recipes.recipe(spec.method).title}, trained for {spec.epochs} epochs:"
-    return Seen(
+    return Sample(
         # A folder's name need not be UTF-8, which is all that figures take.
         name=f"{title} {spec.model.backbone} on {os.fsencode(spec.data.name).decode(errors='backslashreplace')}",
         z=z,
@@ -169,7 +175,7 @@ def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:
     default = PretrainSettings()
     return PretrainSettings(
-        method="simclr",
+        method=FIXED,
         data=settings.data or default.data,
         data_root=settings.data_root or default.data_root,
         download=settings.download,
@@ -183,7 +189,7 @@ def _network(spec: RunSpec, data: Data) -> ViewsModule:
     """As this run starts; of a method with a queue the network that is trained."""
     seed_everything(spec.seed, workers=True, verbose=False)
     backbone, features = build_backbone(spec.model.backbone, spec.model.image_size)
-    loss = ContrastiveLoss(_without_queue(spec.method), **spec.method_kwargs)
+    loss = _loss(recipes.recipe(spec.method), spec.method_kwargs)
     return ViewsModule(backbone, features, loss, spec, data.num_classes)
 
 
@@ -210,38 +216,25 @@ def _pictures(settings: InspectSettings, spec: RunSpec, data: Data) -> tuple[lis
     return pictures, index
 
 
-def _check_methods(settings: InspectSettings) -> None:
-    for name in settings.methods:
-        recipes.recipe(_method(name))
-    for name, parameters in settings.method_kwargs.items():
-        if name not in settings.methods:
-            raise ValueError(unknown_name("method in method_kwargs", name, settings.methods))
-        if not isinstance(parameters, dict):
-            raise ValueError(f"method_kwargs.{name}={parameters} must name a parameter: method_kwargs.{name}.NAME=...")
-
-
-def _losses(settings: InspectSettings, seen: Seen) -> dict[str, ContrastiveLoss]:
-    losses = {f"constant {tau:g}": ContrastiveLoss(Constant(tau)) for tau in settings.constants}
+def _losses(settings: InspectSettings, seen: Sample) -> dict[str, tuple[str, ContrastiveLoss]]:
+    """By the name to show, each with its method."""
+    losses = {f"constant {tau:g}": (FIXED, ContrastiveLoss(Constant(tau))) for tau in settings.constants}
     if seen.run is not None:
-        losses[f"{recipes.recipe(seen.run[0]).title}, this run's"] = seen.run[1]
+        losses[f"{recipes.recipe(seen.run[0]).title}, this run's"] = seen.run
     for name in settings.methods:
         own = settings.method_kwargs.get(name, {})
         if seen.run is not None and name == seen.run[0] and not own:
             continue
-        recipe = recipes.recipe(_without_queue(_method(name)))
-        own = recipe.sized(own, seen.samples)
-        word = name.partition("-")[2]
-        losses[f"{recipe.title} ({word})" if word else recipe.title] = ContrastiveLoss(recipe.name, **own)
+        recipe, word = recipes.recipe(method_of(name)), name.partition("-")[2]
+        title = f"{recipe.title} ({word})" if word else recipe.title
+        losses[title] = recipe.name, _loss(recipe, recipe.sized(own, seen.samples))
     if not losses:
         raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
     return losses
 
 
-def _method(name: str) -> str:
-    """Of `NAME` or `NAME-WORD`, a method with settings of its own."""
-    return name.partition("-")[0]
-
-
-def _without_queue(method: str) -> str:
-    """The method with the same temperature and objective whose negatives are those of the batch."""
-    return method.removesuffix("_moco")
+def _loss(recipe: recipes.Recipe, settings: Mapping[str, Any]) -> ContrastiveLoss:
+    """Of a method, with or without a queue, for the negatives of a batch."""
+    objective = {name: settings[name] for name in OBJECTIVES[recipe.objective].parameters if name in settings}
+    temperature = recipe.build_temperature(**{n: value for n, value in settings.items() if n not in objective})
+    return ContrastiveLoss(temperature, objective=recipe.objective, **objective)

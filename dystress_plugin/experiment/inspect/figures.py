@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import torch
@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dystress_plugin.experiment.inspect.effects import Effect, Similarities, on_grid, relative_weight
-from dystress_plugin.experiment.style import DASHES, NEGATIVE, PNG, POSITIVE, method_color
-from dystress_plugin.recipes import METHODS
+from dystress_plugin.experiment.style import NEGATIVE, PNG, POSITIVE, Style
 
 BINS = 60
 
@@ -21,17 +20,21 @@ FEW_BINS = 20  # of the positives, which are as few as the anchors
 
 COSINE = "cosine similarity"
 
+Effects: TypeAlias = Mapping[str, Effect]
 
-def draw(effects: Mapping[str, Effect], seen: Similarities, folder: Path, title: str) -> list[Path]:
+Styles: TypeAlias = Mapping[str, Style]
+
+
+def draw(effects: Effects, style: Styles, seen: Similarities, folder: Path, title: str) -> None:
     """Writes `similarities.png`, `temperatures.png`, `weights.png`, `gradients.png` and `measures.png`.
 
     Args:
-        effects: by the name to show; those that begin with "constant" are drawn in grey.
+        effects: by the name to show.
+        style: how each is drawn.
         seen: the pairs that they are the effects on.
         folder: where to.
         title: the data and the network.
     """
-    paths = []
     with mpl.rc_context(PNG):
         for name, plot in (
             ("similarities", _similarities),
@@ -41,14 +44,12 @@ def draw(effects: Mapping[str, Effect], seen: Similarities, folder: Path, title:
             ("measures", _measures),
         ):
             figure = Figure(figsize=(9, 4.2), layout="constrained")
-            plot(figure, effects, seen)
+            plot(figure, effects, style, seen)
             figure.suptitle(f"{figure.get_suptitle()}\n{title}", fontsize=11)
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
-    return paths
+            figure.savefig(folder / f"{name}.png")
 
 
-def _similarities(figure: Figure, _effects: Mapping[str, Effect], seen: Similarities) -> None:
+def _similarities(figure: Figure, _effects: Effects, _style: Styles, seen: Similarities) -> None:
     axes = figure.subplots()
     for cosine, color, label in (
         (seen.negative, NEGATIVE, "negative pairs"),
@@ -68,12 +69,12 @@ def _similarities(figure: Figure, _effects: Mapping[str, Effect], seen: Similari
     figure.suptitle("Similarities")
 
 
-def _temperatures(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+def _temperatures(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     left, right = figure.subplots(1, 2)
-    for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
+    for name, found in effects.items():
         for axes, what in ((left, "temperature"), (right, "logit")):
             grid, values = on_grid(found.maps.negative, len(seen.positive), what)
-            axes.plot(grid, values.median(dim=0).values, label=name, **style)
+            axes.plot(grid, values.median(dim=0).values, label=name, **style[name].of_line)
             if what == "logit":
                 for low, high in found.measures["falling"]:
                     inside = (grid >= low) & (grid <= high)
@@ -84,36 +85,36 @@ def _temperatures(figure: Figure, effects: Mapping[str, Effect], seen: Similarit
     figure.suptitle("What a cosine is divided by, and the result")
 
 
-def _weights(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+def _weights(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     axes = figure.subplots()
     density = axes.twinx()
     density.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.2)
     density.set(ylabel="density of negative pairs (grey)")
     density.grid(visible=False)
-    for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
-        axes.plot(*relative_weight(found, seen), label=name, **style)
+    for name, found in effects.items():
+        axes.plot(*relative_weight(found, seen), label=name, **style[name].of_line)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(yscale="log", xlabel=f"{COSINE} of a negative", ylabel="softmax weight / mean weight (median anchor)")
     _legend(figure, axes)
     figure.suptitle("How much a negative counts")
 
 
-def _gradients(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+def _gradients(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     left, right = figure.subplots(1, 2)
     left.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.25, label="pairs")
-    for (name, found), style in zip(effects.items(), _styles(effects), strict=True):
+    for name, found in effects.items():
         share, middle = _binned(seen.negative, found.push.abs(), BINS, density=True)
-        left.plot(middle, share, label=name, **style)
+        left.plot(middle, share, label=name, **style[name].of_line)
         total, middle = _binned(seen.positive, found.pull.abs() / found.pull.abs().mean(), FEW_BINS)
         number, _ = _binned(seen.positive, torch.ones_like(found.pull), FEW_BINS)
-        right.plot(middle[number > 0], (total / number)[number > 0], marker="o", markersize=3, **style)
+        right.plot(middle[number > 0], (total / number)[number > 0], marker="o", markersize=3, **style[name].of_line)
     left.set(title="Negatives: where the push is", xlabel=COSINE, ylabel="share of the gradient (per unit of cosine)")
     right.set(title="Positives: the pull on a pair", xlabel=COSINE, ylabel="gradient / mean pair's", ylim=(0, None))
     _legend(figure, left)
     figure.suptitle("Size of the gradient |dL/ds| over similarity")
 
 
-def _measures(figure: Figure, effects: Mapping[str, Effect], seen: Similarities) -> None:
+def _measures(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     panels = figure.subplots(1, 4, sharey=True)
     names = list(effects)
     for axes, key, title, scale, unit in (
@@ -123,7 +124,7 @@ def _measures(figure: Figure, effects: Mapping[str, Effect], seen: Similarities)
         (panels[3], "inverted_percent", "inverted order", 1.0, "of the pairs (%)"),
     ):
         values = [scale * found.measures[key] for found in effects.values()]
-        bars = axes.barh(names, values, color=[style["color"] for style in _styles(effects)])
+        bars = axes.barh(names, values, color=[style[name].color for name in names])
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
         axes.set(title=title, xlabel=unit, xlim=(0, 1.25 * max([*values, 1.0])))
         axes.grid(visible=False)
@@ -136,29 +137,6 @@ def _binned(cosine: Tensor, strength: Tensor, bins: int, *, density: bool = Fals
     span = (float(cosine.min()), float(cosine.max()))
     sums, edges = torch.histogram(cosine.flatten(), bins, range=span, weight=strength.flatten(), density=density)
     return sums, (edges[1:] + edges[:-1]) / 2
-
-
-def _styles(effects: Mapping[str, Effect]) -> list[dict[str, Any]]:
-    constants = [name for name in effects if name.startswith("constant")]
-    drawn: list[str] = []
-    styles: list[dict[str, Any]] = []
-    for name in effects:
-        if name in constants:
-            grey = str(0.75 - 0.6 * constants.index(name) / len(constants))
-            styles.append({"color": grey, "linestyle": "--", "linewidth": 1.2})
-            continue
-        color = method_color(_method(name))
-        # A method with other settings has its colour, and another line.
-        line = ("-", *DASHES)[drawn.count(color) % (1 + len(DASHES))]
-        drawn.append(color)
-        styles.append({"color": color, "linestyle": line, "linewidth": 1.8})
-    return styles
-
-
-def _method(name: str) -> str:
-    """The method whose title a name begins with, the longest."""
-    titled = [method for method, recipe in METHODS.items() if name.startswith(recipe.title)]
-    return max(titled, key=lambda method: len(METHODS[method].title))
 
 
 def _highest(effects: Mapping[str, Effect]) -> float:

@@ -17,15 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.style import COMMON, DASHES, GREY, method_color
+from dystress_plugin.experiment.style import COMMON, Style
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.report.differences import Difference
     from dystress_plugin.experiment.report.records import Run
 
 TEXT = "#010203"  # stands for the colour of the text, which only the page knows
-
-MARKERS = ("v", "^", "s", "D")
 
 STYLE: dict[str, Any] = COMMON | {
     "font.size": 9,
@@ -53,37 +51,8 @@ class Picture:
     alt: str
 
 
-@dataclass(frozen=True)
-class Style:
-    """How an arm is drawn everywhere: `line` where it is a line, `marker` where it is points."""
-
-    color: str
-    line: Any
-    marker: str
-
-
-def styles(methods: Mapping[str, str], constants: Sequence[str]) -> dict[str, Style]:
-    """Methods in their colours, arms of one colour by dashes; constants and the untrained backbone grey, by both.
-
-    Args:
-        methods: of the arms that are no constants.
-        constants: the other arms.
-    """
-    coloured: dict[str, Style] = {}
-    for name, method in methods.items():
-        color = method_color(method)
-        number = sum(style.color == color for style in coloured.values())
-        coloured[name] = Style(color, ("-", *DASHES)[number % (1 + len(DASHES))], ("o", *MARKERS)[number % 5])
-    grey = {name: Style(GREY, DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(constants)}
-    return coloured | grey | {"untrained": Style(GREY, "-", "x")}
-
-
 def all_figures(
-    runs: Sequence[Run],
-    rows: pd.DataFrame,
-    found: Sequence[Difference],
-    titles: Mapping[str, str],
-    style: Mapping[str, Style],
+    runs: Sequence[Run], rows: pd.DataFrame, found: Sequence[Difference], style: Mapping[str, Style]
 ) -> dict[str, list[Picture]]:
     """Every figure of the page, by section."""
     arms: dict[str, list[Run]] = {}
@@ -91,35 +60,30 @@ def all_figures(
         arms.setdefault(run.name, []).append(run)
     with mpl.rc_context(STYLE):
         return {
-            "differences": [_differences(found, name, titles, style) for name in _unique(d.protocol for d in found)],
+            "differences": [_differences(found, name, style) for name in dict.fromkeys(d.protocol for d in found)],
             "curves": [
-                _curves(arms, "knn_top1", "weighted kNN of the test images", "top-1 accuracy (%)", titles, style),
-                _curves(arms, "loss", "loss", "loss (nats)", titles, style),
+                _curves(arms, "knn_top1", "weighted kNN of the test images", "top-1 accuracy (%)", style),
+                _curves(arms, "loss", "loss", "loss (nats)", style),
             ],
-            "classes": [_classes(rows, name, titles, style) for name in _class_protocols(rows)],
+            "classes": [_classes(rows, name, style) for name in _class_protocols(rows)],
             "training": [
                 picture
                 for name, mine in arms.items()
                 for quantity in (("similarity", "temperature") if mine[0].constant is None else ("similarity",))
-                if (picture := _histograms(mine[0].folder / "diagnostics.csv", quantity, titles[name])) is not None
+                if (picture := _histograms(mine[0].folder / "diagnostics.csv", quantity, style[name].title)) is not None
             ],
             "maps": [
                 _map(path, title)
                 for path, title in (
-                    (runs[0].folder / "untrained_map.csv", titles["untrained"]),
-                    *((mine[0].folder / "map.csv", titles[name]) for name, mine in arms.items()),
+                    (runs[0].folder / "untrained_map.csv", style["untrained"].title),
+                    *((mine[0].folder / "map.csv", style[name].title) for name, mine in arms.items()),
                 )
                 if path.exists()
             ],
         }
 
 
-def _differences(
-    found: Sequence[Difference],
-    name: str,
-    titles: Mapping[str, str],
-    style: Mapping[str, Style],
-) -> Picture:
+def _differences(found: Sequence[Difference], name: str, style: Mapping[str, Style]) -> Picture:
     mine = [d for d in found if d.protocol == name]
 
     def draw(axes: Axes) -> None:
@@ -129,7 +93,7 @@ def _differences(
                 axes.plot([d.low, d.high], [y, y], color=color, linewidth=2.5, solid_capstyle="butt")
             axes.plot(d.mean, y, "o", color=color, markersize=6)
         axes.axvline(0, color=TEXT, linewidth=1)
-        axes.set_yticks(range(len(mine)), [titles[d.name].replace(", ", ",\n") for d in mine], fontsize=8)
+        axes.set_yticks(range(len(mine)), [style[d.name].title.replace(", ", ",\n") for d in mine], fontsize=8)
         axes.set_ylim(len(mine) - 0.5, -0.5)
         axes.set(title=protocol(name).title, xlabel="difference (percentage points)")
 
@@ -138,12 +102,7 @@ def _differences(
 
 
 def _curves(
-    arms: Mapping[str, Sequence[Run]],
-    column: str,
-    title: str,
-    label: str,
-    titles: Mapping[str, str],
-    style: Mapping[str, Style],
+    arms: Mapping[str, Sequence[Run]], column: str, title: str, label: str, style: Mapping[str, Style]
 ) -> Picture:
     def draw(axes: Axes) -> None:
         for name, mine in arms.items():
@@ -152,11 +111,11 @@ def _curves(
             values = np.array([curve[:length] for curve in curves])
             epochs, mean = np.arange(1, length + 1), values.mean(0)
             marker = "o" if length < 3 else "none"  # which a line of one epoch needs
-            color, line = style[name].color, style[name].line
-            axes.plot(epochs, mean, color=color, linestyle=line, label=titles[name], linewidth=1.6, marker=marker)
+            its = style[name]
+            axes.plot(epochs, mean, label=its.title, marker=marker, **its.of_line)
             if len(values) > 1:
                 spread = values.std(0, ddof=1)
-                axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(epochs, mean - spread, mean + spread, color=its.color, alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="epochs trained", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend_below(axes)
@@ -164,16 +123,15 @@ def _curves(
     return _picture(draw, f"{title} over the epochs, mean and standard deviation over the seeds", (SIZE[0], 3.9))
 
 
-def _classes(rows: pd.DataFrame, name: str, titles: Mapping[str, str], style: Mapping[str, Style]) -> Picture:
+def _classes(rows: pd.DataFrame, name: str, style: Mapping[str, Style]) -> Picture:
     classes = rows[(rows["protocol"] == name) & rows["group"].str.startswith("class ")]
     points = classes.groupby(["name", "group"], sort=False)[["train_images", "value"]].mean()
 
     def draw(axes: Axes) -> None:
-        for arm, its in points.groupby(level="name", sort=False):
-            its = its.sort_values(["train_images", "value"])
-            color, marker = style[arm].color, style[arm].marker
-            x, y = its["train_images"], its["value"]
-            axes.plot(x, y, marker, color=color, alpha=0.8, markersize=5, label=titles[arm])
+        for arm, mine in points.groupby(level="name", sort=False):
+            ordered, its = mine.sort_values(["train_images", "value"]), style[arm]
+            x, y = ordered["train_images"], ordered["value"]
+            axes.plot(x, y, its.marker, color=its.color, alpha=0.8, markersize=5, label=its.title)
         if points["train_images"].max() >= 3 * points["train_images"].min():
             axes.set_xscale("log")
             axes.xaxis.set(
@@ -285,7 +243,3 @@ def _short(name: str) -> str:
 def _class_protocols(rows: pd.DataFrame) -> list[str]:
     there = list(rows["protocol"].unique())
     return [name for name in PER_CLASS if name in there] or there[:1]
-
-
-def _unique(names: Any) -> list[str]:
-    return list(dict.fromkeys(names))

@@ -14,6 +14,7 @@ from dystress_plugin.experiment.evaluate.protocols import protocol
 from dystress_plugin.experiment.report import cost, figures
 from dystress_plugin.experiment.report.differences import FEW_SEEDS, differences, sentence
 from dystress_plugin.experiment.report.records import UNTRAINED, Run, one_per, unequal
+from dystress_plugin.experiment.style import GREY, Style, styles
 
 
 def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: Path, missing: Mapping[str, Any]) -> str:
@@ -30,8 +31,8 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
     titles = {name: run.title for name, run in arms.items()} | {UNTRAINED: "untrained backbone"}
     constants = [name for name, run in arms.items() if run.constant is not None]
     found = differences(rows, {name: run.family for name, run in arms.items()}, constants, names)
-    methods = {name: run.settings.method for name, run in arms.items() if run.constant is None}
-    style = figures.styles(methods, constants)
+    style = styles({name: run.settings.method for name, run in arms.items()}, titles)
+    style[UNTRAINED] = Style(titles[UNTRAINED], GREY, "-", "x")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dystress_plugin.experiment.report", "."),
         autoescape=True,
@@ -65,7 +66,7 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
         missing=missing,
         unequal=unequal(runs),
         command=OmegaConf.load(compared).command if compared.exists() else "",
-        figures=figures.all_figures(runs, rows, found, titles, style),
+        figures=figures.all_figures(runs, rows, found, style),
     )
 
 

@@ -1,0 +1,121 @@
+"""The subcommands: settings are read and checked first, then what takes seconds to import is imported and called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dystress_plugin import __version__
+from dystress_plugin.experiment.keys import describe, parse
+from dystress_plugin.experiment.settings import (
+    CompareSettings,
+    EvaluateSettings,
+    InspectSettings,
+    LongTailSettings,
+    PretrainSettings,
+    ReportSettings,
+    output_folder,
+)
+from dystress_plugin.experiment.terminal import columns, summary_table
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line; `run` is what a subcommand calls with `settings`, its tokens."""
+    whole = argparse.ArgumentParser(
+        "dystress",
+        description="Contrastive pretraining with adaptive temperatures. Settings are written key=value.",
+    )
+    whole.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
+    commands = whole.add_subparsers(required=True, metavar=f"{{methods,{','.join(COMMANDS)}}}")
+    commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
+    for name, (run, structure, help_) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=help_,
+            description=f"dystress {name}: {help_}.",
+            epilog=f"keys and their defaults:\n{describe(structure)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("settings", nargs="*", metavar="key=value")
+        command.set_defaults(run=run)
+    return whole
+
+
+def _methods(tokens: Sequence[str]) -> None:
+    raise ValueError(f"`dystress methods` takes no settings, not '{tokens[0]}'.")
+
+
+def _pretrain(tokens: Sequence[str]) -> None:
+    settings = parse(PretrainSettings, tokens)
+    from dystress_plugin.experiment.pretrain.command import pretrain
+
+    if summary := pretrain(settings):
+        print(summary_table(summary))
+        _name_figures(output_folder(settings) / "figures")
+
+
+def _evaluate(tokens: Sequence[str]) -> None:
+    settings = parse(EvaluateSettings, tokens)
+    from dystress_plugin.experiment.evaluate.command import evaluate_run
+
+    _print(evaluate_run(settings))
+
+
+def _long_tail(tokens: Sequence[str]) -> None:
+    settings = parse(LongTailSettings, tokens)
+    from dystress_plugin.experiment.data.export import write_long_tail
+
+    _print(write_long_tail(settings))
+
+
+def _inspect(tokens: Sequence[str]) -> None:
+    settings = parse(InspectSettings, tokens)
+    from dystress_plugin.experiment.inspect import command
+
+    report = command.inspect_temperatures(settings)
+    print("\n".join([report["network"], "", *columns(command.table(report)), ""]))
+    print("\n".join(found["advice"] for found in report["temperatures"].values()))
+    _name_figures(command.output_folder(settings))
+
+
+def _compare(tokens: Sequence[str]) -> None:
+    from dystress_plugin.experiment.compare.command import command_line, compare, shell_plan
+    from dystress_plugin.experiment.compare.plan import parse_compare
+
+    settings, common = parse_compare(tokens)
+    if settings.plan:
+        print("\n".join(shell_plan(settings, common)))
+    else:
+        _print(compare(settings, common, command_line(tokens)))
+
+
+def _report(tokens: Sequence[str]) -> None:
+    folders = [token for token in tokens if os.path.exists(token) or not ("=" in token or token.startswith("-"))]
+    settings = parse(ReportSettings, [token for token in tokens if token not in folders])
+    settings.runs += folders
+    from dystress_plugin.experiment.report.command import report
+
+    _print(report(settings))
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2))
+
+
+def _name_figures(folder: Path) -> None:
+    for path in sorted(folder.glob("*.png")):
+        print(f"figure: {path}")
+
+
+COMMANDS = {
+    "pretrain": (_pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
+    "compare": (_compare, CompareSettings, "methods and fixed temperatures over seeds; takes pretrain's keys too"),
+    "report": (_report, ReportSettings, "table and page of finished runs: dystress report runs/*"),
+    "evaluate": (_evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
+    "long-tail": (_long_tail, LongTailSettings, "write a long-tailed part of a data set as image folders"),
+    "inspect": (_inspect, InspectSettings, "what each temperature would do to a network's similarities"),
+}

@@ -1,0 +1,67 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from dystress_plugin.recipes import METHODS, Recipe
+
+
+def methods_table() -> str:
+    """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
+    variants = {
+        name: base
+        for name in METHODS
+        if (base := name.rpartition("_")[0]) in METHODS and METHODS[name].temperature is METHODS[base].temperature
+    }
+    lines = columns(
+        [("method", "temperature", "objective", "paper")]
+        + [
+            (recipe.name, recipe.temperature.__name__, recipe.objective, f"{recipe.paper}, {recipe.url}")
+            for recipe in METHODS.values()
+            if recipe.name not in variants
+        ]
+    )
+    lines += ["", *columns([("parameters and defaults, method_kwargs.NAME=VALUE", "")])]
+    lines += columns([(name, _defaults(METHODS[name])) for name in METHODS if name not in variants])
+    lines += ["", "variants, with temperature, parameters and paper of the method before the underscore"]
+    lines += columns([(name, *_difference(METHODS[name], METHODS[base])) for name, base in variants.items()])
+    return "\n".join(lines)
+
+
+def _defaults(recipe: Recipe, without: Collection[str] = ()) -> str:
+    return ", ".join(
+        name if default is inspect.Parameter.empty else f"{name}={default}"
+        for name, default in recipe.parameters.items()
+        if name not in without
+    )
+
+
+def _difference(recipe: Recipe, base: Recipe) -> tuple[str, str]:
+    if recipe.queue:
+        return (
+            f"objective {recipe.objective}",
+            "a queue of negatives and a momentum encoder: queue_size, momentum_encoder",
+        )
+    return f"objective {recipe.objective}", _defaults(recipe, without=base.parameters)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of text as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The accuracies of a run beside those of its untrained backbone, in percent."""
+    lines = [
+        f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {summary['epochs']} epochs, "
+        f"{summary['seconds']} s",
+        f"{'top-1 accuracy (%)':<22}{'untrained':>10}{'trained':>10}{'gain':>8}",
+    ]
+    for name, label in (("knn_top1", "weighted kNN"), ("linear_top1", "linear probe")):
+        before, after = summary[f"untrained_{name}"], summary[name]
+        lines.append(f"{label:<22}{before:>10.2f}{after:>10.2f}{after - before:>+8.2f}")
+    return "\n".join(lines)
