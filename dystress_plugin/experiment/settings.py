@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dystress_plugin.errors import unknown_name
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.keys import option
 

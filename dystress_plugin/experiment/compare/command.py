@@ -30,10 +30,10 @@ from dystress_plugin.experiment.pretrain.command import scan_images
 from dystress_plugin.experiment.pretrain.folder import check_settings
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
 from dystress_plugin.experiment.report.command import write as write_report
-from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, output_folder
 from dystress_plugin.experiment.spec import DataSpec, HardwareSpec, part
 
-LOOKS = 40  # of the diagnostics in a run, unless set
+SAMPLES = 40  # of the diagnostics in a run, unless set
 
 
 class Prepared(NamedTuple):
@@ -67,7 +67,7 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
         files.write_text(out / "compare.yaml", OmegaConf.to_yaml({"command": command, "settings": asdict(settings)}))
         _lay_untrained(settings, runs, prepared)
         failures = _work(settings, runs, lock)
-        finished = [Path(run.out or "") for run in runs if _finished(run) and Path(run.out or "").name not in failures]
+        finished = [output_folder(run) for run in runs if _finished(run) and output_folder(run).name not in failures]
         if not finished:
             raise ValueError(f"All {len(runs)} runs failed: {_lines(failures)}")
         paths = write_report(finished, out, settings.protocols, failures, measure_cost=True)
@@ -132,10 +132,10 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
     left_out = scan.left_out if scan is not None else ()
     if scan is not None:
         scan.write(out)
-    looks = settings.diagnostics_every_n_steps
+    every = settings.diagnostics_every_n_steps
     data: dict[int, Data] = {}
     for run in runs:
-        folder = Path(run.out or "")
+        folder = output_folder(run)
         if scan is not None and not folder.exists():
             folder.mkdir(parents=True)
             scan.write(folder)
@@ -145,9 +145,9 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
             data[run.seed] = data[runs[0].seed] if same else load_for(here, run.seed, without=left_out)
             check_batch(run, data[run.seed], devices)
         its = data[run.seed]
-        if looks is None:
-            looks = max(1, run.epochs * (len(its.train.labels) // run.batch_size) // LOOKS)
-        run.diagnostics_every_n_steps = looks
+        if every is None:
+            every = max(1, run.epochs * (len(its.train.labels) // run.batch_size) // SAMPLES)
+        run.diagnostics_every_n_steps = every
         resolved = resolve(run, its, devices)
         if run.seed == runs[0].seed:
             build_module(resolved, its)
@@ -159,7 +159,7 @@ def _lay_untrained(settings: CompareSettings, runs: Sequence[PretrainSettings], 
     """Scores what the runs of a seed start from, once, and puts the scores into the folders of those not begun."""
     for seed in settings.seeds:
         its = [run for run in runs if run.seed == seed]
-        new = [run for run in its if not Path(run.out or "", "config.yaml").exists()]
+        new = [run for run in its if not (output_folder(run) / "config.yaml").exists()]
         if not new:
             continue
         data = prepared.data[seed]
@@ -167,7 +167,7 @@ def _lay_untrained(settings: CompareSettings, runs: Sequence[PretrainSettings], 
         whole = partial(load_for, start.data, seed, without=prepared.left_out, whole=True)
         scores = score_start(start, data, settings.protocols, pool=pool_for(start, settings.protocols, whole))
         for run in new:
-            folder = Path(run.out or "")
+            folder = output_folder(run)
             folder.mkdir(parents=True, exist_ok=True)
             scores.write_untrained(folder, start)
 
@@ -177,7 +177,7 @@ def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int
     failures: dict[str, str] = {}
 
     def one(run: PretrainSettings, children: Workers) -> None:
-        folder = Path(run.out or "")
+        folder = output_folder(run)
         try:
             children.train(run)
         except Exception as error:
@@ -185,7 +185,7 @@ def _work(settings: CompareSettings, runs: Sequence[PretrainSettings], lock: int
                 raise  # it never began, and the others would not either
             failures[folder.name] = f"{type(error).__name__}: {error}"
 
-    todo = [run for run in runs if not (_finished(run) and is_scored(Path(run.out or ""), run.protocols, run.map))]
+    todo = [run for run in runs if not (_finished(run) and is_scored(output_folder(run), run.protocols, run.map))]
     with sigterm_exits(), Workers(settings, lock) as children, ThreadPoolExecutor(settings.jobs) as pool:
         futures = [pool.submit(one, run, children) for run in todo]
         try:
@@ -203,7 +203,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def _finished(run: PretrainSettings) -> bool:
-    return Path(run.out or "", "summary.json").exists()
+    return (output_folder(run) / "summary.json").exists()
 
 
 def _lines(failures: dict[str, str]) -> str:
@@ -230,6 +230,6 @@ def _watch(runs: Sequence[PretrainSettings], futures: Sequence[Future[None]], sh
 
 def _epochs(run: PretrainSettings) -> int:
     try:
-        return max(0, Path(run.out or "", "metrics.csv").read_text().count("\n") - 1)
+        return max(0, (output_folder(run) / "metrics.csv").read_text().count("\n") - 1)
     except FileNotFoundError:
         return 0

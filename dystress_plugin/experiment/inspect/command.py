@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dystress_plugin import metrics, recipes
-from dystress_plugin.checks import unknown_name
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.backbone import build_backbone

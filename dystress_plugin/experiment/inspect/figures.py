@@ -51,19 +51,10 @@ def draw(effects: Effects, style: Styles, seen: Similarities, folder: Path, titl
 
 def _similarities(figure: Figure, _effects: Effects, _style: Styles, seen: Similarities) -> None:
     axes = figure.subplots()
-    for cosine, color, label in (
-        (seen.negative, NEGATIVE, "negative pairs"),
-        (seen.positive, POSITIVE, "positive pairs"),
-    ):
-        axes.hist(
-            cosine.flatten().numpy(),
-            bins=BINS,
-            range=(-1, 1),
-            density=True,
-            color=color,
-            alpha=0.45,
-            label=f"{label}: mean {float(cosine.mean()):.2f}",
-        )
+    options: dict[str, Any] = {"bins": BINS, "range": (-1, 1), "density": True, "alpha": 0.45}
+    for cosine, color, name in ((seen.negative, NEGATIVE, "negative"), (seen.positive, POSITIVE, "positive")):
+        label = f"{name} pairs: mean {float(cosine.mean()):.2f}"
+        axes.hist(cosine.flatten().numpy(), color=color, label=label, **options)
     axes.set(xlim=(-1, 1), xlabel=COSINE, ylabel="density of pairs (per unit of cosine)")
     axes.legend(frameon=False)
     figure.suptitle("Similarities")
@@ -71,6 +62,8 @@ def _similarities(figure: Figure, _effects: Effects, _style: Styles, seen: Simil
 
 def _temperatures(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     left, right = figure.subplots(1, 2)
+    pairs = ("positive", "negative")
+    highest = max(found.measures[f"tau_{its}_max"] for found in effects.values() for its in pairs)
     for name, found in effects.items():
         for axes, what in ((left, "temperature"), (right, "logit")):
             grid, values = on_grid(found.maps.negative, len(seen.positive), what)
@@ -78,9 +71,10 @@ def _temperatures(figure: Figure, effects: Effects, style: Styles, seen: Similar
             if what == "logit":
                 for low, high in found.measures["falling"]:
                     inside = (grid >= low) & (grid <= high)
-                    axes.plot(grid[inside], values.median(dim=0).values[inside], color="red", linewidth=5, alpha=0.3)
-    left.set(title="Temperature", xlabel=COSINE, ylabel="temperature (median anchor)", ylim=(0, _highest(effects)))
-    right.set(title="Logit; red where it falls", xlabel=COSINE, ylabel="logit (nats)")
+                    thick = {"color": style[name].color, "linewidth": 5, "alpha": 0.3}
+                    axes.plot(grid[inside], values.median(dim=0).values[inside], **thick)
+    left.set(title="Temperature", xlabel=COSINE, ylabel="temperature (median anchor)", ylim=(0, 1.15 * highest))
+    right.set(title="Logit; thick where it falls", xlabel=COSINE, ylabel="logit (nats)")
     _legend(figure, left)
     figure.suptitle("What a cosine is divided by, and the result")
 
@@ -88,8 +82,8 @@ def _temperatures(figure: Figure, effects: Effects, style: Styles, seen: Similar
 def _weights(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     axes = figure.subplots()
     density = axes.twinx()
-    density.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.2)
-    density.set(ylabel="density of negative pairs (grey)")
+    density.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color=NEGATIVE, alpha=0.2)
+    density.set(ylabel="density of negative pairs (area)")
     density.grid(visible=False)
     for name, found in effects.items():
         axes.plot(*relative_weight(found, seen), label=name, **style[name].of_line)
@@ -101,7 +95,7 @@ def _weights(figure: Figure, effects: Effects, style: Styles, seen: Similarities
 
 def _gradients(figure: Figure, effects: Effects, style: Styles, seen: Similarities) -> None:
     left, right = figure.subplots(1, 2)
-    left.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color="grey", alpha=0.25, label="pairs")
+    left.hist(seen.negative.flatten().numpy(), bins=BINS, density=True, color=NEGATIVE, alpha=0.2, label="pairs")
     for name, found in effects.items():
         share, middle = _binned(seen.negative, found.push.abs(), BINS, density=True)
         left.plot(middle, share, label=name, **style[name].of_line)
@@ -137,13 +131,6 @@ def _binned(cosine: Tensor, strength: Tensor, bins: int, *, density: bool = Fals
     span = (float(cosine.min()), float(cosine.max()))
     sums, edges = torch.histogram(cosine.flatten(), bins, range=span, weight=strength.flatten(), density=density)
     return sums, (edges[1:] + edges[:-1]) / 2
-
-
-def _highest(effects: Mapping[str, Effect]) -> float:
-    tops: list[float] = [
-        found.measures[f"tau_{pairs}_max"] for found in effects.values() for pairs in ("positive", "negative")
-    ]
-    return 1.15 * max(tops)
 
 
 def _legend(figure: Figure, axes: Any) -> None:
