@@ -204,6 +204,25 @@ class ContrastiveLoss(nn.Module):
                 taus.append(maps.negative.rows(rows).temperature(cosine)[negative])
             return Pairs(batch.positive_cosine.flatten(), positive_tau.flatten(), torch.cat(cosines), torch.cat(taus))
 
+    def lacks_negatives(self, *views: Tensor) -> bool:
+        """Whether a batch is of one image that nothing is there to be compared with, at which the loss raises."""
+        others = self.gather_distributed and distributed.world_size() > 1
+        hard = self.layout == "one_way" and len(views) > 2
+        return len(views[0]) == 1 and self.queue is None and not others and not hard
+
+    def zero(self, *views: Tensor) -> Tensor:
+        """0 with gradients of 0, for hosts that go on after a batch that lacks negatives.
+
+        Its backward pass takes part in what other ranks, whose batches may have more images, do in theirs.
+        """
+        first = views[0]
+        parameters: dict[str, Tensor] = dict(self.temperature.named_parameters())
+        if self.training and torch.is_grad_enabled():
+            self._begin_as_rank_0(views)
+            first, parameters = self._with_mean_gradients(first)
+        dtype = torch.promote_types(torch.float32, first.dtype)
+        return torch.stack([(x.to(dtype) * 0).sum() for x in (first, *views[1:], *parameters.values())]).sum()
+
     def _begin_as_rank_0(self, views: Sequence[Tensor]) -> None:
         """Once: ranks may have been seeded differently, as data loading wants it, and so hold different queues."""
         trained = any(tensor.requires_grad for tensor in (*views, *self.parameters()))
@@ -328,9 +347,7 @@ class ContrastiveLoss(nn.Module):
                 raise ValueError(
                     f"Embeddings have {views[0].shape[1]} dims, the queue {self.queue.keys.shape[1]}; set queue_size."
                 )
-        elif len(views[0]) == 1 and not (self.gather_distributed and distributed.world_size() > 1):
-            if self.layout == "one_way" and len(views) > 2:
-                return
+        elif self.lacks_negatives(*views):
             raise ValueError("A batch of one image has no negatives; use at least two images, or a queue.")
 
     @property

@@ -64,6 +64,19 @@ def contrast(
             reduction = reduction if reduction in ("min", "max") else "mean"
             shown = name == "tau_positive_mean"
             module.log(name, number, prog_bar=shown, reduce_fx=reduction, batch_size=len(views[0]), **how)
+    # An epoch's last batch may be of one image. Where its first is, all of them are, and the loss says so.
+    value: Tensor = (
+        loss_or_zero(loss, *views, index=index, epoch=epoch) if batch_idx else loss(*views, index=index, epoch=epoch)
+    )
+    return value
+
+
+def loss_or_zero(
+    loss: ContrastiveLoss, *views: Tensor, index: Tensor | None = None, epoch: float | None = None
+) -> Tensor:
+    """The loss of a batch; 0, with gradients of 0, for one image without negatives, as others' losses have it."""
+    if loss.lacks_negatives(*views):
+        return loss.zero(*views)
     value: Tensor = loss(*views, index=index, epoch=epoch)
     return value
 

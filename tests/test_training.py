@@ -1,16 +1,19 @@
 """What the adapters share, and what none of them may ask."""
 
 import ast
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import gloo
 import pytest
 import torch
 from grid import embeddings
+from torch.nn.parallel import DistributedDataParallel
 
 import dystress_plugin
 from dystress_plugin import ContrastiveLoss, recipes, temperature, training
-from dystress_plugin.temperature import Constant, CosineSchedule, Individual, Temperature, WarmUp
+from dystress_plugin.temperature import Constant, CosineSchedule, Individual, Learnable, Temperature, WarmUp
 from dystress_plugin.temperature.base import Batch
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
 
@@ -126,6 +129,42 @@ def test_a_batch_of_one_image_has_a_loss_but_nothing_to_log():
     module, loss = Module(1), ContrastiveLoss("simclr_moco", queue_size=(6, 4))
     assert training.contrast(module, loss, embeddings(1, 4), 0, index=None, epoch=0.0).isfinite()
     assert module.logged == {}
+
+
+def test_a_last_batch_of_one_image_is_0_and_a_first_one_an_error():
+    module, loss, views = Module(1), ContrastiveLoss("dystress"), [view.requires_grad_() for view in embeddings(1, 4)]
+    value = training.contrast(module, loss, views, 3, index=None, epoch=0.0)
+    gradients = torch.autograd.grad(value, views)
+    assert value.item() == 0
+    assert not any(gradient.any() for gradient in gradients)
+    assert module.logged == {}
+    with pytest.raises(ValueError, match="one image has no negatives"):
+        training.contrast(module, loss, views, 0, index=None, epoch=0.0)
+
+
+def one_image_beside(rank, images):
+    """Gradients of an encoder and a learned temperature; rank 0 has one image, rank 1 has `images`."""
+    torch.manual_seed(0)
+    loss = ContrastiveLoss(Learnable())
+    encoder = DistributedDataParallel(torch.nn.Linear(4, 3).double())
+    x = embeddings(5, 4)[0][:1] if rank == 0 else embeddings(5, 4)[0][:images]
+    for _ in range(2):  # the first step also begins as rank 0
+        encoder.zero_grad(), loss.zero_grad()
+        training.loss_or_zero(loss, encoder(x), encoder(x.flip(1))).backward()
+    return [parameter.grad for parameter in (*encoder.parameters(), *loss.parameters())]
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_rank_with_one_image_takes_part_with_gradients_of_0(images, tmp_path):
+    first, second = gloo.run(partial(one_image_beside, images=images), 2, tmp_path)
+    torch.manual_seed(0)
+    loss, encoder, x = ContrastiveLoss(Learnable()), torch.nn.Linear(4, 3).double(), embeddings(5, 4)[0][:images]
+    if images > 1:
+        (loss(encoder(x), encoder(x.flip(1))) / 2).backward()
+    for parameter, *found in zip((*encoder.parameters(), *loss.parameters()), first, second, strict=True):
+        expected = torch.zeros_like(parameter) if images == 1 else parameter.grad
+        for gradient in found:
+            torch.testing.assert_close(gradient, expected)
 
 
 def test_the_clock_is_the_temperatures():

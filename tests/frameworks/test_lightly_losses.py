@@ -136,6 +136,36 @@ def test_a_batch_without_gradient_does_not_enter_the_memory_bank():
     assert not torch.equal(loss.loss.queue.keys, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("build", "context"),
+    [
+        (DySTreSSLoss, {}),
+        (lambda: DySTreSSLoss(stabilise=5, objective="dclw"), {"epoch": 2}),
+        (lambda: MACLLoss(objective="dcl"), {}),
+        (MACLLoss, {}),
+        (TemperatureScheduleLoss, {"epoch": 1.5}),
+        (TemperatureFreeLoss, {}),
+        (lambda: ISogCLRLoss(5), {"index": torch.tensor([3])}),
+    ],
+)
+def test_a_batch_of_one_image_is_0_as_lightlys(build, context, dtype):
+    z = [view.detach().to(dtype).requires_grad_() for view in views(1)]
+    loss = build()
+    before = {name: entry.clone() for name, entry in loss.state_dict().items()}
+    value = loss(*z, **context)
+    assert value == lightly_loss.NTXentLoss(0.2)(*(view.float() for view in z)) == 0
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(value, z))
+    assert all(torch.equal(entry, before[name]) for name, entry in loss.state_dict().items())
+    with pytest.raises(ValueError, match="one image has no negatives"):
+        loss.loss(*z, **context)
+
+
+def test_a_batch_of_one_image_has_negatives_in_a_memory_bank():
+    assert MACLLoss(memory_bank_size=(16, 5))(*views(1)) > 0
+
+
 @pytest.mark.parametrize("size", [0, (0, 128), [0]])
 def test_memory_bank_of_no_keys_is_none(size):
     assert DySTreSSLoss(memory_bank_size=size).loss.queue is None

@@ -83,6 +83,14 @@ def test_every_method_trains_validates_and_resumes(method, folder, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("method", ["dystress", "isogclr", "macl_moco"])
+def test_a_last_batch_of_one_image_trains(method, folder, tmp_path):
+    loader = DataLoader(LightlyDataset(folder, transform=SimCLRTransform(input_size=16)), batch_size=11)
+    trainer = fit(tiny(method), folder, tmp_path, epochs=2, loader=loader)
+    assert trainer.global_step == 4
+    assert torch.isfinite(trainer.callback_metrics["train_loss"])
+
+
 def test_every_method_of_the_table_is_there():
     assert modules.BENCHMARK_METHODS.keys() == METHODS.keys()
 

@@ -1,7 +1,8 @@
 """Drop-in criteria with lightly's argument names: an `NTXentLoss` goes out, one of these comes in.
 
 They hold no formula: each is `dystress_plugin.ContrastiveLoss` under the name and with the arguments that lightly's
-users know. What they add over it is lightly's rule that only what is trained on enters a memory bank.
+users know. As lightly's own they are 0 for a batch of one image without negatives, and take into a memory bank what is
+trained on alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dystress_plugin.checks import check_number, check_positive
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.objectives import Objective
+from dystress_plugin.training import loss_or_zero
 
 
 class Criterion(nn.Module, ABC):
@@ -49,8 +51,7 @@ class Criterion(nn.Module, ABC):
         """
 
     def _value(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
-        value: Tensor = self.loss(z0, z1, index=index, epoch=epoch)
-        return value
+        return loss_or_zero(self.loss, z0, z1, index=index, epoch=epoch)
 
 
 @final

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from dystress_plugin import distributed
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.recipes import METHODS
 from dystress_plugin.temperature import Temperature
+from dystress_plugin.training import loss_or_zero
 
 
 @final
@@ -68,11 +67,7 @@ class SentenceCriterion(nn.Module):
                 f"layout='views' has no hard negatives, but the data set has {len(embeddings)} columns: "
                 "leave two, or use layout='one_way'."
             )
-        if self._without_negatives(embeddings):
-            # The last batch of an epoch may be one sentence; MultipleNegativesRankingLoss is 0 there.
-            return torch.stack([(z.float() * 0).sum() for z in embeddings]).sum()
-        value: Tensor = self.loss(*embeddings, index=self._index(labels), epoch=self._epoch())
-        return value
+        return loss_or_zero(self.loss, *embeddings, index=self._index(labels), epoch=self._epoch())
 
     def check_without_state(self) -> None:
         """For a loss around this one that computes it for several embeddings of a batch.
@@ -87,14 +82,6 @@ class SentenceCriterion(nn.Module):
                 "computes it for several layers or dims (MatryoshkaLoss, AdaptiveLayerLoss, Matryoshka2dLoss): use a "
                 "method without queue and table there, such as 'dystress'."
             )
-
-    def _without_negatives(self, embeddings: Sequence[Tensor]) -> bool:
-        return (
-            len(embeddings[0]) == 1
-            and self.loss.queue is None
-            and not (self.loss.gather_distributed and distributed.world_size() > 1)
-            and not (self.loss.layout == "one_way" and len(embeddings) > 2)
-        )
 
     def _index(self, labels: Tensor | None) -> Tensor | None:
         temperature = self.loss.temperature
