@@ -1,8 +1,12 @@
 from functools import partial
 
+import gloo
+import numpy as np
 import pytest
 import torch
 from lightly import loss as lightly_loss
+from torch import nn
+from torch.nn import functional as F
 
 from dystress_plugin.frameworks.lightly import (
     DySTreSSLoss,
@@ -11,6 +15,7 @@ from dystress_plugin.frameworks.lightly import (
     TemperatureFreeLoss,
     TemperatureScheduleLoss,
 )
+from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.metrics import alignment
 
 
@@ -166,6 +171,74 @@ def test_a_batch_of_one_image_has_negatives_in_a_memory_bank():
     assert MACLLoss(memory_bank_size=(16, 5))(*views(1)) > 0
 
 
+BANKED = [DySTreSSLoss, MACLLoss, TemperatureFreeLoss, partial(TemperatureScheduleLoss, 0.2, 0.2)]
+
+
+@pytest.mark.parametrize("build", BANKED)
+@pytest.mark.parametrize("size", [16, (16,), np.int64(16), torch.Size([16])])
+def test_a_memory_bank_without_dim_is_that_of_the_first_batch(build, size):
+    context = {"epoch": 0} if isinstance(build, partial) else {}
+    told, untold = build(memory_bank_size=(16, 5)), build(memory_bank_size=size)
+    assert untold.state_dict().keys() == build().state_dict().keys()  # none yet
+    torch.manual_seed(3)
+    told.loss.queue = KeyQueue(16, 5)
+    torch.manual_seed(3)
+    for seed in range(4):  # the last batch goes round
+        assert_same(partial(untold, **context), partial(told, **context), views(seed=seed))
+    assert torch.equal(untold.loss.queue.keys, told.loss.queue.keys)
+    with pytest.raises(ValueError, match="Embeddings have 4 dims, the queue 5"):
+        untold(*views(dim=4), **context)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+@pytest.mark.parametrize("later", [0, 2])
+def test_a_memory_bank_without_dim_is_resumed(batches, later):
+    """From a state before or after the first batch, into a criterion that has or has not seen one."""
+    loss, resumed = (nn.ModuleDict({"criterion": MACLLoss(memory_bank_size=16)}) for _ in range(2))
+    for seed in range(batches):
+        loss["criterion"](*views(seed=seed))
+    for seed in range(later):
+        resumed["criterion"](*views(dim=7, seed=seed))  # of another model
+    state = {name: entry.clone() for name, entry in loss.state_dict().items()}
+    assert bool(state) == bool(batches)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict().keys() == state.keys()
+    values = []
+    for module in (loss, resumed):
+        torch.manual_seed(7)  # for a bank that there is none of yet
+        values += [[module["criterion"](*views(seed=10 + step)).item() for step in range(3)]]
+    assert values[0] == values[1]
+    told = MACLLoss(memory_bank_size=(16, 5))
+    told.load_state_dict(loss["criterion"].state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MACLLoss(memory_bank_size=8).load_state_dict(told.state_dict())
+
+
+def test_a_bad_first_batch_says_so_before_there_is_a_memory_bank():
+    loss = MACLLoss(memory_bank_size=16)
+    with pytest.raises(ValueError, match=r"View 0 has shape \(5,\)"):
+        loss(*(z[0] for z in views()))
+    assert loss.loss.queue is None
+
+
+def two_ranks_with_a_bank(rank):
+    torch.manual_seed(rank)  # as data loading wants it
+    loss, known = MACLLoss(memory_bank_size=16), []
+    for batches in range(2):
+        for seed in range(1 + batches):
+            loss(*views(batch=3 + rank, seed=2 * seed + rank))
+        known += [loss.loss.queue.keys.clone()]
+        loss.load_state_dict({})  # a state from before the first batch
+    return known
+
+
+def test_ranks_have_the_same_memory_bank(tmp_path):
+    ours, others = gloo.run(two_ranks_with_a_bank, 2, tmp_path)
+    assert all(torch.equal(own, other) for own, other in zip(ours, others, strict=True))
+    sent = [F.normalize(views(batch=3 + rank, seed=rank)[1], dim=1) for rank in range(2)]
+    torch.testing.assert_close(ours[0][:7], torch.cat(sent).detach())
+
+
 @pytest.mark.parametrize("size", [0, (0, 128), [0]])
 def test_memory_bank_of_no_keys_is_none(size):
     assert DySTreSSLoss(memory_bank_size=size).loss.queue is None
@@ -174,7 +247,12 @@ def test_memory_bank_of_no_keys_is_none(size):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DySTreSSLoss(memory_bank_size=4096), r"memory_bank_size=4096 .* pair \(num_features, dim\)"),
+        (lambda: DySTreSSLoss(memory_bank_size=-1), r"memory_bank_size=-1 must be the pair \(num_features, dim\)"),
+        (lambda: DySTreSSLoss(memory_bank_size=True), "memory_bank_size=True must be"),
+        (lambda: DySTreSSLoss(memory_bank_size=4096.0), "memory_bank_size=4096.0 must be"),
+        (lambda: DySTreSSLoss(memory_bank_size="4096"), "memory_bank_size='4096' must be"),
+        (lambda: DySTreSSLoss(memory_bank_size=()), r"memory_bank_size=\(\) must be"),
+        (lambda: DySTreSSLoss(memory_bank_size=(4, 0)), r"\(4, 0\)"),
         (lambda: MACLLoss(memory_bank_size=(1, 2, 3)), r"memory_bank_size=\(1, 2, 3\) must be the pair"),
         (lambda: TemperatureFreeLoss(memory_bank_size=(-4, 8)), r"\(-4, 8\)"),
         (lambda: DySTreSSLoss(tau_min=0.3), "tau_min=0.3 is above tau_max=0.2"),

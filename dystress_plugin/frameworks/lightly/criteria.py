@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, final
 
 from torch import Tensor, nn
 
 from dystress_plugin.checks import check_number, check_positive
 from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.embeddings import check_view
+from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.objectives import Objective
 from dystress_plugin.training import loss_or_zero
 
@@ -38,8 +41,9 @@ class Criterion(nn.Module, ABC):
         settings = {names.get(name, name): arguments[name] for name in inspect.signature(type(self)).parameters}
         if settings["sigma"] is None:  # which one objective alone has
             del settings["sigma"]
-        queue_size = _queue_size(settings.pop("memory_bank_size", 0))
-        self.loss = ContrastiveLoss(method, queue_size=queue_size, **settings)
+        keys, dim = _bank_size(settings.pop("memory_bank_size", 0))
+        self.loss = ContrastiveLoss(method, queue_size=(keys, dim) if keys and dim is not None else None, **settings)
+        self._open_keys = keys if dim is None else 0  # of a bank that the first batch, or a state, tells the dim
 
     @abstractmethod
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
@@ -51,7 +55,22 @@ class Criterion(nn.Module, ABC):
         """
 
     def _value(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
+        if self._open_keys:
+            self._open_bank(z0)
         return loss_or_zero(self.loss, z0, z1, index=index, epoch=epoch)
+
+    def _open_bank(self, z0: Tensor) -> None:
+        check_view(0, z0, z0)
+        if self.loss.queue is None:
+            self.loss.queue = KeyQueue(self._open_keys, z0.shape[1])
+        self.loss.queue.to(z0.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._open_keys:  # a state from before the first batch has no bank
+            keys = state_dict.get(f"{prefix}loss.queue.keys")
+            self.loss.queue = None if keys is None else KeyQueue(self._open_keys, keys.shape[1])
+            self.loss._begun = False  # ranks draw a new bank each
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @final
@@ -67,8 +86,8 @@ class DySTreSSLoss(Criterion):
     Args:
         tau_min: Lowest temperature, in (0, inf).
         tau_max: Highest temperature, in [tau_min, inf). The paper has 0.1 and 0.2 for ImageNet, 0.07 and 0.2 for CIFAR.
-        memory_bank_size: (num_features, dim) of a memory bank, or 0 for none. With one z0 are the queries, z1 the
-            keys, and the bank's features the negatives, as in MoCo.
+        memory_bank_size: (num_features, dim) of a memory bank, num_features alone for the dim of the first batch, or 0
+            for none. With one z0 are the queries, z1 the keys, and the bank's features the negatives, as in MoCo.
         gather_distributed: Compare with the batches of all GPUs. A memory bank always takes in the keys of all GPUs.
         profile: Shape of tau(s): "cosine", "shifted", "cosine_constant", "exponential" or "linear".
         shift, scale: Of "shifted" and "cosine_constant"; None is the profile's own. See
@@ -82,7 +101,7 @@ class DySTreSSLoss(Criterion):
 
     Raises:
         ValueError: If not 0 < tau_min <= tau_max, for an unknown profile, a parameter that the profile does not have,
-            or a memory bank without dimension.
+            or a memory bank of no such size.
 
     Examples:
         >>> loss_fn = DySTreSSLoss(tau_min=0.1, tau_max=0.2)
@@ -137,7 +156,7 @@ class MACLLoss(Criterion):
         sigma: Of objective "dclw".
 
     Raises:
-        ValueError: If a value is out of its range, or for a memory bank without dimension.
+        ValueError: If a value is out of its range, or for a memory bank of no such size.
 
     Examples:
         >>> loss_fn = MACLLoss(temperature=0.1, alpha=0.5)
@@ -185,7 +204,7 @@ class TemperatureScheduleLoss(Criterion):
         sigma: Of objective "dclw".
 
     Raises:
-        ValueError: If a value is out of its range, or for a memory bank without dimension.
+        ValueError: If a value is out of its range, or for a memory bank of no such size.
 
     Examples:
         >>> loss_fn = TemperatureScheduleLoss(period=400)
@@ -234,7 +253,7 @@ class TemperatureFreeLoss(Criterion):
         sigma: Of objective "dclw".
 
     Raises:
-        ValueError: If clamp is out of its range, or for a memory bank without dimension.
+        ValueError: If clamp is out of its range, or for a memory bank of no such size.
 
     Examples:
         >>> loss_fn = TemperatureFreeLoss()
@@ -316,19 +335,13 @@ class ISogCLRLoss(Criterion):
         return self._value(z0, z1, index=index)
 
 
-def _queue_size(memory_bank_size: int | Sequence[int]) -> tuple[int, int] | None:
-    if isinstance(memory_bank_size, int):
-        if memory_bank_size == 0 and not isinstance(memory_bank_size, bool):
-            return None
+def _bank_size(memory_bank_size: int | Sequence[int]) -> tuple[int, int | None]:
+    """(num_features, dim) of a memory bank; no features for none, no dim where the first batch has to tell it."""
+    sizes = tuple(memory_bank_size) if isinstance(memory_bank_size, Iterable) else (memory_bank_size,)
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes)
+    if not whole or len(sizes) not in (1, 2):
         raise ValueError(
-            f"memory_bank_size={memory_bank_size!r} does not say how long a key is: pass the pair (num_features, dim), "
-            "such as (4096, 128), or 0 for no memory bank."
+            f"memory_bank_size={memory_bank_size!r} must be the pair (num_features, dim), such as (4096, 128), "
+            "num_features alone, whose dim is the first batch's, or 0 for no memory bank."
         )
-    sizes = tuple(memory_bank_size)
-    if sizes and sizes[0] == 0:  # lightly reads (0, dim) as no bank
-        return None
-    if len(sizes) != 2:
-        raise ValueError(
-            f"memory_bank_size={memory_bank_size!r} must be the pair (num_features, dim), such as (4096, 128), or 0."
-        )
-    return sizes[0], sizes[1]
+    return int(sizes[0]), int(sizes[1]) if len(sizes) == 2 else None
