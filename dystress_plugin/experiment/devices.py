@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +15,18 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.multiprocessing.spawn import ProcessException
 
 from dystress_plugin.checks import unknown_name
+from dystress_plugin.errors import RunStopped, first_line
 from dystress_plugin.experiment.spec import HardwareSpec
 
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "single_device")  # the beginnings of the names of those for CPU and GPU
 FORKING = ("fork", "notebook")  # after a computation on several threads a forked process may wait for them forever
 # Lightning trains in bf16-mixed instead, and in float16 a step on a CPU takes thirty times as long as in float32.
 HALF = ("16", "16-mixed", "16-true")
+CHOOSE = "Choose 32-true, bf16-mixed, bf16-true or 64-true."
 PROCESSES_PER_CORE = 8  # beyond, they would only wait for each other, and take all memory
 
 
@@ -72,6 +80,46 @@ def build_trainer(hardware: HardwareSpec, **options: Any) -> Trainer:
     return trainer
 
 
+def check_step(backbone: nn.Module, trainer: Trainer, image_size: int) -> None:
+    """Raises a ValueError where the backbone cannot do a forward and backward pass in the trainer's precision.
+
+    It is tried with a copy on the trainer's device, except for float32.
+    """
+    if trainer.precision == "32-true":
+        return
+    plugin, device = trainer.precision_plugin, trainer.strategy.root_device
+    try:
+        network = plugin.convert_module(copy.deepcopy(backbone)).to(device)
+        with torch.random.fork_rng(devices=[]):
+            images = plugin.convert_input(torch.randn(2, 3, image_size, image_size)).to(device)
+            with plugin.forward_context():
+                features = network(images)
+            features.sum().backward()
+    except Exception as error:  # each layer and each device has its own way to say so
+        raise ValueError(
+            f"precision={trainer.precision} cannot train this backbone on {device}: {first_line(error)} {CHOOSE}"
+        ) from None
+
+
+@contextmanager
+def processes(trainer: Trainer) -> Iterator[None]:
+    """While inside, an error ends the other processes of a training as well, and theirs is raised here.
+
+    Raises:
+        RunStopped: for an error in a process that was spawned, with its text and without its traceback.
+    """
+    try:
+        yield
+    except BaseException as error:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            # Or this process, told to end, would wait for those that it has started.
+            launcher.kill(signal.SIGTERM)
+        if isinstance(error, ProcessException):
+            raise RunStopped(_told(error)) from None
+        raise
+
+
 def _usable(strategy: str) -> bool:
     return strategy.startswith(STRATEGIES) and not any(word in strategy for word in FORKING)
 
@@ -112,3 +160,13 @@ def _check_nodes(num_nodes: int, environment: Any) -> None:
             f"num_nodes={num_nodes} needs a launcher on every machine, srun or torchrun, or the variables "
             f"MASTER_ADDR, MASTER_PORT and NODE_RANK; {', '.join(missing)} is not set."
         )
+
+
+def _told(error: ProcessException) -> str:
+    """What a process has died of: in its traceback the first line below the last frame that is not indented, and on."""
+    below = str(error).rpartition('\n  File "')[2].partition("\n")[2]
+    found = re.search(r"^\S.*", below, re.MULTILINE | re.DOTALL)
+    if found is None:
+        return f"A process of this training has died: {first_line(error)}"
+    told = found[0].strip()
+    return told.partition(": ")[2] or told

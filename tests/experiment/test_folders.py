@@ -21,7 +21,7 @@ from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data.datasets import load, load_for_run
 from dystress_plugin.experiment.data.scan import scan_folder
 from dystress_plugin.experiment.evaluate import command as evaluation
-from dystress_plugin.experiment.evaluate import features, scores
+from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.inspect import command as inspection
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.report import command as report_command
@@ -404,7 +404,7 @@ def sizes(monkeypatch):
         return {"train": len(data.train.labels), "test": len(data.test.labels)}
 
     monkeypatch.setattr(evaluation, "features_of", number)
-    monkeypatch.setattr(evaluation, "score_features", lambda features, **rest: scores.Scores(features, [], None))
+    monkeypatch.setattr(evaluation, "score_features", lambda features, *rest: scores.Scores(features, [], None))
 
 
 def test_evaluate_leaves_out_the_same_whatever_the_spelling(project, monkeypatch, capsys):
@@ -441,7 +441,7 @@ def test_protocols_and_cost_find_the_data_from_everywhere(project, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     run = project / "runs" / "x"
     settings = read_config(run / "config.yaml")
-    backbone = features.trained_backbone(run)[1]
+    backbone = scores.trained_backbone(run)[1]
     its = scores.features_of_run(backbone, run, settings, ["few_shot_1"])
     own = load_for_run(run, settings)
     assert own.own

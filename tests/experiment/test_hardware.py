@@ -11,9 +11,9 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from dystress_plugin.errors import RunStopped
-from dystress_plugin.experiment import hardware
+from dystress_plugin.experiment import devices
 from dystress_plugin.experiment.data.datasets import load_for
-from dystress_plugin.experiment.evaluate import features
+from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.pretrain import resolve
 from dystress_plugin.experiment.settings import PretrainSettings
@@ -108,7 +108,7 @@ def test_features_are_in_float32_whatever_the_network_was_trained_in():
     images, labels = torch.randn(5, 3, 2, 2), torch.arange(5)
     expected = network.bfloat16().float()(images).detach()
     for dtype in (torch.bfloat16, torch.float64):
-        made, found = features.extract(network.to(dtype), [(images, labels, labels)], "cpu")
+        made, found = scores.extract(network.to(dtype), [(images, labels, labels)], "cpu")
         assert made.dtype == torch.float32
         assert torch.equal(made, expected)
         assert torch.equal(found, labels)
@@ -154,10 +154,10 @@ def test_a_layer_that_a_precision_does_not_have_is_said_before_training():
     with pytest.raises(
         ValueError, match=r"precision=bf16-true cannot train this backbone on cpu: .*\. Choose 32"
     ) as it:
-        hardware.check_step(network, trainer("bf16-true"), 8)
+        devices.check_step(network, trainer("bf16-true"), 8)
     assert len(str(it.value).splitlines()) == 1
     state = torch.get_rng_state()
-    hardware.check_step(network, trainer("64-true"), 8)
+    devices.check_step(network, trainer("64-true"), 8)
     assert torch.equal(torch.get_rng_state(), state)
     assert network[0].weight.dtype == torch.float32
     assert network[0].weight.grad is None
@@ -198,6 +198,6 @@ The checkpoint is as it was.
 )
 def test_the_error_of_a_spawned_process_is_told_without_its_traceback(error, told):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(RunStopped) as stopped, hardware.processes(trainer):
+    with pytest.raises(RunStopped) as stopped, devices.processes(trainer):
         raise error
     assert str(stopped.value) == told

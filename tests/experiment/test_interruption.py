@@ -20,7 +20,7 @@ from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.interruption import resumable
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.pretrain import trainer
-from dystress_plugin.experiment.pretrain.callbacks import SeedEveryEpoch
+from dystress_plugin.experiment.pretrain.trainer import SeedEveryEpoch
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "checks" / "kill_and_resume.py"
 

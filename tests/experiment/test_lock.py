@@ -12,15 +12,15 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from dystress_plugin.experiment.evaluate.scores import Score, read, score_run
 from dystress_plugin.experiment.io import lock
+from dystress_plugin.experiment.io.files import write_table
 from dystress_plugin.experiment.io.lock import alone
-from dystress_plugin.experiment.io.tables import write_table
 from dystress_plugin.experiment.pretrain import command as pretrain
 
 PAUSED = """
 import sys, time
 from pathlib import Path
 from dystress_plugin.cli import main
-from dystress_plugin.experiment.pretrain.callbacks import SeedEveryEpoch
+from dystress_plugin.experiment.pretrain.trainer import SeedEveryEpoch
 
 def pause(self, trainer, module, start=SeedEveryEpoch.on_train_epoch_start):
     if trainer.current_epoch == 1:

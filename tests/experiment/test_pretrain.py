@@ -9,7 +9,7 @@ from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
 from dystress_plugin import training
-from dystress_plugin.experiment.pretrain.callbacks import COLUMNS, SeedEveryEpoch
+from dystress_plugin.experiment.pretrain.trainer import COLUMNS, SeedEveryEpoch
 from dystress_plugin.recipes import METHODS
 
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from dystress_plugin.cli import main
 from dystress_plugin.experiment.compare import command as compare
-from dystress_plugin.experiment.data import export, scan, selection
+from dystress_plugin.experiment.data import export, selection
 from dystress_plugin.experiment.evaluate import command as evaluate
 from dystress_plugin.experiment.inspect import command as inspect
 from dystress_plugin.experiment.io.config import read_config
@@ -169,7 +169,6 @@ def test_the_words_are_those_that_there_is_something_for():
     }
     assert words["long_tail_profile"] == tuple(selection.TAIL_PROFILES)
     assert words["optimizer"] == tuple(module.OPTIMIZERS)
-    assert words["on_bad_image"] == scan.ON_BAD_IMAGE
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,8 +27,6 @@ from dystress_plugin.experiment.spec import DataSpec, RunSpec
 
 PILImage: TypeAlias = Any  # PIL.Image.Image
 
-Load: TypeAlias = Callable[[int], PILImage]
-
 HELD_OUT = 0.25  # of data that comes without a test part
 
 
@@ -38,20 +35,25 @@ class Images:
     """Labelled images, loaded when asked for.
 
     Attributes:
-        load: from a position in `range(len(labels))` to an RGB picture; a function that can be pickled, as processes
-            that load images may be spawned.
+        source: (images, ...) pixels, or (images,) paths of files.
         labels: (images,) int64, classes from 0.
-        files: (images,) paths, where the images are files.
     """
 
-    load: Load
+    source: np.ndarray
     labels: np.ndarray
-    files: np.ndarray | None = None
+
+    @property
+    def files(self) -> np.ndarray | None:
+        """(images,) paths, where the images are files."""
+        return self.source if self.source.ndim == 1 else None
+
+    def load(self, i: int) -> PILImage:
+        """The image at a position, as an RGB picture."""
+        return Image.fromarray(self.source[i]).convert("RGB") if self.files is None else pictures.read(self.files[i])
 
     def subset(self, positions: np.ndarray) -> Images:
         """Only some of the images, in the order given."""
-        files = None if self.files is None else self.files[positions]
-        return Images(partial(_load_of_subset, self.load, positions), self.labels[positions], files)
+        return Images(self.source[positions], self.labels[positions])
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def _digits(_root: str, _download: bool) -> Data:
 
     pixels, labels = load_digits(return_X_y=True)
     gray = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = Images(partial(_pixels, gray), labels.astype(np.int64))
+    images = Images(gray, labels.astype(np.int64))
     train, test = split(images.labels)
     return Data(
         train=images.subset(train),
@@ -287,7 +289,7 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
             raise ValueError(
                 f"data={class_name.lower()} is not in data_root={root}: {error} Set data_root, or download=true."
             ) from None
-        train, test = (_array(part.data, part.targets) for part in halves)
+        train, test = (Images(part.data, np.asarray(part.targets, dtype=np.int64)) for part in halves)
         return Data(
             train=train,
             test=test,
@@ -298,10 +300,6 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
         )
 
     return build
-
-
-def _array(pixels: np.ndarray, labels: Sequence[int]) -> Images:
-    return Images(partial(_pixels, pixels), np.asarray(labels, dtype=np.int64))
 
 
 BUILTIN = {"cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100"), "digits": _digits}
@@ -354,33 +352,19 @@ def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[st
         )
     files = np.asarray([file for files in found.values() for file in files])
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in found.values()])
-    return Images(partial(_file, files), labels, files), classes
+    return Images(files, labels), classes
 
 
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:
     """Images but those left out; a ValueError for a class of which nothing, or nothing readable, is left."""
-    assert images.files is not None  # narrows the type
-    kept = images.subset(np.flatnonzero(~np.isin(images.files, list(without)))) if without else images
-    assert kept.files is not None  # as above
+    kept = images.subset(np.flatnonzero(~np.isin(images.source, list(without)))) if without else images
     for label in np.unique(images.labels):
         positions = np.flatnonzero(kept.labels == label)
         if not len(positions):
-            folder = Path(images.files[np.argmax(images.labels == label)]).parent
+            folder = Path(images.source[np.argmax(images.labels == label)]).parent
             raise ValueError(
                 f"Class '{data.classes[label]}' has no image left: none of those in {folder} can be used. "
                 "Fix them, or remove the folder."
             )
-        pictures.read(str(kept.files[positions[0]]))
+        kept.load(int(positions[0]))
     return kept
-
-
-def _load_of_subset(load: Load, positions: np.ndarray, i: int) -> PILImage:
-    return load(int(positions[i]))
-
-
-def _pixels(pixels: np.ndarray, i: int) -> PILImage:
-    return Image.fromarray(pixels[i]).convert("RGB")
-
-
-def _file(files: np.ndarray, i: int) -> PILImage:
-    return pictures.read(str(files[i]))

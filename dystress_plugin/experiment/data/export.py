@@ -8,18 +8,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from dystress_plugin.experiment import places
+from dystress_plugin.experiment.data.datasets import Images, load
+from dystress_plugin.experiment.data.selection import file_numbers, select
+from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.settings import LongTailSettings
-
-if TYPE_CHECKING:
-    from dystress_plugin.experiment.data.datasets import Data, Images
-from dystress_plugin.experiment.data.selection import file_numbers, select
 
 
 def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
@@ -33,8 +33,6 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
         ValueError: for an `out` that is not empty, cannot be written or lies in the data, settings that do not fit the
             data, or none that choose a part.
     """
-    from dystress_plugin.experiment.io import files
-
     settings = checked(settings)
     out = Path(settings.out)
     places.check_apart(out, settings.data)
@@ -47,13 +45,9 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
 
 
 def _write(settings: LongTailSettings, out: Path) -> dict[str, Any]:
-    from dystress_plugin.experiment.data import datasets as data_module
-
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
-    data = data_module.load(
-        settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed
-    )
+    data = load(settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed)
     positions = select(
         data.train.labels,
         indices=settings.indices,
@@ -74,7 +68,11 @@ def _write(settings: LongTailSettings, out: Path) -> dict[str, Any]:
     part = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
     try:
         part.chmod(0o755)
-        _write_files(part, data, positions, record, images=settings.images)
+        np.save(part / "indices.npy", positions)
+        (part / "long_tail.json").write_text(json.dumps(record, indent=2) + "\n")
+        if settings.images:
+            _write_images(part / "train", data.train, positions, data.classes)
+            _write_images(part / "val", data.test, np.arange(len(data.test.labels)), data.classes)
         part.replace(out)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -84,17 +82,7 @@ def _write(settings: LongTailSettings, out: Path) -> dict[str, Any]:
     return record
 
 
-def _write_files(folder: Path, data: Data, positions: np.ndarray, record: dict[str, Any], *, images: bool) -> None:
-    np.save(folder / "indices.npy", positions)
-    (folder / "long_tail.json").write_text(json.dumps(record, indent=2) + "\n")
-    if images:
-        _write_images(folder / "train", data.train, positions, data.classes)
-        _write_images(folder / "val", data.test, np.arange(len(data.test.labels)), data.classes)
-
-
 def _write_images(folder: Path, images: Images, positions: np.ndarray, classes: Sequence[str]) -> None:
-    from tqdm import tqdm
-
     for name in classes:
         (folder / name).mkdir(parents=True)
     for i in tqdm(positions.tolist(), desc=folder.name, unit="image", disable=None):

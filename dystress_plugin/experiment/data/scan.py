@@ -14,12 +14,9 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dystress_plugin.checks import unknown_name
 from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data.folders import named_as_image
 from dystress_plugin.experiment.io import files, pictures
-
-ON_BAD_IMAGE = ("stop", "skip")
 
 RECORD = "images.json"
 
@@ -101,8 +98,6 @@ def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, 
         ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
             are not those the run began with, or read in another way; as `folders.read`.
     """
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(unknown_name("value of on_bad_image", on_bad_image, ON_BAD_IMAGE))
     layout = folders.read(Path(folder))
     states, unlisted = _files(layout)
     state = _digest(f"{name} {value}" for name, value in (states | unlisted).items())

@@ -81,9 +81,6 @@ def read_indices(path: str | Path, images: int, numbers: np.ndarray | None = Non
             any other name: text with numbers between white space.
         images: how many images there are to choose from.
         numbers: (images,) what the file means by its integers, where that is not the positions.
-
-    Raises:
-        ValueError: for a file that is not there or holds anything but different integers in [0, images), or numbers.
     """
     path = Path(path)
     try:
@@ -141,11 +138,7 @@ def _positions_of(wanted: np.ndarray, numbers: np.ndarray, path: Path) -> np.nda
 
 
 def file_numbers(images: Images) -> np.ndarray:
-    """The numbers in the names of the images' files, such as 17 of 00017.png, in the order of the images.
-
-    Raises:
-        ValueError: for images that are no files, or whose names are not different numbers.
-    """
+    """The numbers in the names of the images' files, such as 17 of 00017.png, in the order of the images."""
     names = [Path(file).stem for file in (images.files if images.files is not None else ())]
     if not names or not all(name.isdecimal() for name in names) or len(set(map(int, names))) < len(names):
         raise ValueError("indices_by=number needs a folder whose files are all named by different numbers, 00017.png.")

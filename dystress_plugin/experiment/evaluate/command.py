@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dystress_plugin.experiment.data.datasets import load_for_run
 from dystress_plugin.experiment.devices import torch_device
-from dystress_plugin.experiment.evaluate.features import trained_backbone
-from dystress_plugin.experiment.evaluate.scores import features_of, score_features
+from dystress_plugin.experiment.evaluate.scores import features_of, score_features, trained_backbone
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.settings import EvaluateSettings
+from dystress_plugin.experiment.spec import EvaluationSpec
 
 
 def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
@@ -21,20 +22,9 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     """
     settings = checked(settings)
     device = torch_device(settings.accelerator)
-    trained, backbone = trained_backbone(Path(settings.checkpoint))
-    shown = load_for_run(
-        Path(settings.checkpoint),
-        trained,
-        data=settings.data,
-        data_root=settings.data_root,
-        download=settings.download,
-    )
-    features = features_of(
-        backbone,
-        shown.data,
-        image_size=trained.model.image_size,  # whatever the data: the stem depends on it
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
-        device=device,
-    )
-    return score_features(features, knn_k=settings.knn_k, knn_t=settings.knn_t).top1
+    run = Path(settings.checkpoint)
+    trained, backbone = trained_backbone(run)
+    shown = load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
+    its = replace(shown.spec.data, batch_size=settings.batch_size, num_workers=settings.num_workers)
+    features = features_of(backbone, shown.data, spec=replace(trained, data=its), device=device)
+    return score_features(features, EvaluationSpec(settings.knn_k, settings.knn_t, protocols=[], map=False)).top1

@@ -9,11 +9,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from lightly.utils.benchmarking import knn_predict
 from torch import Tensor
+from torch.nn import functional as F
 
 from dystress_plugin.checks import unknown_name
-from dystress_plugin.experiment.evaluate.classifiers import knn_classes, linear_classes
 from dystress_plugin.experiment.settings import PROTOCOLS
+
+QUERIES = 1024  # at a time, against the whole memory
 
 DRAWS = 5  # of the few labelled images, with the seeds 0 to 4, the same for every run
 
@@ -155,3 +158,39 @@ def _few_shot(f: Features, amount: int, percent: bool) -> Tensor:
     each = max(1, round(amount / 100 * len(labels) / len(np.unique(labels)))) if percent else amount
     draws = [torch.from_numpy(balanced(labels, each, seed)) for seed in range(DRAWS)]
     return torch.stack([linear_classes(f.pool[few], f.pool_labels[few], f.test) for few in draws])
+
+
+def knn_classes(
+    memory: Tensor, memory_labels: Tensor, queries: Tensor, *, num_classes: int, k: int, t: float
+) -> Tensor:
+    """The class of each query, (queries,): the largest sum of exp(cosine / t) among the k nearest memories.
+
+    InstDisc, 2018, https://arxiv.org/abs/1805.01978 (k=200, t=0.1); computed by lightly's knn_predict.
+
+    Args:
+        memory: (images, features), any scale.
+        memory_labels: (images,).
+        queries: (queries, features), any scale.
+        num_classes: number of classes.
+        k: neighbours; all of the memory where it is smaller.
+        t: temperature of the weights.
+    """
+    bank = F.normalize(memory, dim=1).T.contiguous()
+    parts = F.normalize(queries, dim=1).split(QUERIES)
+    k = min(k, len(memory))
+    return torch.cat([knn_predict(part, bank, memory_labels, num_classes, knn_k=k, knn_t=t)[:, 0] for part in parts])
+
+
+def linear_classes(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
+    """The class that multinomial logistic regression on the frozen features gives each test image, (images,).
+
+    scikit-learn's LogisticRegression with its own L2 strength, C=1, on features scaled to mean 0 and deviation 1 of
+    the training images: no augmentation, no learning rate to tune, and the same number every time.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(train.numpy(), train_labels.numpy())
+    return torch.from_numpy(probe.predict(test.numpy()))

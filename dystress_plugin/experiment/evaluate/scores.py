@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import seed_everything
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -20,13 +20,12 @@ from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_for_run
 from dystress_plugin.experiment.data.transforms import plain_transform
 from dystress_plugin.experiment.devices import torch_device
-from dystress_plugin.experiment.evaluate.features import extract, trained_backbone
 from dystress_plugin.experiment.evaluate.protocols import Features, Protocol, groups, protocol, weighted_knn
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.config import comparable, read_config
+from dystress_plugin.experiment.io.files import write_table
 from dystress_plugin.experiment.io.lock import alone
-from dystress_plugin.experiment.io.tables import write_table
-from dystress_plugin.experiment.spec import RunSpec
+from dystress_plugin.experiment.spec import EvaluationSpec, RunSpec
 
 TABLE, MAP = "protocols.csv", "map.csv"
 
@@ -135,46 +134,66 @@ def _start(settings: RunSpec) -> dict[str, Any]:
     return {key: value for key, value in comparable(settings).items() if key in OF_THE_START}
 
 
-def score_features(
-    features: Features, names: Sequence[str] = (), *, knn_k: int, knn_t: float, with_map: bool = False
-) -> Scores:
+def score_features(features: Features, spec: EvaluationSpec) -> Scores:
     """Scores by the protocols and those of a summary, each computed once."""
-    own = weighted_knn(knn_k, knn_t)
-    found = score(features, {each.name: each for each in (own, protocol("linear"), *map(protocol, names))}.values())
+    own = weighted_knn(spec.knn_k, spec.knn_t)
+    wanted = {each.name: each for each in (own, protocol("linear"), *map(protocol, spec.protocols))}
+    found = score(features, wanted.values())
     knn, linear = (next(s for s in found if (s.protocol, s.group) == (name, "all")) for name in (own.name, "linear"))
     # A share of whole images, as after every epoch: equal to the last digit.
     top1 = {"knn_top1": 100 * round(knn.value * knn.n / 100) / knn.n, "linear_top1": linear.value}
-    chosen = [each for name in names for each in found if each.protocol == name]
-    return Scores(top1, chosen, _map(features) if with_map else None)
+    chosen = [each for name in spec.protocols for each in found if each.protocol == name]
+    return Scores(top1, chosen, _map(features) if spec.map else None)
+
+
+@torch.no_grad()
+def extract(backbone: nn.Module, loader: DataLoader[Any], device: str) -> tuple[Tensor, Tensor]:
+    """Features (images, features) and labels (images,), on the CPU, computed in float32 whatever it was trained in.
+
+    The backbone is left in float32 and in eval mode.
+    """
+    backbone.to(device, torch.float32).eval()
+    parts = [(backbone(images.to(device)).flatten(1).cpu(), labels) for images, labels, _ in loader]
+    return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def trained_backbone(run: Path) -> tuple[RunSpec, nn.Module]:
+    """The run, as `config.yaml` has it, and the backbone that `dystress pretrain` left in a folder.
+
+    Raises:
+        ValueError: for a folder without a finished run, or with damaged files.
+    """
+    config, weights = run / "config.yaml", run / "backbone.pt"
+    if not config.exists() or not weights.exists():
+        missing = config if not config.exists() else weights
+        raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
+    trained = read_config(config)
+    backbone, _ = build_backbone(trained.model.backbone, trained.model.image_size)
+    files.load_state(backbone, weights, f"Delete it and run `dystress pretrain` again with out={run}.")
+    return trained, backbone
 
 
 def features_of(
-    backbone: nn.Module,
-    data: Data,
-    *,
-    image_size: int,
-    batch_size: int,
-    num_workers: int,
-    device: str,
-    pool: Images | None = None,
+    backbone: nn.Module, data: Data, *, spec: RunSpec, device: str | None = None, pool: Images | None = None
 ) -> Features:
     """The features of every image, once.
 
     Args:
         backbone: left in float32 and in eval mode.
         data: the images.
-        image_size: pixels that the backbone takes.
-        batch_size: images per step.
-        num_workers: processes that load images.
-        device: what it runs on.
+        spec: the run: how large its images are, and how they are loaded.
+        device: what it runs on; None: a GPU, unless the run was to do without. It may be scored where there is none.
         pool: where few labelled images are drawn from, if not from the training images.
     """
-    transform = plain_transform(image_size, data.normalize)
-    train, test, *others = (
-        extract(backbone, DataLoader(Views(part, transform), batch_size, num_workers=num_workers), device)
-        for part in (data.train, data.test, *([] if pool is None else [pool]))
-    )
-    return Features(*train, *test, *(others or [train])[0], data.classes)
+    transform = plain_transform(spec.model.image_size, data.normalize)
+    device = device or torch_device("cpu" if spec.hardware.accelerator == "cpu" else "auto")
+
+    def of(images: Images) -> tuple[Tensor, Tensor]:
+        views = Views(images, transform)
+        return extract(backbone, DataLoader(views, spec.data.batch_size, num_workers=spec.data.num_workers), device)
+
+    train = of(data.train)
+    return Features(*train, *of(data.test), *(train if pool is None else of(pool)), data.classes)
 
 
 def pool_for(spec: RunSpec, names: Iterable[str], load: Callable[[], Data]) -> Images | None:
@@ -193,17 +212,12 @@ def score_run(run: Path, names: Sequence[str], *, with_map: bool = False) -> lis
     Raises:
         ValueError: for an unknown protocol, or a folder without a finished run.
     """
-    return _complete(run, "", names, with_map, trained_backbone)
+    return _complete(run, "", names, with_map)
 
 
 def score_untrained(run: Path, names: Sequence[str], *, with_map: bool = False) -> list[Score]:
     """The same of the backbone that a run started from: `untrained_protocols.csv` and `untrained_map.csv`."""
-
-    def start(run: Path) -> tuple[RunSpec, nn.Module]:
-        settings = read_config(run / "config.yaml")
-        return settings, untrained_backbone(settings)
-
-    return _complete(run, UNTRAINED, names, with_map, start)
+    return _complete(run, UNTRAINED, names, with_map)
 
 
 def untrained_backbone(settings: RunSpec) -> nn.Module:
@@ -214,28 +228,14 @@ def untrained_backbone(settings: RunSpec) -> nn.Module:
 
 def score_start(spec: RunSpec, data: Data, names: Sequence[str], *, pool: Images | None) -> Scores:
     """Scores of what a run starts from, with a map if it has one; `pool` as of `pool_for`."""
-    features = features_of(untrained_backbone(spec), data, pool=pool, **how(spec), device=_device(spec))
-    return score_features(features, names, **weighted_by(spec), with_map=spec.evaluation.map)
+    features = features_of(untrained_backbone(spec), data, spec=spec, pool=pool)
+    return score_features(features, replace(spec.evaluation, protocols=list(names)))
 
 
 def features_of_run(backbone: nn.Module, run: Path, spec: RunSpec, names: Iterable[str]) -> Features:
     """The features of a run's data, and of the pool where one of the protocols draws from it."""
     pool = pool_for(spec, names, lambda: load_for_run(run, spec, whole=True).data)
-    return features_of(backbone, load_for_run(run, spec).data, pool=pool, **how(spec), device=_device(spec))
-
-
-def how(spec: RunSpec) -> dict[str, int]:
-    """How the features of a run are extracted."""
-    return {
-        "image_size": spec.model.image_size,
-        "batch_size": spec.data.batch_size,
-        "num_workers": spec.data.num_workers,
-    }
-
-
-def weighted_by(spec: RunSpec) -> dict[str, Any]:
-    """The weighted kNN of a run's summary."""
-    return {"knn_k": spec.evaluation.knn_k, "knn_t": spec.evaluation.knn_t}
+    return features_of(backbone, load_for_run(run, spec).data, spec=spec, pool=pool)
 
 
 def read(table: Path) -> list[Score]:
@@ -260,30 +260,32 @@ def _missing(run: Path, prefix: str, names: Iterable[str], with_map: bool) -> li
     return [*missing, MAP] if with_map and not _current(map_, prefix) else missing
 
 
-def _complete(
-    run: Path,
-    prefix: str,
-    names: Sequence[str],
-    with_map: bool,
-    load: Callable[[Path], tuple[RunSpec, nn.Module]],
-) -> list[Score]:
+def _complete(run: Path, prefix: str, names: Sequence[str], with_map: bool) -> list[Score]:
     for name in names:
         protocol(name)
-    table, map_ = run / f"{prefix}{TABLE}", run / f"{prefix}{MAP}"
+    table = run / f"{prefix}{TABLE}"
     if _missing(run, prefix, names, with_map):
         with alone(run, wait=True):
-            missing = _missing(run, prefix, names, with_map)  # another report may have scored it meanwhile
-            if missing:
-                settings, backbone = load(run)
-                wanted = [name for name in missing if name != MAP]
-                features = features_of_run(backbone, run, settings, wanted)
-                before = read(table) if _current(table, prefix) else []
-                if wanted:
-                    _write_scores(table, [*before, *score(features, map(protocol, wanted))])
-                if MAP in missing:
-                    write_table(map_, MAP_COLUMNS, _map(features))
+            if missing := _missing(run, prefix, names, with_map):  # another report may have scored it meanwhile
+                _add(run, prefix, missing)
     found = read(table) if names else []
     return [each for name in names for each in found if each.protocol == name]
+
+
+def _add(run: Path, prefix: str, missing: Sequence[str]) -> None:
+    """Scores by what `_missing` found."""
+    if prefix == UNTRAINED:
+        spec = read_config(run / "config.yaml")
+        backbone = untrained_backbone(spec)
+    else:
+        spec, backbone = trained_backbone(run)
+    table, wanted = run / f"{prefix}{TABLE}", [name for name in missing if name != MAP]
+    features = features_of_run(backbone, run, spec, wanted)
+    if wanted:
+        before = read(table) if _current(table, prefix) else []
+        _write_scores(table, [*before, *score(features, map(protocol, wanted))])
+    if MAP in missing:
+        write_table(run / f"{prefix}{MAP}", MAP_COLUMNS, _map(features))
 
 
 def _current(path: Path, prefix: str) -> bool:
@@ -292,11 +294,6 @@ def _current(path: Path, prefix: str) -> bool:
         return path.exists()
     weights = path.parent / "backbone.pt"
     return weights.exists() and path.stat().st_mtime >= weights.stat().st_mtime
-
-
-def _device(settings: RunSpec) -> str:
-    # A run from a GPU may be scored where there is none.
-    return torch_device("cpu" if settings.hardware.accelerator == "cpu" else "auto")
 
 
 def _write_scores(table: Path, scores: Iterable[Score]) -> None:

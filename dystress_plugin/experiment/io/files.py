@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def write(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write` in UTF-8; what has no place in it, of a folder's name in another encoding, as an escape."""
     write(path, text.encode(errors="backslashreplace"))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV, whole or not at all; numbers with eight digits, nothing for None."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()})
+    write_text(path, text.getvalue())
 
 
 def save(path: Path, content: Any) -> None:

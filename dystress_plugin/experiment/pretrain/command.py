@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,13 @@ from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader
 
 from dystress_plugin import recipes, training
-from dystress_plugin.experiment import hardware, places
+from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data import scan
 from dystress_plugin.experiment.data.datasets import Data
+from dystress_plugin.experiment.devices import check_step, processes
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.evaluate.scores import (
-    features_of,
-    how,
-    pool_for,
-    read_untrained,
-    score_features,
-    score_run,
-    weighted_by,
-)
+from dystress_plugin.experiment.evaluate.scores import features_of, pool_for, read_untrained, score_features, score_run
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
 from dystress_plugin.experiment.keys import checked
@@ -74,7 +68,7 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
     if folder.finished is not None:
         return folder.finished
     module = build_module(spec, data)
-    hardware.check_step(module.backbone, trainer, spec.model.image_size)
+    check_step(module.backbone, trainer, spec.model.image_size)
     training.warn_of_concerns(module.loss.temperature, spec.epochs, warnings.warn)
     if first:
         folder.begin(module)
@@ -109,7 +103,7 @@ def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunF
         for message in HOST_NOISE:
             warnings.filterwarnings("ignore", message)
         try:
-            with hardware.processes(trainer):
+            with processes(trainer):
                 trainer.fit(module, *loaders, ckpt_path=str(folder.last) if folder.last.exists() else None)
         except ValueError:
             if module.spec.logging.nan_guard:
@@ -135,8 +129,8 @@ def summarise(
     device = str(module.device)
     module.float()
     pool = pool_for(spec, spec.evaluation.protocols, lambda: data_module.load_for_run(out, spec, whole=True).data)
-    features = features_of(module.backbone, data, device=device, pool=pool, **how(spec))
-    trained = score_features(features, spec.evaluation.protocols, **weighted_by(spec), with_map=spec.evaluation.map)
+    features = features_of(module.backbone, data, spec=spec, device=device, pool=pool)
+    trained = score_features(features, spec.evaluation)
     files.save(out / "backbone.pt", {k: v.cpu() for k, v in module.backbone.state_dict().items()})
     trained.write(out)
     _draw(module, loader, out)
@@ -180,8 +174,8 @@ def _untrained(out: Path, module: PretrainModule, data: Data) -> dict[str, float
     spec = module.spec
     if (found := read_untrained(out, spec)) is not None:
         return found
-    features = features_of(module.backbone, data, pool=None, device="cpu", **how(spec))
+    features = features_of(module.backbone, data, spec=spec, device="cpu")
     module.backbone.train()
-    measured = score_features(features, **weighted_by(spec))
+    measured = score_features(features, replace(spec.evaluation, protocols=[], map=False))
     measured.write_untrained(out, spec)
     return measured.top1

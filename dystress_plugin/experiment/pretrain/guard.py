@@ -71,16 +71,14 @@ class NanGuard(Callback):
     def _stop(self, trainer: Trainer, module: PretrainModule, what: str) -> None:
         step = module.last_step
         assert step is not None  # there was one
-        statistics = _statistics(module, step)
+        statistics, gradients = _statistics(module, step), _gradients(module).items()
         report = {
             "what": what.strip(","),
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "images": step.images.tolist(),
             "rows_not_finite": [int((~torch.isfinite(view)).any(1).sum()) for view in step.z],
-            "gradients_not_finite": [
-                name for name, gradient in _gradients(module).items() if not bool(torch.isfinite(gradient).all())
-            ],
+            "gradients_not_finite": [name for name, g in gradients if not bool(torch.isfinite(g).all())],
             "statistics": statistics,
         }
         # In every process, as each has images of its own; the first one's is kept.

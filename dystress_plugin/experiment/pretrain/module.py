@@ -16,9 +16,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from dystress_plugin import training
-from dystress_plugin.checks import check_fraction
 from dystress_plugin.contrastive import ContrastiveLoss
-from dystress_plugin.experiment.evaluate.classifiers import knn_classes
+from dystress_plugin.experiment.evaluate.protocols import knn_classes
 from dystress_plugin.experiment.io.config import recorded
 from dystress_plugin.experiment.spec import RunSpec
 
@@ -125,11 +124,7 @@ class PretrainModule(LightningModule, ABC):
         # A learnable temperature trains like a bias: at the same rate and undecayed.
         if learnable := list(self.loss.parameters()):
             groups.append({"params": learnable, "weight_decay": 0.0})
-        options: dict[str, Any] = {
-            "lr": s.lr,
-            "momentum": s.momentum,
-            "weight_decay": s.weight_decay,
-        }
+        options: dict[str, Any] = {"lr": s.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
         optimizer = LARS(groups, **options) if s.name == "lars" else torch.optim.SGD(groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(steps * s.warmup_epochs / self.spec.epochs)
@@ -149,25 +144,16 @@ class ViewsModule(PretrainModule):
 class QueueModule(PretrainModule):
     """Anchors from the trained encoder, keys from its moving average, as in MoCo.
 
-    The weight of the past in the average rises from `momentum` to 1 on half a cosine over the
-    training, as in MoCo v3; the queue starts with random directions. Batch norm sees the batch as it is, without MoCo's
-    shuffling over devices: on GPUs its statistics are those of all devices, and MoCo v3 does without as well.
+    The weight of the past in the average rises from `momentum_encoder` to 1 on half a cosine over the training, as in
+    MoCo v3; the queue starts with random directions. Batch norm sees the batch as it is, without MoCo's shuffling over
+    devices: on GPUs its statistics are those of all devices, and MoCo v3 does without as well.
 
     MoCo, 2020, https://arxiv.org/abs/1911.05722 (0.999, constant); MoCo v3, 2021, https://arxiv.org/abs/2104.02057
     (0.99, rising).
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        features: int,
-        loss: ContrastiveLoss,
-        spec: RunSpec,
-        num_classes: int,
-        momentum: float,
-    ) -> None:
-        super().__init__(backbone, features, loss, spec, num_classes)
-        self.momentum = check_fraction("momentum_encoder", momentum)
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
         copies = training.momentum_copies(self.backbone, self.projection_head)
         self.key_backbone, self.key_projection_head = copies
 
@@ -185,8 +171,9 @@ class QueueModule(PretrainModule):
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self.spec.queue is not None  # narrows the type
         steps = int(self.trainer.estimated_stepping_batches)
-        momentum = cosine_schedule(self.global_step, steps, self.momentum, 1.0)
+        momentum = cosine_schedule(self.global_step, steps, self.spec.queue.momentum, 1.0)
         pairs = ((self.backbone, self.key_backbone), (self.projection_head, self.key_projection_head))
         training.update_momentum(pairs, momentum)
 

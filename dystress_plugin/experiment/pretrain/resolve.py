@@ -13,13 +13,7 @@ from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data.datasets import Data
 from dystress_plugin.experiment.data.transforms import augmentation
-from dystress_plugin.experiment.pretrain.module import (
-    MOMENTUM,
-    OPTIMIZERS,
-    PretrainModule,
-    QueueModule,
-    ViewsModule,
-)
+from dystress_plugin.experiment.pretrain.module import MOMENTUM, OPTIMIZERS, PretrainModule, QueueModule, ViewsModule
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import RunSpec
 
@@ -92,6 +86,5 @@ def build_module(spec: RunSpec, data: Data) -> PretrainModule:
         gather_distributed=spec.hardware.gather_distributed,
         **spec.method_kwargs,
     )
-    if spec.queue is None:
-        return ViewsModule(backbone, features, loss, spec, data.num_classes)
-    return QueueModule(backbone, features, loss, spec, data.num_classes, spec.queue.momentum)
+    module = ViewsModule if spec.queue is None else QueueModule
+    return module(backbone, features, loss, spec, data.num_classes)

@@ -1,4 +1,4 @@
-"""Lightning's Trainer and the loaders of a run."""
+"""Lightning's Trainer, what it does every epoch beside the training, and the loaders of a run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from dystress_plugin import diagnostics
-from dystress_plugin.experiment.data.datasets import Data, EpochOrder, OwnGenerator, Views
+from dystress_plugin.experiment.data.datasets import Data, EpochOrder, OwnGenerator, Views, seed_cpu
 from dystress_plugin.experiment.data.transforms import plain_transform, view_transform
 from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.io import files
-from dystress_plugin.experiment.pretrain.callbacks import EpochTable, SeedEveryEpoch
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import HardwareSpec, RunSpec, part
@@ -31,6 +30,14 @@ HOST_NOISE = (
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
 
+COLUMNS = (
+    "epoch",
+    "loss",
+    "knn_top1",
+    *(f"tau_{pairs}_{how}" for pairs in ("positive", "negative") for how in ("mean", "min", "max")),
+    "alignment",
+    "uniformity",
+)
 
 Loaders: TypeAlias = "tuple[DataLoader[Any], list[DataLoader[Any]]]"
 
@@ -107,3 +114,39 @@ def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:
         offline = settings.wandb == "offline"
         loggers.append(WandbLogger(name, out, offline=offline, project=settings.wandb_project))
     return loggers
+
+
+class SeedEveryEpoch(Callback):
+    """Starts the model's own random numbers, such as dropout's, from (seed, epoch, rank): resuming repeats them."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seed_cpu(self.seed, trainer.current_epoch, trainer.global_rank)
+        torch.cuda.manual_seed_all(int(torch.randint(2**31, ())))
+
+
+class EpochTable(Callback):
+    """Writes `metrics.csv`, a row an epoch.
+
+    The rows are part of the checkpoint, so that after an interruption the table has each epoch exactly once.
+    Lightning's own CSVLogger deletes the earlier rows when a run resumes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.rows.append({"epoch": trainer.current_epoch} | {name: values[name] for name in COLUMNS[1:]})
+        if trainer.global_rank == 0:
+            lines = [",".join(COLUMNS), *(",".join(f"{row[name]:.8g}" for name in COLUMNS) for row in self.rows)]
+            files.write_text(self.path, "\n".join(lines) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]

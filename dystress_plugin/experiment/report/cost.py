@@ -14,7 +14,7 @@ import torch
 
 from dystress_plugin.experiment.data.datasets import load_for_run
 from dystress_plugin.experiment.io.config import read_config
-from dystress_plugin.experiment.io.tables import write_table
+from dystress_plugin.experiment.io.files import write_table
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module
 from dystress_plugin.experiment.report.records import Run, one_per
