@@ -22,8 +22,8 @@ from dystress_plugin import diagnostics
 from dystress_plugin.diagnostics import EVERY_N_STEPS
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.keys import parse
-from dystress_plugin.experiment.pretrain import resolve, trainer
-from dystress_plugin.experiment.pretrain.trainer import make_loaders, make_trainer
+from dystress_plugin.experiment.pretrain import resolve
+from dystress_plugin.experiment.pretrain.trainer import EpochTable, make_loaders, make_trainer
 from dystress_plugin.experiment.settings import PretrainSettings
 
 
@@ -79,7 +79,7 @@ def main(tokens):
         start = Start()
         stop = Stop(start)
         # Its table needs the kNN of a validation, which would only take time here.
-        others = [callback for callback in trainer.callbacks if not isinstance(callback, trainer.EpochTable)]
+        others = [callback for callback in trainer.callbacks if not isinstance(callback, EpochTable)]
         trainer.callbacks = [start, *others, stop]
         ours = next(type(callback) for callback in others if hasattr(callback, "every_n_steps"))
         for owner, name in (

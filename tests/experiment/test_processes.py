@@ -45,7 +45,7 @@ def sources(images):
     yield "digits", digits
     yield "long tail", replace(digits, train=digits.train.subset(np.array([5, 3])))
     yield "folder", load(str(images))
-    array = data_module._array(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), [0, 1])
+    array = data_module.Images(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), np.array([0, 1]))
     yield "CIFAR", replace(digits, train=array)
 
 
