@@ -5,6 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy or torch, such as `np.float32(0.1)`, as Python's own number; anything else as it is."""
+    if isinstance(value, (int, float)):  # NumPy's float64 too
+        return value
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_positive(name: str, value: float) -> float:
@@ -17,15 +25,17 @@ def check_positive(name: str, value: float) -> float:
 
 def check_number(name: str, value: float) -> float:
     """`value` as a float, or an error that names it unless it is a finite number."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # which a compiler can read
         raise ValueError(f"{name}={value} must be finite.")
     return float(value)
 
 
 def check_count(name: str, value: int, *, given: str | None = None) -> int:
     """`value`, or a ValueError that names it, or what it was `given` as part of, unless it is an int of at least 1."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         shown = f"{name}={value!r}" if given is None else f"{given}: {name}"
         raise ValueError(f"{shown} must be an int of at least 1.")

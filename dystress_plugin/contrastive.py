@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
-from dystress_plugin.checks import check_at_least, unknown_name
+from dystress_plugin.checks import check_at_least, plain, unknown_name
 from dystress_plugin.embeddings import check_view, normalize, not_finite
 from dystress_plugin.engine import ENGINES, RowStats
 from dystress_plugin.key_queue import KeyQueue
@@ -40,8 +40,9 @@ class ContrastiveLoss(nn.Module):
     """mean_i -log( exp(a(s_ip)) / (exp(a(s_ip)) + sum_n exp(a(s_in))) ), with a(s) = s / tau given by the temperature.
 
     i runs over all views of all images (NT-Xent), s is the cosine similarity, p the other view of i's image, n all
-    views of all other images. With several positives their exponentials are added. `objective` replaces the outer
-    form, `temperature` the map a. With a queue, i runs over view 0, p is view 1 and n the keys in the queue.
+    views of all other images. With several positives their exponentials are added, see `positives`.
+    `objective` replaces the outer form, `temperature` the map a. With a queue, i runs over view 0, p is view 1 and n
+    the keys in the queue.
 
     State, which is a queue and tables of samples, moves with the batches that are learned from: in train mode, with
     gradients enabled, where an embedding requires one. Keys need none beside queries that do. A batch under `no_grad`
@@ -62,6 +63,10 @@ class ContrastiveLoss(nn.Module):
         queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
+        positives: how several positives of an anchor, in three or more views, are joined. "sum" adds their
+            exponentials: -log( sum_p e^a_p / (sum_p e^a_p + sum_n e^a_n) ). "mean" is the mean over p of the
+            objective of p alone, in NT-Xent with the other positives among what it is compared with, as in SupCon:
+            mean_p -log( e^a_p / (sum_p e^a_p + sum_n e^a_n) ).
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
             and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views), where it is
             the faster one on a CPU, and as far as 2^26 where torch.func or forward-mode differentiation need all of it.
@@ -91,6 +96,7 @@ class ContrastiveLoss(nn.Module):
         objective: str | Objective | None = None,
         queue_size: tuple[int, int] | int | None = None,
         layout: str = "views",
+        positives: str = "sum",
         engine: str = "auto",
         gather_distributed: bool = False,
         **settings: Any,
@@ -105,7 +111,11 @@ class ContrastiveLoss(nn.Module):
         if objective is None:
             objective = chosen.objective if chosen else temperature.default_objective  # type: ignore[union-attr]
         self._objective = _objective(objective)
-        for kind, name, known in (("layout", layout, LAYOUTS), ("engine", engine, ENGINES)):
+        for kind, name, known in (
+            ("layout", layout, LAYOUTS),
+            ("positives", positives, ("sum", "mean")),
+            ("engine", engine, ENGINES),
+        ):
             if name not in known:
                 raise ValueError(unknown_name(kind, name, known))
 
@@ -126,6 +136,7 @@ class ContrastiveLoss(nn.Module):
         self.objective = self._objective.name
         self.objective_settings = self._objective.checked(own)
         self.layout = layout
+        self.positives = positives
         self.engine = engine
         self.gather_distributed = bool(gather_distributed)
         self._passes = checkpointing.Passes()
@@ -165,9 +176,11 @@ class ContrastiveLoss(nn.Module):
 
     def _value(self, units: Tensor, index: Tensor | None, epoch: float | None, *, learns: bool) -> Tensor:
         with torch.autocast(units.device.type, enabled=False):
-            stats, batch = self._row_stats(units, index, epoch)
+            stats, batch, each = self._row_stats(units, index, epoch)
             stats = replace(stats, log_s=self.temperature.running_mean(stats, batch))
-            rows = self._objective.row_loss(stats, **self.objective_settings)
+            one_by_one = self.positives == "mean"
+            terms = _one_by_one(stats, *each, self._objective.competing) if one_by_one else stats
+            rows = self._objective.row_loss(terms, **self.objective_settings)
             value = rows.mean() * (batch.views if self._objective.sum_over_views else 1)
         if learns:
             self.temperature.update(stats, batch)
@@ -248,7 +261,10 @@ class ContrastiveLoss(nn.Module):
             mean=distributed.mean_over_ranks if gather else torch.mean,
         )
 
-    def _row_stats(self, units: Tensor, index: Tensor | None, epoch: float | None) -> tuple[RowStats, Batch]:
+    def _row_stats(
+        self, units: Tensor, index: Tensor | None, epoch: float | None
+    ) -> tuple[RowStats, Batch, tuple[Tensor, Tensor]]:
+        """The statistics with all positives joined, and the logit and cosine of each, (rows, positives)."""
         if self.training and tracing.captured(self.buffers()):
             raise ValueError(
                 "torch.func would have to change the state of this loss, its queue or its tables: call loss.eval(), or "
@@ -270,16 +286,17 @@ class ContrastiveLoss(nn.Module):
             for rows, block in _rows(blocks)
         ]
         positive_cosine = torch.cat([block.positive_cosine for block in blocks])
+        positive_logit = maps.positive.logit(positive_cosine)
         cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
         stats = RowStats(
-            positive=_over_positives(torch.logsumexp, maps.positive.logit(positive_cosine)),
+            positive=_over_positives(torch.logsumexp, positive_logit),
             negative=torch.cat([part.negative for part in negatives]),
             positive_cosine=_over_positives(torch.mean, positive_cosine),
             negative_cosine=torch.cat(cosines) if cosines else None,
             num_negatives=blocks[0].num_negatives,
             mean=batch.mean,
         )
-        return stats, batch
+        return stats, batch, (positive_logit, positive_cosine)
 
     def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The temperature's parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
@@ -357,7 +374,7 @@ class ContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         own = "".join(f", {name}={value}" for name, value in self.objective_settings.items())
         return (
-            f"objective={self.objective}{own}, layout={self.layout}, engine={self.engine}, "
+            f"objective={self.objective}{own}, layout={self.layout}, positives={self.positives}, engine={self.engine}, "
             f"gather_distributed={self.gather_distributed}"
         )
 
@@ -380,6 +397,27 @@ def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
     return x.squeeze(1) if x.shape[1] == 1 else reduce(x, dim=1)
 
 
+def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool) -> RowStats:
+    """A row for every positive of every anchor; the anchor's others are among its negatives if they are `competing`."""
+
+    def repeated(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, None].expand_as(logit).flatten()
+
+    negative = stats.negative[:, None].expand_as(logit)
+    if competing:
+        itself = torch.eye(logit.shape[1], dtype=torch.bool, device=logit.device)
+        others = logit[:, None].masked_fill(itself, -math.inf)  # (rows, positives, their rivals)
+        negative = torch.cat([negative[:, :, None], others], dim=2).logsumexp(2)
+    return replace(
+        stats,
+        positive=logit.flatten(),
+        negative=negative.flatten(),
+        positive_cosine=cosine.flatten(),
+        negative_cosine=repeated(stats.negative_cosine),
+        log_s=repeated(stats.log_s),
+    )
+
+
 def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:
     """Every block with where its anchors lie among the rows of the batch."""
     ends = [0]
@@ -389,7 +427,8 @@ def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:
 
 
 def _queue(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
-    if queue_size is None or queue_size == 0:
+    queue_size = plain(queue_size)
+    if queue_size is None or (isinstance(queue_size, int) and queue_size == 0):
         return None
     try:
         size, dim = queue_size  # type: ignore[misc]

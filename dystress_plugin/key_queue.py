@@ -37,8 +37,8 @@ class KeyQueue(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        for name, value in (("keys", size), ("dim", dim)):
-            check_count(name, value, given=f"queue_size=({size!r}, {dim!r})")
+        given = f"queue_size=({size!r}, {dim!r})"
+        size, dim = check_count("keys", size, given=given), check_count("dim", dim, given=given)
         self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 

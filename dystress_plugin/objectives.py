@@ -88,6 +88,7 @@ class Objective:
         needs_negative_cosine: whether it reads `RowStats.negative_cosine`.
         sum_over_views: sum over the views of an image instead of their mean; always the mean over images.
         parameters: its own parameters with their defaults, positive numbers.
+        competing: whether the positives of an anchor that are taken one by one are compared with each other too.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Objective:
     needs_negative_cosine: bool = False
     sum_over_views: bool = False
     parameters: Mapping[str, float] = field(default_factory=dict)
+    competing: bool = False
 
     def checked(self, settings: Mapping[str, float]) -> dict[str, float]:
         """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf)."""
@@ -105,7 +107,7 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective("ntxent", ntxent),
+        Objective("ntxent", ntxent, competing=True),
         Objective("macl", macl),
         Objective("sogclr", sogclr, needs_negative_cosine=True, sum_over_views=True),
         Objective("dcl", dcl),

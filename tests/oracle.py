@@ -263,7 +263,42 @@ def sogclr(row, positive, negative, running, weight):
 OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr, "dcl": dcl, "dclw": dclw}
 
 
-def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigma=0.5):
+def one_by_one(row, positive, compete):
+    """The row of each positive alone, beside the others of which it competes with them."""
+    for p, s in zip(row.positives, row.positive_cosine, strict=True):
+        others = [(q, t) for q, t in zip(row.positives, row.positive_cosine, strict=True) if q != p]
+        yield row._replace(positives=[p], positive_cosine=[s]), others if compete else []
+
+
+def supcon(row, others, positive, negative):
+    """-log( e^p / (e^p + other positives + negatives) ), https://arxiv.org/abs/2004.11362, equation 2."""
+    rivals = [(positive, s) for _, s in others] + [(negative, s) for s in row.negative_cosine]
+    (s,) = row.positive_cosine
+    logits = [map_.logit(t) for map_, t in [(positive, s), *rivals]]
+    total = math.fsum(math.exp(a) for a in logits)
+    shares = [math.exp(a) / total for a in logits]
+    slopes = [w * map_.slope(t) for w, (map_, t) in zip(shares[1:], rivals, strict=True)]
+    return math.log(total) - logits[0], [(shares[0] - 1) * positive.slope(s)], slopes
+
+
+def averaged(objective, row, positive, negative, running, weights):
+    """An objective of every positive alone, averaged: as a value, and slopes for the row's positives and negatives."""
+    m = len(row.positives)
+    value, up, down = 0.0, dict.fromkeys(row.positives, 0.0), [0.0] * len(row.negatives)
+    for (alone, others), weight in zip(one_by_one(row, positive, objective == "ntxent"), weights, strict=True):
+        if objective == "ntxent":
+            own, (by_own,), rest = supcon(alone, others, positive, negative)
+        else:
+            own, (by_own,), rest = OBJECTIVES[objective](alone, positive, negative, running, weight)
+        value += own / m
+        up[alone.positives[0]] += by_own / m
+        for (q, _), c in zip(others, rest, strict=False):
+            up[q] += c / m
+        down = [a + c / m for a, c in zip(down, rest[len(others) :], strict=True)]
+    return value, list(up.values()), down
+
+
+def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigma=0.5, positives="sum"):
     """The mean over anchors, but for sogclr the mean over images of the sum over views.
 
     `maps(image, alignment)` gives the maps of positives and negatives, `running` the means that SogCLR divides by.
@@ -274,9 +309,14 @@ def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigm
     images = len(views[0])
     scale = 1 / (images if objective == "sogclr" else len(rows))
     values, log_tau, pull = [], [0.0], [[0.0] * len(nodes) for _ in lengths]
-    for row, weight in zip(rows, von_mises_fisher(rows, sigma), strict=True):
+    pairs = iter(von_mises_fisher([r._replace(positive_cosine=[s]) for r in rows for s in r.positive_cosine], sigma))
+    each = [[next(pairs) for _ in row.positives] for row in rows]
+    for row, weight, weights in zip(rows, von_mises_fisher(rows, sigma), each, strict=True):
         positive, negative = maps(row.image, aligned)
-        value, up, down = OBJECTIVES[objective](row, positive, negative, running or Running(), weight)
+        if positives == "mean" and objective != "sogclr":  # which averages their cosines as it is
+            value, up, down = averaged(objective, row, positive, negative, running or Running(), weights)
+        else:
+            value, up, down = OBJECTIVES[objective](row, positive, negative, running or Running(), weight)
         values.append(value)
         for j, c in zip(row.positives + row.negatives, up + down, strict=True):
             pull[row.anchor][j] += scale * c

@@ -2,6 +2,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -341,6 +342,7 @@ def test_repr_shows_the_settings():
     for part in (
         "objective=ntxent",
         "layout=views",
+        "positives=sum",
         "engine=auto",
         "gather_distributed=False",
         "tau_max=0.19",
@@ -528,6 +530,7 @@ def test_bad_epoch_raises(epoch, error, message):
         (["simclr_dclw"], {"sigma": 0.001}, ValueError, "sigma=0.001 must be at least 0.01"),
         (["simclr_dcl"], {"sigma": 0.5}, ValueError, "Unknown parameter of method 'simclr_dcl' 'sigma'"),
         ([Constant()], {"sigma": 0.5}, TypeError, "sigma: settings go into the temperature itself"),
+        (["simclr"], {"positives": "means"}, ValueError, "Unknown positives 'means'. Did you mean 'mean'"),
         (["simclr"], {"engine": "dens"}, ValueError, "Unknown engine 'dens'. Did you mean 'dense'"),
         (["simclr"], {"queue_size": 16}, ValueError, r"queue_size=16 must be \(keys, dim\)"),
         (["simclr"], {"queue_size": (16,)}, ValueError, r"queue_size=\(16,\) must be \(keys, dim\)"),
@@ -549,3 +552,48 @@ def test_bad_construction_raises_and_names_the_value(arguments, settings, error,
 def test_everything_after_the_temperature_is_keyword_only():
     with raises(TypeError, "positional"):
         ContrastiveLoss("simclr", "ntxent")
+
+
+# Numbers as NumPy and torch have them
+
+SCALARS = {
+    "numpy": (np.float32, np.int64),
+    "array": (lambda x: np.array(x, dtype=np.float32), np.array),
+    "torch": (torch.tensor, torch.tensor),
+}
+
+
+@pytest.mark.parametrize("kind", SCALARS)
+def test_scalars_of_numpy_and_torch_are_numbers(kind):
+    real, whole = SCALARS[kind]
+    for found, plain in (
+        (Constant(real(0.25)), Constant(0.25)),
+        (Constant(whole(1)), Constant(1)),
+        (DySTreSS(real(0.25), real(0.375), negative_range=(real(0.25), real(0.5))), None),
+        (Individual(whole(7), rho=real(0.5), eta=whole(0)), Individual(7, rho=0.5, eta=0)),
+        (ModelAware(real(0.25), real(0.5), whole(0)), ModelAware(0.25, 0.5, 0)),
+        (CosineSchedule(real(0.25), whole(1), whole(8)), CosineSchedule(0.25, 1, 8)),
+        (Learnable(real(0.25)), Learnable(0.25)),
+        (TemperatureFree(real(0.25)), TemperatureFree(0.25)),
+        (WarmUp(Constant(), real(0.25), whole(3)), WarmUp(Constant(), 0.25, 3)),
+    ):
+        plain = plain or DySTreSS(0.25, 0.375, negative_range=(0.25, 0.5))
+        assert repr(found) == repr(plain)
+    loss = ContrastiveLoss("ts", objective="dclw", sigma=real(0.5), queue_size=(whole(8), whole(4)))
+    assert loss.objective_settings == {"sigma": 0.5}
+    assert loss.queue.keys.shape == (8, 4)
+    assert ContrastiveLoss("simclr", queue_size=whole(0)).queue is None
+    value = loss.eval()(Z, Z, epoch=whole(3))
+    assert torch.equal(value, loss(Z, Z, epoch=3))
+    assert torch.equal(loss.pairs(Z, Z, epoch=real(3), max_keys=whole(5))[3], loss.pairs(Z, Z, epoch=3, max_keys=5)[3])
+
+
+@pytest.mark.parametrize("bad", [np.bool_(True), np.array([0.1]), np.str_("0.1"), torch.tensor(True)])
+def test_other_arrays_are_no_numbers(bad):
+    with raises(TypeError, "must be a number"):
+        Constant(bad)
+
+
+def test_positives_one_by_one_are_the_sum_where_there_is_one():
+    values = [ContrastiveLoss("dystress", positives=how)(Z, Z.flip(1)) for how in ("sum", "mean")]
+    assert torch.equal(*values)

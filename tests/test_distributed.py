@@ -35,6 +35,7 @@ LAYOUTS = {
     "one_way": {"layout": "one_way"},
     "both_ways": {"layout": "both_ways"},
 }
+MORE_LAYOUTS = LAYOUTS | {"three-one-by-one": {"positives": "mean"}}
 
 
 class Cell(NamedTuple):
@@ -56,6 +57,7 @@ GRID = [
             *itertools.product(CASES, OBJECTIVES, ["two"], ["unequal"]),
             *itertools.product(SOME, ["sogclr", "dclw"], LAYOUTS, ["one-each", "one-and-many", "three-equal"]),
             *itertools.product(SOME, OBJECTIVES, ["two", "both_ways"], ["unequal"], ["blockwise"]),
+            *itertools.product(SOME, OBJECTIVES, ["three-one-by-one"], ["unequal"]),
         ]
     )
 ]
@@ -73,12 +75,12 @@ def train(cell, own):
         objective=cell.objective,
         engine=cell.engine,
         gather_distributed=True,
-        **LAYOUTS[cell.layout],
+        **MORE_LAYOUTS[cell.layout],
     )
     parameters = [*model.parameters(), *loss.parameters()]
     images, gradients = sum(SIZES[cell.sizes]), []
     for step in range(STEPS):
-        batch = embeddings(images, 6, views=3 if cell.layout == "three" else 2, seed=step)
+        batch = embeddings(images, 6, views=3 if cell.layout.startswith("three") else 2, seed=step)
         index = torch.randint(SAMPLES, (images,), generator=torch.Generator().manual_seed(step))
         index[-1] = index[0]  # on different ranks
         value = loss(*[model(view[own]) for view in batch], index=index[own], epoch=EPOCH)

@@ -117,3 +117,16 @@ OVER = [(engine, over) for engine in ENGINES for over in ((1, 2, 3) if engine in
 def test_primes_and_one_to_three_rows_over_a_tile(name, layout, images, engine, over, monkeypatch):
     options = {"tile": ROWS_OF_AN_IMAGE[layout] * images - over, "keep_bytes": 0} if over else {}
     check(name, "dclw", layout, images, engine_of(engine, options, monkeypatch))
+
+
+@pytest.mark.parametrize("engine", ["dense", "blockwise-in-fours"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", KINDS)
+def test_positives_one_by_one_equal_the_double_loop(name, objective, engine, monkeypatch):
+    engine = engine_of(engine.removesuffix("-in-fours"), OPTIONS[engine], monkeypatch)
+    pair = Pair(name, objective, engine=engine, positives="mean").with_history()
+    views, index = embeddings(5, DIM, views=4), indices(5)
+    expected = pair.oracle(views, index)
+    assert_result(pair, pair.package(views, index), expected)
+    if pair.tables is not None:
+        assert_tables_equal(pair.loss.temperature, pair.tables)

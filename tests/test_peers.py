@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from what they import
     from open_clip.loss import ClipLoss
     from pytorch_metric_learning.losses import NTXentLoss as MetricLearningNTXentLoss
+    from pytorch_metric_learning.losses import SupConLoss
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmarks" / "peers.py"
 either_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -82,6 +83,16 @@ def test_constant_temperature_is_metric_learnings_ntxent(images, dim, tau, dtype
     theirs, labels = MetricLearningNTXentLoss(tau), torch.arange(images).repeat(2)
     views = embeddings(images, dim)
     assert_same(ContrastiveLoss(Constant(tau)), lambda *z: theirs(torch.cat(z), labels), views, dtype)
+
+
+@either_precision
+@every_shape
+@every_tau
+@pytest.mark.parametrize("views", [2, 3, 4])
+def test_positives_one_by_one_are_metric_learnings_supcon(images, dim, views, tau, dtype):
+    theirs, labels = SupConLoss(tau), torch.arange(images).repeat(views)
+    ours = ContrastiveLoss(Constant(tau), positives="mean")
+    assert_same(ours, lambda *z: theirs(torch.cat(z), labels), embeddings(images, dim, views=views), dtype)
 
 
 @either_precision

@@ -70,9 +70,10 @@ class DySTreSS(Temperature):
         self.detach = bool(detach)
         self.negative_range = None
         if negative_range is not None:
-            if not isinstance(negative_range, (tuple, list)) or len(negative_range) != 2:
+            ends = tuple(negative_range) if hasattr(negative_range, "__len__") else ()
+            if len(ends) != 2:
                 raise ValueError(f"negative_range={negative_range} must be a pair (tau_min, tau_max) or None.")
-            self.negative_range = check_range(*negative_range, "negative_range[0]", "negative_range[1]")
+            self.negative_range = check_range(*ends, "negative_range[0]", "negative_range[1]")
         self.stabilise = None if stabilise is None else check_positive("stabilise", stabilise)
         self.needs_epoch = self.stabilise is not None
 

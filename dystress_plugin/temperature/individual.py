@@ -17,6 +17,7 @@ from dystress_plugin.checks import (
     check_fraction,
     check_positive,
     check_range,
+    plain,
     unknown_name,
 )
 from dystress_plugin.rows import RowStats
@@ -129,6 +130,7 @@ class Individual(Temperature):
         return bool(self.visited.any())
 
     def resize(self, num_samples: int) -> None:
+        num_samples = plain(num_samples)
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
             raise TypeError(f"num_samples={num_samples!r} must be an int, the size of the data set.")
         if num_samples < 1:

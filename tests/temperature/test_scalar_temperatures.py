@@ -48,7 +48,7 @@ def tau(temperature, **batch):
         (lambda: Constant(math.nan), ValueError, "tau=nan must be finite"),
         (lambda: Constant("0.1"), TypeError, "tau='0.1' must be a number, not str"),
         (lambda: Constant(True), TypeError, "tau=True must be a number, not bool"),
-        (lambda: Constant(torch.tensor(0.1)), TypeError, "must be a number, not Tensor"),
+        (lambda: Constant(torch.tensor([0.1])), TypeError, "must be a number, not Tensor"),
         (lambda: CosineSchedule(0.0), ValueError, "tau_min=0.0 must be above 0"),
         (lambda: CosineSchedule(2.0), ValueError, "tau_min=2.0 is above tau_max=1.0; swap them"),
         (lambda: CosineSchedule(period=0), ValueError, "period=0.0 must be above 0"),
