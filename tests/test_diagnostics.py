@@ -11,7 +11,7 @@ from grid import trained_on
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dystress_plugin import ContrastiveLoss, diagnostics, temperature
+from dystress_plugin import ContrastiveLoss, temperature
 from dystress_plugin.diagnostics import BINS, COLUMNS, Recorder, Summary, callback, callbacks, some_pairs, summaries
 
 HOSTS = ("lightning.pytorch", "pytorch_lightning")
@@ -409,11 +409,6 @@ def test_configure_callbacks_gets_it_on_request():
     assert callbacks(None) == callbacks(0) == []
     (made,) = callbacks(3)
     assert (made.every_n_steps, made.path) == (3, None)
-
-
-def test_the_default_interval_is_the_one_of_the_command():
-    settings = importlib.import_module("dystress_plugin.experiment.settings")
-    assert settings.PretrainSettings().diagnostics_every_n_steps == diagnostics.EVERY_N_STEPS
 
 
 def test_a_wrapped_criterion_is_found(tmp_path):

@@ -98,9 +98,9 @@ class PretrainSettings:
     strategy: str = option("auto", "Lightning's strategy, such as ddp")
     precision: str = option("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
     progress: bool = option(True, "show a progress bar")
-    diagnostics_every_n_steps: int = option(
-        50,
-        "steps between two samples of similarities and temperatures, into diagnostics.csv; 0: none",
+    diagnostics_every_n_steps: int | None = option(
+        None,
+        "steps between two samples of similarities and temperatures, into diagnostics.csv; null: 40 samples; 0: none",
         "[0, 1_000_000_000]",
     )
     wandb: str = option("off", "logging to wandb", words=("off", "offline", "online"))
@@ -172,11 +172,6 @@ class CompareSettings:
         once=True,
     )
     jobs: int = option(1, "runs at once, each a process of its own; several GPUs are dealt out", "[1, 1024]")
-    diagnostics_every_n_steps: int | None = option(
-        None,
-        "steps between two samples of similarities and temperatures; null: forty samples in a run; 0: none",
-        "[0, 1_000_000_000]",
-    )
     progress: bool = option(True, "show a progress bar over all runs")
     plan: bool = option(False, "train nothing; print a shell line for each run, and a last one for the report")
 

@@ -64,7 +64,7 @@ def test_every_method_leaves_what_is_promised(method, tiny, capsys):
     for name in ("knn_top1", "linear_top1", "untrained_knn_top1", "untrained_linear_top1"):
         assert 0 <= summary[name] <= 100
     assert (out / "checkpoints" / "last.ckpt").exists()
-    assert (out / "diagnostics.csv").read_text().count("\n") == 1 + 4
+    assert (out / "diagnostics.csv").read_text().count("\n") == 1 + 4 * 2 * 3  # of each step
     assert sorted(path.name for path in (out / "figures").glob("*.png")) == ["curves.png", "temperature.png"]
     assert all(path.stat().st_size > 10_000 for path in (out / "figures").glob("*.png"))
     printed = capsys.readouterr().out

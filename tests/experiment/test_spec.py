@@ -88,8 +88,19 @@ def test_a_key_that_is_open_has_no_part_and_its_name_is_said(digits):
         with pytest.raises(ValueError, match=f"^{key}=null must have a value"):
             RunSpec.of(replace(complete, **{key: None}))
     assert RunSpec.of(replace(complete, out=None)).out == "runs/simclr_moco-digits-0"
-    for kind in (spec_module.DataSpec, spec_module.HardwareSpec, spec_module.LoggingSpec, spec_module.EvaluationSpec):
+    for kind in (spec_module.DataSpec, spec_module.HardwareSpec, spec_module.EvaluationSpec):
         assert part(kind, default) == part(kind, complete)  # before anything is resolved
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("given", [{}, {"epochs": 1}, {"epochs": 100}, {"batch_size": 16, "epochs": 40}])
+def test_a_run_has_forty_samples_of_diagnostics_or_one_a_step(given, devices, digits):
+    settings = PretrainSettings(**given)
+    spec = resolve(settings, digits, devices)
+    steps = settings.epochs * (len(digits.train.labels) // devices // settings.batch_size)
+    samples = len(range(0, steps, spec.logging.diagnostics_every_n_steps))
+    assert samples == steps if steps < 80 else 40 <= samples < 80
+    assert resolve(replace(settings, diagnostics_every_n_steps=0), digits, 1).logging.diagnostics_every_n_steps == 0
 
 
 def test_a_queue_for_a_method_without_one_is_refused_with_all_else_that_is_wrong(digits):

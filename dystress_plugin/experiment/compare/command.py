@@ -33,8 +33,6 @@ from dystress_plugin.experiment.report.command import write as write_report
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, output_folder
 from dystress_plugin.experiment.spec import DataSpec, HardwareSpec, part
 
-SAMPLES = 40  # of the diagnostics in a run, unless set
-
 
 class Prepared(NamedTuple):
     """What the runs are trained on.
@@ -53,7 +51,7 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
 
     Args:
         settings: what is compared.
-        common: the settings of all runs; method, seed, folder and diagnostics are set here.
+        common: the settings of all runs; method, seed and folder are set here.
         command: what the user typed, for the report.
 
     Raises:
@@ -121,7 +119,7 @@ def _runs(settings: CompareSettings, common: PretrainSettings) -> list[PretrainS
 
 
 def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Prepared:
-    """Finds what is wrong with any run before the first one has trained for an hour; sets the diagnostics.
+    """Finds what is wrong with any run before the first one has trained for an hour.
 
     Folders of images are scanned once: the runs find in their folders what was found.
     """
@@ -132,7 +130,6 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
     left_out = scan.left_out if scan is not None else ()
     if scan is not None:
         scan.write(out)
-    every = settings.diagnostics_every_n_steps
     data: dict[int, Data] = {}
     for run in runs:
         folder = output_folder(run)
@@ -144,13 +141,9 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
             here = part(DataSpec, run)
             data[run.seed] = data[runs[0].seed] if same else load_for(here, run.seed, without=left_out)
             check_batch(run, data[run.seed], devices)
-        its = data[run.seed]
-        if every is None:
-            every = max(1, run.epochs * (len(its.train.labels) // run.batch_size) // SAMPLES)
-        run.diagnostics_every_n_steps = every
-        resolved = resolve(run, its, devices)
+        resolved = resolve(run, data[run.seed], devices)
         if run.seed == runs[0].seed:
-            build_module(resolved, its)
+            build_module(resolved, data[run.seed])
         check_settings(folder, resolved)
     return Prepared(data, left_out)
 

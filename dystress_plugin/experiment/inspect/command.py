@@ -172,16 +172,9 @@ def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:
-    default = PretrainSettings()
-    return PretrainSettings(
-        method=FIXED,
-        data=settings.data or default.data,
-        data_root=settings.data_root or default.data_root,
-        download=settings.download,
-        seed=settings.seed,
-        backbone=settings.backbone,
-        image_size=settings.image_size,
-    )
+    shared = ("data", "data_root", "download", "seed", "backbone", "image_size")
+    given = {key: value for key in shared if (value := getattr(settings, key)) is not None}
+    return PretrainSettings(method=FIXED, **given)
 
 
 def _network(spec: RunSpec, data: Data) -> ViewsModule:

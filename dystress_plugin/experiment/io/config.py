@@ -16,6 +16,9 @@ from dystress_plugin.experiment.keys import PATHS, merged
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import RunSpec
 
+# What a config stands for that is older than a key whose default is open.
+EARLIER = {"diagnostics_every_n_steps": 0}
+
 
 def comparable(spec: RunSpec) -> dict[str, Any]:
     """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
@@ -64,7 +67,7 @@ def located(spec: RunSpec, run: Path, given: RunSpec | None = None) -> RunSpec:
 def recorded_spec(values: dict[str, Any], run: Path, given: RunSpec) -> RunSpec:
     """A run from what a checkpoint keeps of it, `located`, with its default for a key that is newer."""
     known = {f.name for f in fields(PretrainSettings)}
-    settings = PretrainSettings(**{key: value for key, value in values.items() if key in known})
+    settings = PretrainSettings(**EARLIER | {key: value for key, value in values.items() if key in known})
     return located(RunSpec.of(settings), run, given)
 
 
@@ -93,7 +96,7 @@ def read_config(path: Path, given: RunSpec | None = None) -> RunSpec:
         settings = config.get("settings") if isinstance(config, DictConfig) else None
         if not isinstance(settings, DictConfig):
             raise ValueError("it has no settings.")
-        return located(RunSpec.of(merged(PretrainSettings, settings)), path.parent, given)
+        return located(RunSpec.of(merged(PretrainSettings, EARLIER, settings)), path.parent, given)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

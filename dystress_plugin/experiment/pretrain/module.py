@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -15,7 +16,7 @@ from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from dystress_plugin import training
+from dystress_plugin import diagnostics, training
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluate.protocols import knn_classes
 from dystress_plugin.experiment.io.config import recorded
@@ -113,6 +114,10 @@ class PretrainModule(LightningModule, ABC):
         )
         accuracy = 100 * int((found == query_labels).sum()) / len(queries)
         self.log("knn_top1", accuracy, prog_bar=True, sync_dist=True, batch_size=len(queries))
+
+    def configure_callbacks(self) -> list[Any]:
+        every = self.spec.logging.diagnostics_every_n_steps
+        return [diagnostics.callback(Path(self.spec.out) / "diagnostics.csv", every_n_steps=every)] if every else []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["settings"] = recorded(self.spec)

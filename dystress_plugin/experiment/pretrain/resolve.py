@@ -19,6 +19,8 @@ from dystress_plugin.experiment.spec import RunSpec
 
 QUEUE_SIZE = 4096
 
+SAMPLES = 40  # of the diagnostics in a run
+
 
 def check_batch(settings: PretrainSettings, data: Data, devices: int) -> None:
     """A ValueError for batches that the data cannot fill."""
@@ -41,12 +43,14 @@ def resolve(settings: PretrainSettings, data: Data, devices: int) -> RunSpec:
     recipe = recipes.recipe(settings.method)
     lr, weight_decay = OPTIMIZERS[settings.optimizer]
     image_size = settings.image_size or data.image_size
+    steps = settings.epochs * (len(data.train.labels) // devices // settings.batch_size)
     defaults = {
         "image_size": image_size,
         "backbone": backbone_name(None, settings.data),
         "lr": lr(settings.batch_size * devices),
         "weight_decay": weight_decay,
         "warmup_epochs": min(10.0, settings.epochs / 10),
+        "diagnostics_every_n_steps": max(1, steps // SAMPLES),
     }
     defaults |= _queue(settings, recipe)
     chosen = {name: value for name, value in defaults.items() if getattr(settings, name) is None}

@@ -12,7 +12,6 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
-from dystress_plugin import diagnostics
 from dystress_plugin.experiment.data.datasets import Data, EpochOrder, OwnGenerator, Views, seed_cpu
 from dystress_plugin.experiment.data.transforms import plain_transform, view_transform
 from dystress_plugin.experiment.devices import build_trainer
@@ -63,13 +62,12 @@ def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
 def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
     """Lightning's Trainer with all callbacks and loggers of a run; writes nothing.
 
-    It comes before all is resolved, as the learning rate depends on its devices. What loggers record of the run the
-    module tells them.
+    It comes before all is resolved, as the learning rate depends on its devices. What depends on that, the module adds:
+    what loggers record, and the diagnostics.
     """
     callbacks: list[Callback] = [
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
-        *_diagnostics(settings, out),
         *([NanGuard(out)] if settings.nan_guard else []),
         ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, enable_version_counter=False),
     ]
@@ -96,11 +94,6 @@ def _plugins() -> list[Any]:
         # Its checkpoints are from the middle of an epoch; `sbatch --requeue` and the same command do it exactly.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return plugins
-
-
-def _diagnostics(settings: PretrainSettings, out: Path) -> list[Callback]:
-    every = settings.diagnostics_every_n_steps
-    return [diagnostics.callback(out / "diagnostics.csv", every_n_steps=every)] if every else []
 
 
 def _loggers(settings: PretrainSettings, out: Path) -> list[Logger]:
