@@ -57,7 +57,9 @@ for epoch in range(args.epochs):
         value.backward()
         optimizer.step()
         total += value.detach()
-    dist.all_reduce(total)  # the mean over ranks is the loss of the whole batch
+    # Kept until the end: a work that gloo's thread frees while the interpreter ends aborts the process.
+    work = dist.all_reduce(total, async_op=True)
+    work.wait()  # the mean over ranks is the loss of the whole batch
     if dist.get_rank() == 0:
         print(f"epoch: {epoch:>02}, loss: {total / dist.get_world_size() / len(loader):.5f}")
 if args.out and dist.get_rank() == 0:
