@@ -6,6 +6,8 @@ import pickle
 import sys
 import types
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,58 @@ def test_queue_settings_that_cannot_be(solo):
         solo.METHODS["macl_moco"](config("macl_moco", queue_size=0))
     with pytest.raises(ValueError, match=r"'queue_size'"):
         solo.METHODS["macl"](config("macl", queue_size=8))
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [
+        ("dystress", {"mae": 3}),
+        ("dystress_moco", {"mae": 3, "byol": 1, "simclr": 1, "supcon": 1, "swav": 1, "wmse": 1}),
+    ],
+)
+def test_solo_learns_own_templates_take_our_methods(solo, method, refused, solo_home, tmp_path):
+    """All of them but those without a projector, and those with small crops for a queue."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+    from solo.args.pretrain import parse_cfg
+
+    (tmp_path / "class").mkdir()
+    cls, found = solo.METHODS[method], Counter()
+    templates = [
+        path
+        for path in Path(solo_home, "scripts", "pretrain").rglob("*.yaml")
+        if path.parent.name not in ("augmentations", "wandb")
+    ]
+    for path in templates:
+        folder = [f"data.train_path={tmp_path}"] if path.parent.name == "custom" else []
+        with initialize_config_dir(str(path.parent), version_base="1.2"):
+            cfg = compose(path.stem, [f"method={method}", *folder])
+        OmegaConf.set_struct(cfg, False)
+        cfg = parse_cfg(cfg)
+        try:
+            completed = cls.add_and_assert_specific_cfg(cfg).method_kwargs
+        except ValueError as error:
+            reason = str(error)
+            found[path.stem] += ("needs method_kwargs" if path.stem == "mae" else "no use for the 6 small") in reason
+        else:
+            assert completed.tau_max == 0.2
+            assert "lamb" not in completed
+    assert len(templates) >= 46
+    assert found == refused
+
+
+def test_keys_of_solo_learns_methods_are_ignored_and_others_are_not(solo, caplog):
+    from dystress_plugin.frameworks.solo.methods import keys_of_others
+
+    assert {"lamb", "sk_iters", "base_tau_momentum", "queue_size"} <= keys_of_others().keys()
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        kept = solo.METHODS["macl"](config("macl", lamb=0.1, alpha=0.3)).cfg.method_kwargs
+    assert kept.alpha == 0.3
+    assert [record.message for record in caplog.records if "lamb" in record.message] == [
+        "method_kwargs.lamb=0.1 is ignored: it is a setting of solo-learn's barlow_twins."
+    ]
+    with pytest.raises(ValueError, match="Unknown key in method_kwargs of method 'macl' 'lambda_'"):
+        solo.METHODS["macl"](config("macl", lambda_=0.1))
 
 
 def test_schedule_per_step(solo):

@@ -51,6 +51,19 @@ def test_unknown_and_missing_keys():
         complete(METHODS["macl"], {"proj_hidden_dim": 8})
 
 
+def test_keys_of_other_methods_are_a_line_each():
+    theirs = {"lamb": "barlow_twins", "queue_size": "mocov2plus"}
+    filled, notes = complete(METHODS["macl"], {**HEAD, "lamb": 0.1, "queue_size": 8}, lambda: theirs)
+    assert filled == complete(METHODS["macl"], HEAD)[0]
+    assert notes == [
+        "method_kwargs.lamb=0.1 is ignored: it is a setting of solo-learn's barlow_twins.",
+        "method_kwargs.queue_size=8 is ignored: it is a setting of solo-learn's mocov2plus.",
+    ]
+    assert complete(METHODS["macl_moco"], {**HEAD, "queue_size": 8}, lambda: theirs)[0]["queue_size"] == 8
+    with pytest.raises(ValueError, match=r"'alhpa'.*Did you mean 'alpha'"):
+        complete(METHODS["macl"], {**HEAD, "lamb": 0.1, "alhpa": 1}, lambda: theirs)
+
+
 def test_label_tells_settings_apart():
     assert label("dystress", {**HEAD, "tau_min": 0.1}, seed=5) == "-seed5"
     assert label("dystress", {**HEAD, "tau_max": 0.3, "negative_range": [0.1, 0.2]}, None) == (

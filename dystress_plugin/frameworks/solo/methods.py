@@ -5,7 +5,11 @@ Importing this module needs solo-learn; `registration.register` does it when one
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule
@@ -21,6 +25,7 @@ from dystress_plugin.recipes import Recipe
 from dystress_plugin.temperature import Temperature
 
 try:
+    import solo
     from solo.methods import MoCoV2Plus, SimCLR
     from solo.methods.base import BaseMethod, BaseMomentumMethod
 except ImportError as error:
@@ -53,7 +58,7 @@ class AdaptiveTemperature(LightningModule):
         given = cfg.get("method_kwargs") or {}
         if isinstance(given, DictConfig):
             given = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
-        cfg.method_kwargs, notes = complete(cls.recipe, given)
+        cfg.method_kwargs, notes = complete(cls.recipe, given, keys_of_others)
         for note in notes:
             rank_zero_info(note)
         # args.json is written unresolved; a name that is spelled out can be read there, and by older code.
@@ -138,11 +143,6 @@ class TwoQueues(AdaptiveTemperature, MoCoV2Plus):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        if self.multicrop:
-            raise ValueError(
-                f"Method '{self.recipe.name}' compares two crops with a queue and has no use for the "
-                f"{self.num_small_crops} small ones of these augmentations: take them out."
-            )
         del self.queue, self.queue_ptr
         settings: dict[str, Any] = self.contrastive.objective_settings
         self.swapped = ContrastiveLoss(
@@ -157,7 +157,13 @@ class TwoQueues(AdaptiveTemperature, MoCoV2Plus):
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
         """As for the other layouts; a config of a method without momentum encoder gets solo-learn's defaults for it."""
         cfg.momentum = cfg.get("momentum") or {}  # solo-learn fills it, but only where there is one
-        return super().add_and_assert_specific_cfg(cfg)
+        cfg = super().add_and_assert_specific_cfg(cfg)
+        if small := cfg.data.num_small_crops:
+            raise ValueError(
+                f"Method '{cls.recipe.name}' compares two crops with a queue and has no use for the {small} small ones "
+                "of these augmentations: take them out."
+            )
+        return cfg
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         # BaseMomentumMethod's: MoCoV2Plus's own would compute its loss as well.
@@ -175,6 +181,20 @@ BASES: dict[bool, type[AdaptiveTemperature]] = {False: TwoViews, True: TwoQueues
 CLASSES: dict[str, type[AdaptiveTemperature]] = training.method_classes(
     BASES, __name__, lambda recipe: {"recipe": recipe}
 )
+
+
+@functools.cache
+def keys_of_others() -> dict[str, str]:
+    """Keys in `method_kwargs` that solo-learn's own methods read or its templates set, with a method that has each."""
+    found: dict[str, str] = {}
+    for path in sorted((Path(solo.__file__).parents[1] / "scripts" / "pretrain").rglob("*.yaml")):
+        template = OmegaConf.load(path)
+        if isinstance(template, DictConfig):  # lists of augmentations are beside them
+            found |= dict.fromkeys(template.get("method_kwargs") or {}, path.stem)
+    for name, cls in solo.methods.METHODS.items():
+        if cls.__module__.startswith("solo."):
+            found |= dict.fromkeys(re.findall(r"method_kwargs\.(\w+)", inspect.getsource(cls)), name)
+    return found
 
 
 def _queue_size(cfg: DictConfig) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dystress_plugin.checks import unknown_name
@@ -15,27 +15,32 @@ DIAGNOSTICS = "diagnostics_every_n_steps"  # None or 0 for none; changes nothing
 QUEUE: dict[str, Any] = {"queue_size": 65536}
 
 
-def complete(recipe: Recipe, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def complete(
+    recipe: Recipe, given: Mapping[str, Any], of_others: Callable[[], Mapping[str, str]] = dict
+) -> tuple[dict[str, Any], list[str]]:
     """A method's parameters with their defaults filled in, and what the user should know, one line each.
 
     None stands for the default, and remains where only the data set can tell.
 
-    `temperature` may come from a config that was written for another method of solo-learn: it is tau where the
-    method has one, and ignored with a note where it has not.
+    A config may have been written for another method of solo-learn. Its keys are ignored with a note, but for
+    `temperature`, which is tau where the method has one.
 
     Args:
         recipe: the method.
         given: the user's `method_kwargs`.
+        of_others: returns keys of solo-learn's own methods, with the method that has each; only asked where needed.
 
     Raises:
-        ValueError: for a key that the method does not have (with the nearest that it has), a missing one, or a queue
-            without keys.
+        ValueError: for a key that no method has (with the nearest that this one has), a missing one, or a queue without
+            keys.
     """
     parameters, notes = parameters_of(recipe), []
     known = [*parameters, *HEAD, DIAGNOSTICS, "temperature"]
-    for key in given:
-        if key not in known:
+    for key in [key for key in given if key not in known]:
+        owner = of_others().get(key)
+        if owner is None:
             raise ValueError(unknown_name(f"key in method_kwargs of method '{recipe.name}'", str(key), known))
+        notes.append(f"method_kwargs.{key}={given[key]} is ignored: it is a setting of solo-learn's {owner}.")
     missing = [key for key in HEAD if given.get(key) is None]
     if missing:
         example = ", ".join(f"method_kwargs.{key}=2048" for key in missing)
