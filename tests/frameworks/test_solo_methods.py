@@ -177,8 +177,6 @@ def test_queue_settings_that_cannot_be(solo):
         solo.METHODS["macl_moco"](config("macl_moco"))
     with pytest.raises(ValueError, match="queue_size=0 must be an int of at least 1"):
         solo.METHODS["macl_moco"](config("macl_moco", queue_size=0))
-    with pytest.raises(ValueError, match=r"'queue_size'"):
-        solo.METHODS["macl"](config("macl", queue_size=8))
 
 
 @pytest.mark.parametrize(
