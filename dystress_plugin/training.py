@@ -81,6 +81,28 @@ def loss_or_zero(
     return value
 
 
+def check_has_steps(trainer: Any, batch_size: str) -> None:
+    """An error where no batch of the training data is full: Lightning would end without a step or a word.
+
+    Args:
+        trainer: in a module's setup for "fit"; its data are loaded, as they would be soon after.
+        batch_size: what the host calls the size of a batch.
+
+    Raises:
+        ValueError: if the batch is larger than a rank's share of the data.
+    """
+    trainer.fit_loop.setup_data()
+    if trainer.num_training_batches or not trainer.limit_train_batches:
+        return
+    loader = trainer.train_dataloader
+    size, images = getattr(loader, "batch_size", None), len(getattr(loader, "dataset", ()))
+    share = f" over {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    raise ValueError(
+        f"{batch_size}={size} makes no full batch of {images} training images{share}, and the rest of an epoch is left "
+        f"out: training would have no step. Set it to at most {images // trainer.world_size}."
+    )
+
+
 def warn_of_concerns(temperature: Temperature, epochs: float | None, warn: Callable[[str], Any]) -> None:
     """Warns of what the temperature says to a training of so many epochs.
 

@@ -51,7 +51,8 @@ def fit(model, folder, path, *, epochs=1, loader=None, ckpt_path=None):
     )
     plain = LightlyDataset(folder, transform=ToTensor())
     val_loaders = [DataLoader(plain, batch_size=5), DataLoader(plain, batch_size=5)]
-    trainer.fit(model, loader or train_loader(folder), val_loaders, ckpt_path=ckpt_path)
+    loader = train_loader(folder) if loader is None else loader
+    trainer.fit(model, loader, val_loaders, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -89,6 +90,14 @@ def test_a_last_batch_of_one_image_trains(method, folder, tmp_path):
     trainer = fit(tiny(method), folder, tmp_path, epochs=2, loader=loader)
     assert trainer.global_step == 4
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+@pytest.mark.parametrize("method", ["dystress", "isogclr", "macl_moco"])
+def test_a_batch_larger_than_the_data_is_refused(method, folder, tmp_path):
+    dataset = LightlyDataset(folder, transform=SimCLRTransform(input_size=16))
+    with pytest.raises(ValueError, match=r"batch_size_per_device=13 makes no full batch of 12 .* at most 12\."):
+        fit(tiny(method), folder, tmp_path, loader=DataLoader(dataset, batch_size=13, drop_last=True))
 
 
 def test_every_method_of_the_table_is_there():

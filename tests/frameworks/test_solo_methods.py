@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import sys
 import types
 import warnings
@@ -82,17 +83,58 @@ class Images(torch.utils.data.Dataset):
         return index, [crops[0], crops[1], *[crops[2, :, :4, :4]] * self.small_crops], index
 
 
-def fit(model, batches=1):
+def fit(model, batches=1, batch_size=4, **settings):
     from lightning.pytorch import Trainer
 
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=batches, log_every_n_steps=1, **off
+        accelerator="cpu",
+        devices=1,
+        limit_train_batches=batches,
+        log_every_n_steps=1,
+        **off,
+        **{"max_epochs": 1, **settings},
     )
+    loader = torch.utils.data.DataLoader(Images(model.num_small_crops), batch_size=batch_size, drop_last=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's about workers and the few batches
-        trainer.fit(model, torch.utils.data.DataLoader(Images(model.num_small_crops), batch_size=4))
+        trainer.fit(model, loader)
     return trainer
+
+
+@pytest.mark.parametrize("method", ["dystress", "isogclr", "macl_moco"])
+def test_a_batch_larger_than_the_data_is_refused(solo, method):
+    model = solo.METHODS[method](config(method, small_crops=0))
+    with pytest.raises(ValueError, match=r"optimizer.batch_size=9 makes no full batch of 8 .* at most 8\."):
+        fit(model, batch_size=9)
+    assert fit(model, batch_size=8).global_step == 1
+    assert fit(model, batches=0, batch_size=9).global_step == 0  # as asked for
+
+
+@pytest.mark.parametrize(
+    ("enabled", "interrupted", "said"),
+    [
+        (True, 1, r"Interrupted in epoch 1: the same command goes on from {path}\."),
+        (False, 1, r"Interrupted in epoch 1: add '\+resume_from_checkpoint=\"{path}\"' to the command to go on\."),
+        (True, 0, "Interrupted in epoch 0: there is no checkpoint yet, and the same command starts anew"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(solo, enabled, interrupted, said, tmp_path, caplog):
+    from lightning.pytorch import Callback
+    from solo.utils.checkpointer import Checkpointer
+
+    class CtrlC(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.current_epoch == interrupted:
+                raise KeyboardInterrupt
+
+    cfg = config("dystress")
+    cfg.auto_resume = {"enabled": enabled}
+    cfg.name = "run"
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        fit(solo.METHODS["dystress"](cfg), max_epochs=3, callbacks=[CtrlC(), Checkpointer(cfg, tmp_path)])
+    path = rf"{re.escape(str(tmp_path))}/offline-\w+/run-offline-\w+-ep=0\.ckpt"
+    assert re.search(said.format(path=path), caplog.text)
 
 
 def test_registration_leaves_solo_learn_as_it_is(solo):
@@ -110,7 +152,7 @@ def test_diagnostics_are_written_where_asked_for(solo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(solo.METHODS["dystress"](config("dystress", diagnostics_every_n_steps=1)))
     assert len((tmp_path / "diagnostics.csv").read_text().splitlines()) == 1 + 4
-    assert solo.METHODS["dystress"](config("dystress")).configure_callbacks() == []
+    assert len(solo.METHODS["dystress"](config("dystress")).configure_callbacks()) == 1
 
 
 @pytest.mark.parametrize("crops", [2, 4])

@@ -120,9 +120,11 @@ class ContrastiveModule(LightningModule, ABC):
         return features
 
     def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        training.check_has_steps(self.trainer, "batch_size_per_device")
         temperature = self.criterion.temperature
-        if stage == "fit" and temperature.needs_index:
-            self.trainer.fit_loop.setup_data()  # Lightning would do so soon after
+        if temperature.needs_index:
             self._sample_numbers = sample_numbers(self.trainer.train_dataloader.dataset)
             training.size_table(temperature, len(self._sample_numbers))
 

@@ -57,9 +57,11 @@ class ViewsMethod(host.SimCLR):
     def setup(self, stage: str) -> None:
         """Gives a table of samples its length; also on resuming, before the checkpoint is read."""
         super().setup(stage)
+        if stage != "fit":
+            return
+        training.check_has_steps(self.trainer, "batch_size")
         temperature = self.criterion.temperature
-        if stage == "fit" and temperature.needs_index:
-            self.trainer.fit_loop.setup_data()  # Lightning would do so soon after
+        if temperature.needs_index:
             self._sample_numbers = sample_numbers(self.trainer.train_dataloader.dataset)
             training.size_table(temperature, len(self._sample_numbers))
 

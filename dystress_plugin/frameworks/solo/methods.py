@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -66,8 +66,8 @@ class AdaptiveTemperature(LightningModule):
         return super().add_and_assert_specific_cfg(cfg)
 
     def configure_callbacks(self) -> list[Any]:
-        """Adds the diagnostics where `method_kwargs` asks for them: main_pretrain.py takes no callbacks."""
-        return diagnostics.callbacks(self.cfg.method_kwargs.get(DIAGNOSTICS))
+        """Adds ours, and the diagnostics where `method_kwargs` asks for them: main_pretrain.py takes no callbacks."""
+        return [HowToResume(), *diagnostics.callbacks(self.cfg.method_kwargs.get(DIAGNOSTICS))]
 
     def contrast(self, index: Tensor, batch_idx: int, *sides: tuple[ContrastiveLoss, Sequence[Tensor]]) -> Tensor:
         """The mean of some losses, logged as solo-learn's methods do, and what the temperature does to the first.
@@ -90,8 +90,11 @@ class AdaptiveTemperature(LightningModule):
     def setup(self, stage: str) -> None:
         """Gives a table of samples its length, from `method_kwargs.num_samples` or the data set itself."""
         super().setup(stage)
+        if stage != "fit":
+            return
+        training.check_has_steps(self.trainer, "optimizer.batch_size")
         temperature = self.contrastive.temperature
-        if stage != "fit" or not temperature.needs_index:
+        if not temperature.needs_index:
             return
         size = self._training_samples()
         if self._num_samples is None:
@@ -106,7 +109,6 @@ class AdaptiveTemperature(LightningModule):
                 f"Method '{self.recipe.name}' needs the number of every image, and dali hides it: set "
                 "dali.encode_indexes_into_labels=True, or data.format=image_folder."
             )
-        _ = self.trainer.estimated_stepping_batches  # Lightning loads the data set when asked for this, not before
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         if dataset is not None:
             return len(dataset)
@@ -122,6 +124,22 @@ class AdaptiveTemperature(LightningModule):
         super().on_load_checkpoint(checkpoint)
         temperature, state = self.contrastive.temperature, checkpoint["state_dict"]
         training.make_room(temperature, state, "contrastive.temperature.", self._num_samples)
+
+
+class HowToResume(Callback):
+    """Says after Ctrl-C how the training goes on."""
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        saved = next(filter(None, (getattr(callback, "last_ckpt", None) for callback in trainer.callbacks)), None)
+        if saved is None:
+            how = "there is no checkpoint yet, and the same command starts anew (checkpoint.enabled, .frequency)"
+        elif OmegaConf.select(module.cfg, "auto_resume.enabled"):
+            how = f"the same command goes on from {saved}"
+        else:
+            how = f"add '+resume_from_checkpoint=\"{saved}\"' to the command to go on"
+        rank_zero_info(f"Interrupted in epoch {trainer.current_epoch}: {how}.")
 
 
 class TwoViews(AdaptiveTemperature, SimCLR):
