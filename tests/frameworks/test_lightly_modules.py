@@ -92,7 +92,7 @@ def test_a_last_batch_of_one_image_trains(method, folder, tmp_path):
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+@pytest.mark.filterwarnings("ignore:Total length of")
 @pytest.mark.parametrize("method", ["dystress", "isogclr", "macl_moco"])
 def test_a_batch_larger_than_the_data_is_refused(method, folder, tmp_path):
     dataset = LightlyDataset(folder, transform=SimCLRTransform(input_size=16))
