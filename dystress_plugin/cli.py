@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dystress_plugin.errors import RunStopped
+from dystress_plugin.errors import RunStopped, to_install
 from dystress_plugin.experiment.terminal import methods_table
-
-EXTRA = "The command needs more than torch: pip install 'dystress-plugin[cli]' ({error})."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed, options = parser().parse_known_args(given)
         parsed.run([*options, *parsed.settings])
     except ImportError as error:
-        print(f"dystress: {EXTRA.format(error=error)}", file=sys.stderr)
+        needed = f"The command needs more than torch: {to_install('cli', error)} ({error})."
+        print(f"dystress: {needed}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError) as error:  # of the system: a file that cannot be read or written
         print(f"dystress: {error}", file=sys.stderr)

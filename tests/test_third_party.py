@@ -170,7 +170,7 @@ assert "later" in lightly_train.list_methods()
 
 def test_lightly_train_trains_it(installed, data, tmp_path):
     if importlib.util.find_spec("lightly_train") is None:
-        pytest.skip('LIGHTLYTRAIN IS NOT TESTED: pip install "dystress-plugin[lightly-train]"')
+        pytest.skip('LIGHTLYTRAIN IS NOT TESTED: pip install -e ".[lightly-train]"')
     own = {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "LIGHTLY_TRAIN_CACHE_DIR": str(tmp_path / "cache")}
     run(tmp_path, {**installed, **own}, "-c", LIGHTLY_TRAIN, data / "train")
     assert_learned(torch.load(tmp_path / "state.pt", weights_only=True))

@@ -1,5 +1,5 @@
 # This example requires the following dependencies to be installed:
-# pip install "dystress-plugin[lightly]" scikit-learn
+# In a clone of dystress_plugin: pip install -e '.[lightly]' scikit-learn
 
 # It is lightly's own example with another criterion. As there, model and settings do not follow a paper: they are
 # chosen such that it runs quickly. "--data cifar10 --epochs 10" downloads and trains what lightly's example does.

@@ -8,7 +8,7 @@ python scripts/examples/simcse.py --help                  # every key with its d
 
 Defaults are those of the DySTreSS paper's code, except for model=tiny: one epoch, batches of 64, learning rate 3e-5, 32
 tokens, the first token's embedding under an MLP that only training has, and the best model by the Spearman correlation
-on `dev` every 125 steps. It needs `pip install "dystress-plugin[sentences]"`.
+on `dev` every 125 steps. It needs the extra `sentences`.
 """
 
 import json

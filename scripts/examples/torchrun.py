@@ -1,5 +1,5 @@
 # This example requires the following dependencies to be installed:
-# pip install dystress-plugin scikit-learn
+# In a clone of dystress_plugin: pip install -e . scikit-learn
 
 # A plain training loop on any number of processes, on CPUs (gloo) or GPUs (nccl):
 #

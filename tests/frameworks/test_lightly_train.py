@@ -52,7 +52,7 @@ class Tiny(nn.Module):
 def host(tmp_path_factory):
     """LightlyTrain with our methods, and its augmentations drawn from a seed."""
     if importlib.util.find_spec("lightly_train") is None:
-        pytest.skip('LIGHTLYTRAIN IS NOT TESTED: pip install "dystress-plugin[lightly-train]"')
+        pytest.skip('LIGHTLYTRAIN IS NOT TESTED: pip install -e ".[lightly-train]"')
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("LIGHTLY_TRAIN_EVENTS_DISABLED", "1")

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_launcher_names_what_is_missing(tmp_path):
     )
     assert done.returncode == 1
     assert "No module named 'no_such_module'" in done.stderr
-    assert "pip install 'dystress-plugin[solo]'" in done.stderr
+    assert re.search(r"pip install .*\[solo\]", done.stderr)
 
 
 def test_other_hydra_programs_pay_nothing(tmp_path):

@@ -1,7 +1,7 @@
 """Adaptive temperatures for lightly: drop-in criteria, LightningModules, entries for lightly's benchmark.
 
-The criteria need torch alone; `modules` and the benchmark's launcher need lightly (`pip install
-"dystress-plugin[lightly]"`).
+The criteria need torch alone; `modules` and the benchmark's launcher need lightly (the extra
+`lightly`).
 """
 
 from dystress_plugin.frameworks.lightly.criteria import (

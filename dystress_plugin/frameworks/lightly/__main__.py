@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dystress_plugin.checks import unknown_name
+from dystress_plugin.errors import first_line, to_install
 
 BENCHMARK = Path("benchmarks", "imagenet", "resnet50")
 
@@ -55,8 +56,8 @@ def load_benchmark(directory: Path) -> ModuleType:
         from dystress_plugin.frameworks.lightly.modules import BENCHMARK_METHODS
     except ImportError as error:
         raise SystemExit(
-            f"The benchmark needs lightly and pytorch-lightning, and Python says: {error}\n"
-            'Install both: pip install "dystress-plugin[lightly]"'
+            f"The benchmark needs lightly and pytorch-lightning, and Python says: {first_line(error)}\n"
+            f"Install both: {to_install('lightly', error)}"
         ) from error
     # The benchmark's modules import each other by bare names, as from a script's folder.
     sys.path.insert(0, str(directory))

@@ -12,16 +12,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
-from lightly.models.utils import get_weight_decay_parameters
-from lightly.transforms import MoCoV2Transform, SimCLRTransform
-from lightly.utils.lars import LARS
-from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
 from dystress_plugin import training
-from dystress_plugin.frameworks.lightly.base import ContrastiveModule
+from dystress_plugin.errors import needing
 from dystress_plugin.recipes import Recipe, follow
+
+with needing("lightly"):
+    from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
+    from lightly.models.utils import get_weight_decay_parameters
+    from lightly.transforms import MoCoV2Transform, SimCLRTransform
+    from lightly.utils.lars import LARS
+    from lightly.utils.scheduler import CosineWarmupScheduler
+
+    from dystress_plugin.frameworks.lightly.base import ContrastiveModule
 
 DIM = 128  # of an embedding, in all of the benchmark
 # By whether a recipe has a queue.

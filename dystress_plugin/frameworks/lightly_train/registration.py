@@ -10,10 +10,12 @@ from typing import Any
 
 from packaging.version import Version
 
+from dystress_plugin.errors import to_install
+
 OLDEST = "0.13.0"  # the first with lightly_train.pretrain
 NEWEST = "0.18.0"
 SUPPORT = f"dystress_plugin supports LightlyTrain {OLDEST} to {NEWEST}"
-ADVICE = 'Install a version that fits: pip install "dystress-plugin[lightly-train]"'
+ADVICE = f"Install a version that fits: {to_install('lightly-train')}"
 
 
 @dataclass

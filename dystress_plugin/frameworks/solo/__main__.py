@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from dystress_plugin.errors import to_install
 from dystress_plugin.frameworks.solo import locate
 
 
@@ -82,7 +83,7 @@ def _install(options: argparse.Namespace) -> int:
         print(f"Note: it is at {commit or 'an unknown commit'}, we test with {locate.COMMIT[:7]}.")
     problem = locate.missing_module(home)
     if problem is not None:
-        print(f"It cannot be imported yet: {problem}\nInstall what it needs: pip install 'dystress-plugin[solo]'")
+        print(f"It cannot be imported yet: {problem}\nInstall what it needs: {to_install('solo', problem)}")
         return 1
     print(f"Train:  python {home / 'main_pretrain.py'} --config-name dystress_cifar10 method=dystress")
     return 0
@@ -114,10 +115,9 @@ def _run(script: str, arguments: list[str], *, cpu: bool) -> int:
 
         module: Any = importlib.import_module(script)
     except ImportError as error:
-        extra = "solo,umap" if script == "main_umap" else "solo"
         raise locate.SoloLearnError(
             f"solo-learn in {home} cannot be imported: {error}.\n"
-            f"Install what it needs: pip install 'dystress-plugin[{extra}]'"
+            f"Install what it needs: {to_install('umap' if script == 'main_umap' else 'solo', error)}"
         ) from error
     if Path(solo.methods.__file__).resolve().parents[2] != home:
         raise locate.SoloLearnError(

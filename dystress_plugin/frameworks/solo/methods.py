@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dystress_plugin import ContrastiveLoss, diagnostics, training
+from dystress_plugin.errors import to_install
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
 from dystress_plugin.frameworks.solo.settings import DIAGNOSTICS, complete, loss_settings
@@ -29,7 +30,8 @@ try:
     from solo.methods import MoCoV2Plus, SimCLR
     from solo.methods.base import BaseMethod, BaseMomentumMethod
 except ImportError as error:
-    raise ImportError(f"solo-learn cannot be imported ({error}).\n{ADVICE}") from error
+    advice = ADVICE if error.name == "solo" else f"Install what it needs: {to_install('solo', error)}"
+    raise ImportError(f"solo-learn cannot be imported ({error}).\n{advice}", name=error.name) from error
 
 
 class AdaptiveTemperature(LightningModule):
