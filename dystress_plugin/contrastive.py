@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,19 @@ class Pairs(NamedTuple):
     negative_tau: Tensor
 
 
+class _Side(NamedTuple):
+    """What a temperature is asked about: its blocks, where their anchors lie among all, and what it may look at."""
+
+    temperature: Temperature
+    blocks: list[Block]
+    rows: slice
+    batch: Batch
+
+
+Index: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+Indices: TypeAlias = tuple[Tensor, ...]  # none, one for all views, or one a side
+
+
 @final
 class ContrastiveLoss(nn.Module):
     """mean_i -log( exp(a(s_ip)) / (exp(a(s_ip)) + sum_n exp(a(s_in))) ), with a(s) = s / tau given by the temperature.
@@ -56,7 +70,9 @@ class ContrastiveLoss(nn.Module):
 
     Args:
         temperature: a method's name, from `dystress_plugin.recipes.METHODS`, or an instance of a class in
-            `dystress_plugin.temperature`.
+            `dystress_plugin.temperature`; with the layout "both_ways" also a pair of instances, one a side. There each
+            side has a state of its own where the temperature keeps one per side, as `Individual` does; of a single
+            instance the other side takes a copy.
         objective: "ntxent", "macl", "sogclr", "dcl" or "dclw", or a `dystress_plugin.objectives.Objective`. None takes
             the recipe's; for an instance of a temperature its own: "macl" for ModelAware, "sogclr" for Individual, for
             WarmUp that of the temperature it arrives at, "ntxent" for the others.
@@ -74,7 +90,7 @@ class ContrastiveLoss(nn.Module):
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
         **settings: parameters of the temperature where it is given by name, such as `tau_max=0.3`, and of the
-            objective, `sigma=0.5` for "dclw"; "isogclr" needs `num_samples`.
+            objective, `sigma=0.5` for "dclw"; "isogclr" needs `num_samples`, which may be a pair with "both_ways".
 
     Raises:
         ValueError: for an unknown name (with the nearest valid one) or a parameter out of its range.
@@ -83,6 +99,8 @@ class ContrastiveLoss(nn.Module):
 
     Attributes:
         objective: the objective's name, also where an instance was given.
+        temperature: the temperature; of two the first side's.
+        temperatures: a tuple of it, or of both sides'.
 
     Examples:
         >>> loss = ContrastiveLoss("dystress", tau_min=0.1, tau_max=0.2)
@@ -91,7 +109,7 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: str | Temperature = "dystress",
+        temperature: str | Temperature | Sequence[Temperature] = "dystress",
         *,
         objective: str | Objective | None = None,
         queue_size: tuple[int, int] | int | None = None,
@@ -103,13 +121,9 @@ class ContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         chosen = recipe(temperature) if isinstance(temperature, str) else None
-        if chosen is None and not isinstance(temperature, Temperature):
-            raise TypeError(
-                f"temperature={temperature!r} must be a method's name, such as 'dystress', or an instance of a class "
-                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(temperature).__name__}."
-            )
+        given = () if isinstance(temperature, str) else _instances(temperature, layout)
         if objective is None:
-            objective = chosen.objective if chosen else temperature.default_objective  # type: ignore[union-attr]
+            objective = chosen.objective if chosen else given[0].default_objective
         self._objective = _objective(objective)
         for kind, name, known in (
             ("layout", layout, LAYOUTS),
@@ -121,7 +135,7 @@ class ContrastiveLoss(nn.Module):
 
         own = {name: settings.pop(name) for name in self._objective.parameters if name in settings}
         if chosen:
-            temperature = chosen.build_temperature(**settings)
+            given = chosen.build_temperatures(layout, settings)
             if chosen.queue and not queue_size:
                 raise ValueError(
                     f"Method '{chosen.name}' keeps a queue: give queue_size=(keys, dim), such as (65536, 128)."
@@ -129,10 +143,11 @@ class ContrastiveLoss(nn.Module):
         elif settings:
             raise TypeError(
                 f"{', '.join(settings)}: settings go into the temperature itself when it is given as an instance, "
-                f"{type(temperature).__name__}(...)."
+                f"{type(given[0]).__name__}(...)."
             )
 
-        self.temperature: Temperature = temperature  # type: ignore[assignment]  # a name no longer
+        self.temperature: Temperature = given[0]
+        self.temperature_back: Temperature | None = given[1] if len(given) > 1 else None
         self.objective = self._objective.name
         self.objective_settings = self._objective.checked(own)
         self.layout = layout
@@ -145,7 +160,12 @@ class ContrastiveLoss(nn.Module):
         if self.queue is not None and layout != "views":
             raise ValueError(f"layout='{layout}' takes no queue: leave queue_size out.")
 
-    def forward(self, *views: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
+    @property
+    def temperatures(self) -> tuple[Temperature, ...]:
+        """One temperature, or one a side."""
+        return (self.temperature,) if self.temperature_back is None else (self.temperature, self.temperature_back)
+
+    def forward(self, *views: Tensor, index: Index | None = None, epoch: float | None = None) -> Tensor:
         """The loss of a batch.
 
         Args:
@@ -153,7 +173,8 @@ class ContrastiveLoss(nn.Module):
                 not be normalised; a zero row has similarity 0 to everything and no gradient. Half precision is
                 computed in float32. With a queue: anchors, then keys. With another layout than "views": two sides, then
                 any hard negatives, row i of each for anchor i, which all anchors of side 0 are compared with.
-            index: (batch,) int64, sample numbers, where the temperature keeps a table.
+            index: (batch,) int64, sample numbers, where the temperature keeps a table; with "both_ways" also a pair of
+                them, where the sides are numbered apart, as an image with several captions is.
             epoch: the current epoch, 0 first, where the temperature is scheduled; a fraction lies within it.
 
         Returns:
@@ -165,25 +186,27 @@ class ContrastiveLoss(nn.Module):
                 of torch.func would have to change; or, on the CPU, for embeddings that are not finite (on CUDA, in
                 compiled code and under torch.func they propagate: looking would wait for the device or is impossible).
         """
-        units, index, epoch = self._checked(views, index, epoch)
+        units, indices, epoch = self._checked(views, index, epoch)
         trains = self.training and torch.is_grad_enabled()
         learns = trains and any(view.requires_grad for view in views)
         if trains:
             self._begin_as_rank_0(views)
-            self.temperature.hold_parameters()
-        compute = partial(self._value, units, index, epoch, learns=learns)
+            for temperature in self.temperatures:
+                temperature.hold_parameters()
+        compute = partial(self._value, units, indices, epoch, learns=learns)
         return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
 
-    def _value(self, units: Tensor, index: Tensor | None, epoch: float | None, *, learns: bool) -> Tensor:
+    def _value(self, units: Tensor, indices: Indices, epoch: float | None, *, learns: bool) -> Tensor:
         with torch.autocast(units.device.type, enabled=False):
-            stats, batch, each = self._row_stats(units, index, epoch)
-            stats = replace(stats, log_s=self.temperature.running_mean(stats, batch))
+            stats, sides, each = self._row_stats(units, indices, epoch)
             one_by_one = self.positives == "mean"
             terms = _one_by_one(stats, *each, self._objective.competing) if one_by_one else stats
             rows = self._objective.row_loss(terms, **self.objective_settings)
-            value = rows.mean() * (batch.views if self._objective.sum_over_views else 1)
+            views = len(stats.positive) // units.shape[1]
+            value = rows.mean() * (views if self._objective.sum_over_views else 1)
         if learns:
-            self.temperature.update(stats, batch)
+            for side in sides:
+                side.temperature.update(stats.rows(side.rows), side.batch)
             if self.queue is not None:
                 self.queue.push(units[1])
         return value * self._share(len(rows), rows.device)
@@ -192,7 +215,7 @@ class ContrastiveLoss(nn.Module):
     def pairs(
         self,
         *views: Tensor,
-        index: Tensor | None = None,
+        index: Index | None = None,
         epoch: float | None = None,
         max_keys: int | None = None,
     ) -> Pairs:
@@ -201,21 +224,21 @@ class ContrastiveLoss(nn.Module):
         It holds the whole matrix of similarities: give it a few hundred images. The arguments are those of the loss,
         and how many keys of a queue to compare with at most, all of them where that is None.
         """
-        units, index, epoch = self._checked(views, index, epoch)
+        units, indices, epoch = self._checked(views, index, epoch)
         with torch.autocast(views[0].device.type, enabled=False):
-            blocks = self._blocks(units, gather=False, max_keys=max_keys)
-            batch = self._batch(blocks, len(units[0]), index, epoch, gather=False)
-            maps = self.temperature.prepare(batch)
-            positive_tau = maps.positive.temperature(batch.positive_cosine)
-            cosines, taus = [], []
-            for rows, block in _rows(blocks):
-                candidates = block.anchors if block.candidates is None else block.candidates
-                cosine = block.anchors @ candidates.T
-                negative = torch.ones_like(cosine, dtype=torch.bool)
-                negative.scatter_(1, block.excluded.to(cosine.device), False)
-                cosines.append(cosine[negative])
-                taus.append(maps.negative.rows(rows).temperature(cosine)[negative])
-            return Pairs(batch.positive_cosine.flatten(), positive_tau.flatten(), torch.cat(cosines), torch.cat(taus))
+            found: Any = Pairs([], [], [], [])  # type: ignore[arg-type]  # lists of tensors until they are joined
+            for side in self._sides(units, indices, epoch, gather=False, max_keys=max_keys):
+                maps = side.temperature.prepare(side.batch)
+                found.positive_cosine.append(side.batch.positive_cosine.flatten())
+                found.positive_tau.append(maps.positive.temperature(side.batch.positive_cosine).flatten())
+                for rows, block in _rows(side.blocks):
+                    candidates = block.anchors if block.candidates is None else block.candidates
+                    cosine = block.anchors @ candidates.T
+                    negative = torch.ones_like(cosine, dtype=torch.bool)
+                    negative.scatter_(1, block.excluded.to(cosine.device), False)
+                    found.negative_cosine.append(cosine[negative])
+                    found.negative_tau.append(maps.negative.rows(rows).temperature(cosine)[negative])
+            return Pairs(*map(torch.cat, found))
 
     def lacks_negatives(self, *views: Tensor) -> bool:
         """Whether a batch is of one image that nothing is there to be compared with, at which the loss raises."""
@@ -229,12 +252,13 @@ class ContrastiveLoss(nn.Module):
         Its backward pass takes part in what other ranks, whose batches may have more images, do in theirs.
         """
         first = views[0]
-        parameters: dict[str, Tensor] = dict(self.temperature.named_parameters())
+        parameters: list[dict[str, Tensor]] = [dict(own.named_parameters()) for own in self.temperatures]
         if self.training and torch.is_grad_enabled():
             self._begin_as_rank_0(views)
             first, parameters = self._with_mean_gradients(first)
         dtype = torch.promote_types(torch.float32, first.dtype)
-        return torch.stack([(x.to(dtype) * 0).sum() for x in (first, *views[1:], *parameters.values())]).sum()
+        trained = [parameter for own in parameters for parameter in own.values()]
+        return torch.stack([(x.to(dtype) * 0).sum() for x in (first, *views[1:], *trained)]).sum()
 
     def _begin_as_rank_0(self, views: Sequence[Tensor]) -> None:
         """Once: ranks may have been seeded differently, as data loading wants it, and so hold different queues."""
@@ -248,22 +272,35 @@ class ContrastiveLoss(nn.Module):
             return layouts.queue(units, self.queue.read(max_keys))
         return LAYOUTS[self.layout](units, gather=gather)
 
-    def _batch(
-        self, blocks: Sequence[Block], images: int, index: Tensor | None, epoch: float | None, *, gather: bool
-    ) -> Batch:
-        positive_cosine = torch.cat([block.positive_cosine for block in blocks])
-        views = len(positive_cosine) // images
-        return Batch(
-            positive_cosine=positive_cosine.detach(),
-            index=index.repeat(views) if index is not None else None,
-            epoch=epoch,
-            views=views,
-            mean=distributed.mean_over_ranks if gather else torch.mean,
-        )
+    def _sides(
+        self, units: Tensor, indices: Indices, epoch: float | None, *, gather: bool, max_keys: int | None = None
+    ) -> list[_Side]:
+        """What each temperature is asked about: all blocks, or the block of its side."""
+        blocks = self._blocks(units, gather=gather, max_keys=max_keys)
+        alone = self.temperature_back is None
+        sides, start = [], 0
+        for number, temperature in enumerate(self.temperatures):
+            own = blocks if alone else [blocks[number]]
+            positive_cosine = torch.cat([block.positive_cosine for block in own])
+            views = len(positive_cosine) // units.shape[1]
+            # A side may have sample numbers of its own.
+            index = [indices[view % len(indices)] for view in (range(views) if alone else [number])] if indices else []
+            batch = Batch(
+                positive_cosine=positive_cosine.detach(),
+                index=torch.cat(index) if index else None,
+                epoch=epoch,
+                views=views,
+                mean=distributed.mean_over_ranks if gather else torch.mean,
+                layout="queue" if self.queue is not None else self.layout,
+            )
+            rows = slice(start, start + len(positive_cosine))
+            sides.append(_Side(temperature, own, rows, batch))
+            start = rows.stop
+        return sides
 
     def _row_stats(
-        self, units: Tensor, index: Tensor | None, epoch: float | None
-    ) -> tuple[RowStats, Batch, tuple[Tensor, Tensor]]:
+        self, units: Tensor, indices: Indices, epoch: float | None
+    ) -> tuple[RowStats, list[_Side], tuple[Tensor, Tensor]]:
         """The statistics with all positives joined, and the logit and cosine of each, (rows, positives)."""
         if self.training and tracing.captured(self.buffers()):
             raise ValueError(
@@ -271,40 +308,46 @@ class ContrastiveLoss(nn.Module):
                 "hand the state over by torch.func.functional_call."
             )
         units, parameters = self._with_mean_gradients(units)
-        blocks = self._blocks(units, gather=self.gather_distributed)
-        batch = self._batch(blocks, len(units[0]), index, epoch, gather=self.gather_distributed)
-        maps: LogitMaps = functional_call(self.temperature, parameters, (batch,))
-        want_cosine = self._counts_negatives
+        sides = self._sides(units, indices, epoch, gather=self.gather_distributed)
+        maps: list[LogitMaps] = [
+            functional_call(side.temperature, own, (side.batch,)) for side, own in zip(sides, parameters, strict=True)
+        ]
         negatives = [
             ENGINES[self.engine](
                 block.anchors,
                 block.candidates,
                 block.excluded,
-                maps.negative.rows(rows),
-                want_cosine=want_cosine,
+                own.negative.rows(rows),
+                want_cosine=self._counts_negatives,
             )
-            for rows, block in _rows(blocks)
+            for side, own in zip(sides, maps, strict=True)
+            for rows, block in _rows(side.blocks)
         ]
-        positive_cosine = torch.cat([block.positive_cosine for block in blocks])
-        positive_logit = maps.positive.logit(positive_cosine)
-        cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
+        cosines = [torch.cat([block.positive_cosine for block in side.blocks]) for side in sides]
+        logits = [own.positive.logit(cosine) for own, cosine in zip(maps, cosines, strict=True)]
+        positive_cosine, positive_logit = torch.cat(cosines), torch.cat(logits)
+        negative_cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
         stats = RowStats(
             positive=_over_positives(torch.logsumexp, positive_logit),
             negative=torch.cat([part.negative for part in negatives]),
             positive_cosine=_over_positives(torch.mean, positive_cosine),
-            negative_cosine=torch.cat(cosines) if cosines else None,
-            num_negatives=blocks[0].num_negatives,
-            mean=batch.mean,
+            negative_cosine=torch.cat(negative_cosines) if negative_cosines else None,
+            num_negatives=sides[0].blocks[0].num_negatives,
+            mean=sides[0].batch.mean,
         )
-        return stats, batch, (positive_logit, positive_cosine)
+        return _with_running_means(stats, sides), sides, (positive_logit, positive_cosine)
 
-    def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The temperature's parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
-        trained: dict[str, Tensor] = {name: p for name, p in self.temperature.named_parameters() if p.requires_grad}
+    def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The temperatures' parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
+        trained: list[dict[str, Tensor]] = [
+            {name: p for name, p in temperature.named_parameters() if p.requires_grad}
+            for temperature in self.temperatures
+        ]
         if not (self.training and torch.is_grad_enabled()):
             return units, trained
-        units, *parameters = distributed.with_mean_gradients(units, *trained.values())
-        return units, dict(zip(trained, parameters, strict=True))
+        units, *parameters = distributed.with_mean_gradients(units, *(p for own in trained for p in own.values()))
+        averaged = iter(parameters)
+        return units, [{name: next(averaged) for name in own} for own in trained]
 
     def _share(self, rows: int, device: torch.device) -> float:
         """Rows of this rank over the mean of all ranks', so that ranks of different batches weigh by their rows."""
@@ -314,22 +357,14 @@ class ContrastiveLoss(nn.Module):
         return rows / float(mean)
 
     def _checked(
-        self, views: Sequence[Tensor], index: Tensor | None, epoch: float | None
-    ) -> tuple[Tensor, Tensor | None, float | None]:
-        """(views, batch, dim) of length 1 in the dtype of the computation, the index there, the epoch as a float."""
+        self, views: Sequence[Tensor], index: Index | None, epoch: float | None
+    ) -> tuple[Tensor, Indices, float | None]:
+        """(views, batch, dim) of length 1 in the dtype of the computation, indices there, the epoch as a float."""
         self._check_views(views)
-        name = type(self.temperature).__name__
-        if self.temperature.needs_index:
-            given_index(index, name)
-        if index is not None:
-            if not isinstance(index, Tensor) or index.dtype != torch.int64:
-                got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-                raise TypeError(f"index must be an int64 tensor of sample numbers, not {got}.")
-            if index.shape != views[0].shape[:1]:
-                raise ValueError(f"index has shape {tuple(index.shape)}, the batch needs ({len(views[0])},).")
-            index = index.to(views[0].device)
-        if self.temperature.needs_epoch:
-            given_epoch(epoch, name)
+        indices = self._checked_index(views[0], index)
+        for temperature in self.temperatures:
+            if temperature.needs_epoch:
+                given_epoch(epoch, type(temperature).__name__)
         if epoch is not None:
             epoch = check_at_least("epoch", epoch, 0)
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
@@ -345,7 +380,34 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(not_finite(views))
         # A half precision's subnormal rows have few digits left, and gradients beyond its range.
         least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
-        return normalize(together, least).view(len(views), *views[0].shape), index, epoch
+        return normalize(together, least).view(len(views), *views[0].shape), indices, epoch
+
+    def _checked_index(self, view: Tensor, index: Index | None) -> Indices:
+        """Sample numbers for both sides in one tensor or each in its own, on the view's device; none without."""
+        for temperature in self.temperatures:
+            if temperature.needs_index:
+                given_index(index, type(temperature).__name__)
+        if index is None:
+            return ()
+        pair = isinstance(index, (tuple, list)) and any(isinstance(own, Tensor) for own in index)
+        if pair and (self.layout != "both_ways" or len(index) != 2):
+            raise ValueError(
+                f"index is a {type(index).__name__} of {len(index)}: a pair of tensors is for the two sides of "
+                f"layout='both_ways', and this loss has '{self.layout}'."
+            )
+        lengths = [temperature.num_samples for temperature in self.temperatures]
+        if not pair and len({length for length in lengths if length is not None}) > 1:
+            raise ValueError(
+                f"The sides have tables of {lengths[0]} and {lengths[1]} samples, so each needs sample numbers of its "
+                "own: call loss(z0, z1, index=(index_0, index_1))."
+            )
+        for own in (indices := tuple(index) if pair else (index,)):
+            if not isinstance(own, Tensor) or own.dtype != torch.int64:
+                got = own.dtype if isinstance(own, Tensor) else type(own).__name__
+                raise TypeError(f"index must be an int64 tensor of sample numbers, not {got}.")
+            if own.shape != view.shape[:1]:
+                raise ValueError(f"index has shape {tuple(own.shape)}, the batch needs ({len(view)},).")
+        return tuple(own.to(view.device) for own in indices)
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -369,7 +431,14 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def _counts_negatives(self) -> bool:
-        return self._objective.needs_negative_cosine or self.temperature.needs_negative_cosine
+        return self._objective.needs_negative_cosine or any(own.needs_negative_cosine for own in self.temperatures)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        first, back = f"{prefix}temperature.", f"{prefix}temperature_back."
+        if self.temperature_back is not None and not any(name.startswith(back) for name in state_dict):
+            # Of 0.1.0, where both sides had one.
+            state_dict.update({back + k[len(first) :]: v for k, v in state_dict.items() if k.startswith(first)})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         own = "".join(f", {name}={value}" for name, value in self.objective_settings.items())
@@ -377,6 +446,27 @@ class ContrastiveLoss(nn.Module):
             f"objective={self.objective}{own}, layout={self.layout}, positives={self.positives}, engine={self.engine}, "
             f"gather_distributed={self.gather_distributed}"
         )
+
+
+def _instances(temperature: Any, layout: str) -> tuple[Temperature, ...]:
+    """The temperature of every side that has one of its own, from what was given in place of a name."""
+    given = tuple(temperature) if isinstance(temperature, (tuple, list)) else (temperature,)
+    for own in given:
+        if not isinstance(own, Temperature):
+            raise TypeError(
+                f"temperature={own!r} must be a method's name, such as 'dystress', or an instance of a class "
+                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(own).__name__}."
+            )
+    if isinstance(temperature, (tuple, list)):
+        if len(given) != 2 or layout != "both_ways":
+            raise ValueError(
+                f"{len(given)} temperatures with layout='{layout}': a pair of them is for the two sides of 'both_ways'."
+            )
+        if given[0] is given[1]:
+            raise ValueError("The two sides have the same temperature: give one instance, or two.")
+    elif layout == "both_ways" and temperature.per_side:
+        given = temperature, copy.deepcopy(temperature)
+    return given
 
 
 def _objective(objective: str | Objective) -> Objective:
@@ -397,6 +487,21 @@ def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
     return x.squeeze(1) if x.shape[1] == 1 else reduce(x, dim=1)
 
 
+def _with_running_means(stats: RowStats, sides: Sequence[_Side]) -> RowStats:
+    """The statistics with what SogCLR divides by; of a side that keeps no mean, the batch's own."""
+    means = [side.temperature.running_mean(stats.rows(side.rows), side.batch) for side in sides]
+    if all(mean is None for mean in means):
+        return stats
+    log_s = stats.negative.detach() - math.log(stats.num_negatives)
+    log_s = torch.cat([log_s[side.rows] if mean is None else mean for side, mean in zip(sides, means, strict=True)])
+    of_sides = [side.temperature.by_difference(side.batch) for side in sides]
+    difference = None
+    if any(of_sides):
+        each = zip(sides, of_sides, strict=True)
+        difference = torch.cat([torch.full_like(log_s[side.rows], own, dtype=torch.bool) for side, own in each])
+    return replace(stats, log_s=log_s, difference=difference)
+
+
 def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool) -> RowStats:
     """A row for every positive of every anchor; the anchor's others are among its negatives if they are `competing`."""
 
@@ -415,6 +520,7 @@ def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool)
         positive_cosine=cosine.flatten(),
         negative_cosine=repeated(stats.negative_cosine),
         log_s=repeated(stats.log_s),
+        difference=repeated(stats.difference),
     )
 
 

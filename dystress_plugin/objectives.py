@@ -44,14 +44,17 @@ def macl(stats: RowStats) -> Tensor:
 def sogclr(stats: RowStats) -> Tensor:
     """sum_j w_j s_j - s_positive with w_j = sg[exp(a_j) / (n s)], s a running mean of the batch's g = mean_j exp(a_j).
 
-    Without a running mean s = g, and the weights are the softmax of the negatives. For a temperature that is the
-    same for a whole row the gradient is tau times that of w L - P.
+    Where s is one of mean_j exp(a_j - a_positive) it is sum_j w_j (s_j - s_positive). Without a running mean s = g, and
+    the weights are the softmax of the negatives. For a temperature that is the same for a whole row the gradient is tau
+    times that of w L - P.
     """
     assert stats.negative_cosine is not None  # Objective.needs_negative_cosine; narrows the type
     if stats.log_s is None:
         return stats.negative_cosine - stats.positive_cosine
     log_g = stats.negative.detach() - math.log(stats.num_negatives)
-    return torch.exp(log_g - stats.log_s) * stats.negative_cosine - stats.positive_cosine
+    weight = torch.exp(log_g - stats.log_s)
+    towards = 1.0 if stats.difference is None else torch.where(stats.difference, weight, 1.0)
+    return weight * stats.negative_cosine - towards * stats.positive_cosine
 
 
 def dcl(stats: RowStats) -> Tensor:

@@ -42,6 +42,7 @@ class Recipe:
         url: where to read it.
         defaults: values of the temperature's parameters where they differ from the class's own.
         queue: anchors, momentum keys and a queue of negatives (MoCo) instead of the views of a batch.
+        both_ways: more such values, for two sides: `ContrastiveLoss(name, layout="both_ways")`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Recipe:
     url: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     queue: bool = False
+    both_ways: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -90,6 +92,21 @@ class Recipe:
         for name in settings:
             if name not in known:
                 raise ValueError(unknown_name(f"parameter of method '{self.name}'", name, known or ["(none)"]))
+
+    def build_temperatures(self, layout: str, settings: Mapping[str, Any]) -> tuple[Temperature, ...]:
+        """The temperature for a layout; one for each side of "both_ways" where it keeps a state per side.
+
+        The length of a table may then be a pair.
+        """
+        if layout != "both_ways":
+            return (self.build_temperature(**settings),)
+        settings = {**self.both_ways, **settings}
+        if not self.temperature.per_side:
+            return (self.build_temperature(**settings),)
+        given = settings.get(TABLE)
+        lengths = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, given)
+        of_sides = [{TABLE: length} if TABLE in settings else {} for length in lengths]
+        return tuple(self.build_temperature(**settings | own) for own in of_sides)
 
     def build_temperature(self, **settings: Any) -> Temperature:
         """The temperature with some of its parameters set.
@@ -131,7 +148,15 @@ _BASES = (
     ),
 )
 # Its objective is its own, and its published form has no queue.
-_ISOGCLR = Recipe("isogclr", "iSogCLR", Individual, "sogclr", "iSogCLR, 2023", "https://arxiv.org/abs/2305.11965")
+_ISOGCLR = Recipe(
+    "isogclr",
+    "iSogCLR",
+    Individual,
+    "sogclr",
+    "iSogCLR, 2023",
+    "https://arxiv.org/abs/2305.11965",
+    both_ways={"tau_init": 0.01, "tau_min": 0.005, "rho": 6.0, "beta": 0.9, "clip": 5.0},
+)
 
 GROUP = "dystress_plugin.methods"
 

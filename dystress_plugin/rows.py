@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class RowStats:
         num_negatives: how many negatives each anchor has.
         log_s: log of the running mean of exp(logit) over i's negatives that SogCLR divides by; None is the batch's
             own mean.
+        difference: for which anchors SogCLR is of the negatives' cosines less the positive's, weights and loss alike;
+            None is for none.
         mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
     """
 
@@ -33,7 +35,13 @@ class RowStats:
     negative_cosine: Tensor | None
     num_negatives: int
     log_s: Tensor | None = None
+    difference: Tensor | None = None
     mean: Callable[[Tensor], Tensor] = torch.mean
+
+    def rows(self, rows: slice) -> RowStats:
+        """Those of some of the anchors."""
+        cut: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **cut)
 
 
 class NegativeStats(NamedTuple):

@@ -95,6 +95,11 @@ CASES = {
         None,
         lambda: oracle.Individual(SAMPLES, gradient="difference"),
     ),
+    "isogclr-released": Case(
+        lambda: temperature.Individual(SAMPLES, released=True),
+        None,
+        lambda: oracle.Individual(SAMPLES, gradient="difference", released=True),
+    ),
     "learnable": Case(lambda: temperature.Learnable(0.12), lambda a: oracle.learnable(LEARNED)),
     "warm-up-dystress-live": warm_up(
         lambda: temperature.DySTreSS(0.1, 0.2, detach=False),
@@ -168,21 +173,23 @@ class Pair:
         self.loss = ContrastiveLoss(
             build(name), objective=objective, queue_size=queue_size, layout=layout, engine=engine, **settings
         )
-        self.loss.temperature.double()
+        self.loss.double()
         self.name, self.case, self.objective, self.settings = name, case, objective, settings
-        self.tables = case.tables() if case.tables else None
+        self.tables = oracle.Tables(*(case.tables() for _ in self.loss.temperatures)) if case.tables else None
+        for table in self.tables.tables if self.tables and layout == "both_ways" else ():
+            table.gradient = "difference"
 
-    def with_history(self) -> Pair:
+    def with_history(self, first: int = 0) -> Pair:
         """Tables as in the middle of a training: different temperatures, and every third sample not yet visited."""
-        if self.tables:
-            self.tables.tau = torch.linspace(0.06, 0.5, SAMPLES, dtype=torch.float64).tolist()
-            self.tables.u = torch.linspace(-1, 1, SAMPLES, dtype=torch.float64).tolist()
-            self.tables.s = [None if i % 3 == 0 else 0.5 + i / SAMPLES for i in range(SAMPLES)]
-            own = self.loss.temperature
-            own.tau.copy_(torch.tensor(self.tables.tau, dtype=torch.float64))
-            own.u.copy_(torch.tensor(self.tables.u, dtype=torch.float64))
-            own.log_s.copy_(torch.tensor([math.log(s or 1) for s in self.tables.s], dtype=torch.float64))
-            own.visited.copy_(torch.tensor([s is not None for s in self.tables.s]))
+        tables = self.tables.tables if self.tables else ()
+        for number, (own, table) in enumerate(zip(self.loss.temperatures, tables, strict=False), start=first):
+            table.tau = torch.linspace(0.06, 0.5 - 0.2 * number, SAMPLES, dtype=torch.float64).tolist()
+            table.u = torch.linspace(-1, 1, SAMPLES, dtype=torch.float64).tolist()
+            table.s = [None if i % 3 == number else 0.5 + i / SAMPLES for i in range(SAMPLES)]
+            own.tau.copy_(torch.tensor(table.tau, dtype=torch.float64))
+            own.u.copy_(torch.tensor(table.u, dtype=torch.float64))
+            own.log_s.copy_(torch.tensor([math.log(s or 1) for s in table.s], dtype=torch.float64))
+            own.visited.copy_(torch.tensor([s is not None for s in table.s]))
         return self
 
     def package(self, views, index, **more):
@@ -198,18 +205,18 @@ class Pair:
         views, index = [view.tolist() for view in views], index.tolist()
         keys = self.loss.queue.keys.tolist() if self.loss.queue is not None else None
 
-        def maps(image, alignment):
+        def maps(row, alignment):
             if self.tables is not None:
-                found = oracle.constant(self.tables.tau[index[image]])
+                found = oracle.constant(self.tables.tau(row, [index]))
             else:
                 found = self.case.maps(alignment)
             return (found, found) if isinstance(found, oracle.Map) else found
 
         where = {"keys": keys, "sides": self.loss.layout}
-        running = self.tables.running(index) if self.tables is not None else None
+        running = self.tables.running([index]) if self.tables is not None else None
         result = oracle.loss(views, maps, self.objective, running=running, **where, **self.settings)
         if self.tables is not None:
-            self.tables.update(index, views, **where)
+            self.tables.update([index], views, **where)
         return result
 
 
@@ -239,7 +246,12 @@ def assert_agree(pair: Pair, views, index) -> None:
     assert_result(pair, pair.package(views, index), expected)
 
 
-def assert_tables_equal(temperature, reference, tolerance: float = 1e-12) -> None:
+def assert_tables_equal(loss, tables: oracle.Tables, tolerance: float = 1e-12) -> None:
+    for own, table in zip(loss.temperatures, tables.tables, strict=True):
+        assert_table_equal(own, table, tolerance)
+
+
+def assert_table_equal(temperature, reference, tolerance: float) -> None:
     assert temperature.visited.tolist() == [s is not None for s in reference.s]
     seen = [i for i, s in enumerate(reference.s) if s is not None]
     assert_close(temperature.tau, reference.tau, tolerance)

@@ -18,6 +18,7 @@ class Map(NamedTuple):
 
 
 class Row(NamedTuple):
+    way: int  # number of the anchor's view or side
     image: int
     anchor: int
     positives: list  # node numbers, then their cosines
@@ -175,11 +176,11 @@ def layout(views, keys=None, sides="views"):
     images = len(views[0])
     pairs = [unit(z) for view in views for z in view]
     nodes, lengths = [u for u, _ in pairs], [length for _, length in pairs]
-    rows = [(i % images, i, p, n) for i, p, n in compared(images, len(nodes), len(keys or []), sides)]
+    rows = [(*divmod(i, images), i, p, n) for i, p, n in compared(images, len(nodes), len(keys or []), sides)]
     nodes = nodes + [list(key) for key in keys or []]
     rows = [
-        Row(image, i, p, [dot(nodes[i], nodes[j]) for j in p], n, [dot(nodes[i], nodes[j]) for j in n])
-        for image, i, p, n in rows
+        Row(way, image, i, p, [dot(nodes[i], nodes[j]) for j in p], n, [dot(nodes[i], nodes[j]) for j in n])
+        for way, image, i, p, n in rows
     ]
     return nodes, lengths, rows
 
@@ -248,6 +249,7 @@ class Running(NamedTuple):
 
     mean: object = lambda row, g: g
     offset: object = lambda row: 0.0  # what is subtracted from the logits in it
+    difference: object = lambda row: False  # whether the loss is of s_j - s_positive
 
 
 def sogclr(row, positive, negative, running, weight):
@@ -256,6 +258,8 @@ def sogclr(row, positive, negative, running, weight):
     g = math.fsum(energy) / len(energy)
     weights = [e / running.mean(row, g) / len(energy) for e in energy]
     share = 1 / len(row.positive_cosine)
+    if running.difference(row):
+        share *= math.fsum(weights)
     value = math.fsum(map(mul, weights, row.negative_cosine)) - share * math.fsum(row.positive_cosine)
     return value, [-share for _ in row.positives], weights
 
@@ -301,7 +305,7 @@ def averaged(objective, row, positive, negative, running, weights):
 def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigma=0.5, positives="sum"):
     """The mean over anchors, but for sogclr the mean over images of the sum over views.
 
-    `maps(image, alignment)` gives the maps of positives and negatives, `running` the means that SogCLR divides by.
+    `maps(row, alignment)` gives the maps of positives and negatives, `running` the means that SogCLR divides by.
     With `keys`: a queue, anchors are view 0. `sides` other than "views": anchors of a side, candidates of the other.
     """
     nodes, lengths, rows = layout(views, keys, sides)
@@ -312,7 +316,7 @@ def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigm
     pairs = iter(von_mises_fisher([r._replace(positive_cosine=[s]) for r in rows for s in r.positive_cosine], sigma))
     each = [[next(pairs) for _ in row.positives] for row in rows]
     for row, weight, weights in zip(rows, von_mises_fisher(rows, sigma), each, strict=True):
-        positive, negative = maps(row.image, aligned)
+        positive, negative = maps(row, aligned)
         if positives == "mean" and objective != "sogclr":  # which averages their cosines as it is
             value, up, down = averaged(objective, row, positive, negative, running or Running(), weights)
         else:
@@ -351,6 +355,7 @@ class Individual:
     eta: float = 0.03
     clip: float = 3.0
     gradient: str = "cosine"  # or "difference": s_j - s_positive in place of s_j, the bimodal code's form
+    released: bool = False  # the positive is counted, and the first visit is gamma g, as in that code
     tau: list = field(init=False)
     s: list = field(init=False)  # None before the first visit
     u: list = field(init=False)
@@ -362,6 +367,8 @@ class Individual:
 
     def mean(self, sample, g):
         old = self.s[sample]
+        if self.released:
+            return (1 - self.gamma) * (old or 0.0) + self.gamma * g
         return g if old is None else (1 - self.gamma) * old + self.gamma * g
 
     def subtracted(self, row):
@@ -369,14 +376,10 @@ class Individual:
             return 0.0
         return math.fsum(row.positive_cosine) / len(row.positive_cosine)
 
-    def running(self, index):
-        return Running(
-            lambda row, g: self.mean(index[row.image], g),
-            lambda row: self.subtracted(row) / self.tau[index[row.image]],
-        )
+    def counted(self, row, g):
+        return g + 1 / len(row.negatives) if self.released else g
 
-    def update(self, index, views, keys=None, sides="views"):
-        _, _, rows = layout(views, keys, sides)
+    def update(self, index, rows):
         found = {}
         for image, sample in enumerate(index):
             tau = self.tau[sample]
@@ -385,7 +388,7 @@ class Individual:
                 if row.image == image:
                     h = [s - self.subtracted(row) for s in row.negative_cosine]
                     energy = [math.exp(x / tau) for x in h]
-                    s = self.mean(sample, math.fsum(energy) / len(h))
+                    s = self.mean(sample, self.counted(row, math.fsum(energy) / len(h)))
                     tilt = math.fsum(e / s * x / tau for e, x in zip(energy, h, strict=True)) / len(h)
                     running.append(s)
                     gradient.append(math.log(s) + self.rho - tilt)
@@ -399,6 +402,38 @@ class Individual:
             self.u[sample] = (1 - self.beta) * self.u[sample] + self.beta * mean
             moved = self.tau[sample] - self.eta * self.u[sample]
             self.tau[sample] = min(max(moved, self.tau_min), self.tau_max)
+
+
+class Tables:
+    """One table for all anchors, or one a side, each with its index or with the same."""
+
+    def __init__(self, *tables):
+        self.tables = tables
+
+    def of(self, row, indices):
+        """The anchor's table, and its sample."""
+        return self.tables[row.way % len(self.tables)], indices[row.way % len(indices)][row.image]
+
+    def tau(self, row, indices):
+        table, sample = self.of(row, indices)
+        return table.tau[sample]
+
+    def running(self, indices):
+        def mean(row, g):
+            table, sample = self.of(row, indices)
+            return table.mean(sample, table.counted(row, g))
+
+        def offset(row):
+            table, sample = self.of(row, indices)
+            return table.subtracted(row) / table.tau[sample]
+
+        return Running(mean, offset, lambda row: self.of(row, indices)[0].gradient == "difference")
+
+    def update(self, indices, views, keys=None, sides="views"):
+        _, _, rows = layout(views, keys, sides)
+        for number, table in enumerate(self.tables):
+            own = rows if len(self.tables) == 1 else [row for row in rows if row.way == number]
+            table.update(indices[number % len(indices)], own)
 
 
 # What an engine computes

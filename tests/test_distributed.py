@@ -35,7 +35,7 @@ LAYOUTS = {
     "one_way": {"layout": "one_way"},
     "both_ways": {"layout": "both_ways"},
 }
-MORE_LAYOUTS = LAYOUTS | {"three-one-by-one": {"positives": "mean"}}
+MORE_LAYOUTS = LAYOUTS | {"three-one-by-one": {"positives": "mean"}, "captions": {"layout": "both_ways"}}
 
 
 class Cell(NamedTuple):
@@ -58,6 +58,7 @@ GRID = [
             *itertools.product(SOME, ["sogclr", "dclw"], LAYOUTS, ["one-each", "one-and-many", "three-equal"]),
             *itertools.product(SOME, OBJECTIVES, ["two", "both_ways"], ["unequal"], ["blockwise"]),
             *itertools.product(SOME, OBJECTIVES, ["three-one-by-one"], ["unequal"]),
+            *itertools.product(["isogclr", "isogclr-released"], ["sogclr"], ["captions"], SIZES),
         ]
     )
 ]
@@ -83,7 +84,10 @@ def train(cell, own):
         batch = embeddings(images, 6, views=3 if cell.layout.startswith("three") else 2, seed=step)
         index = torch.randint(SAMPLES, (images,), generator=torch.Generator().manual_seed(step))
         index[-1] = index[0]  # on different ranks
-        value = loss(*[model(view[own]) for view in batch], index=index[own], epoch=EPOCH)
+        index = index[own]
+        if cell.layout == "captions":  # numbered apart from their images
+            index = index, SAMPLES - 1 - torch.arange(images)[own]
+        value = loss(*[model(view[own]) for view in batch], index=index, epoch=EPOCH)
         found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         gradients.append((value.detach(), *found))
     return [torch.stack(column) for column in zip(*gradients, strict=True)], loss.state_dict()

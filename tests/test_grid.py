@@ -67,7 +67,7 @@ def check(name, objective, layout, images, engine):
     pair = pair_of(name, objective, layout, engine)
     assert_result(pair, pair.package(*batch_of(layout, images)), expected)
     if tables is not None:
-        assert_tables_equal(pair.loss.temperature, tables)
+        assert_tables_equal(pair.loss, tables)
 
 
 def test_the_grid_has_every_name_there_is():
@@ -129,4 +129,4 @@ def test_positives_one_by_one_equal_the_double_loop(name, objective, engine, mon
     expected = pair.oracle(views, index)
     assert_result(pair, pair.package(views, index), expected)
     if pair.tables is not None:
-        assert_tables_equal(pair.loss.temperature, pair.tables)
+        assert_tables_equal(pair.loss, pair.tables)

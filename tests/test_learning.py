@@ -59,7 +59,10 @@ MOVES = {
     "tables and queue": {f"temperature.temperature.{name}" for name in ("tau", "log_s", "u", "visited")},
 }
 MOVES["queue in tiles"] = MOVES["learned and queue"] = MOVES["queue"]
-MOVES["tables both ways"], MOVES["tables and queue"] = MOVES["tables"], MOVES["tables and queue"] | MOVES["queue"]
+MOVES["tables both ways"] = MOVES["tables"] | {
+    name.replace("temperature", "temperature_back") for name in MOVES["tables"]
+}
+MOVES["tables and queue"] |= MOVES["queue"]
 
 
 # What counts

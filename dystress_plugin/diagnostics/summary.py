@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dystress_plugin.contrastive import ContrastiveLoss, Pairs
+from dystress_plugin.contrastive import ContrastiveLoss, Index, Pairs
 from dystress_plugin.metrics import uniformity
 
 MAX_IMAGES = 128  # 65 thousand pairs of two views
@@ -61,7 +61,7 @@ class Summary(NamedTuple):
 def summaries(
     loss: ContrastiveLoss,
     *views: Tensor,
-    index: Tensor | None = None,
+    index: Index | None = None,
     epoch: float | None = None,
     max_images: int = MAX_IMAGES,
     name: str = "",
@@ -89,7 +89,7 @@ def summaries(
 def temperature_summary(
     loss: ContrastiveLoss,
     *views: Tensor,
-    index: Tensor | None = None,
+    index: Index | None = None,
     epoch: float | None = None,
     max_images: int = MAX_IMAGES,
 ) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def temperature_summary(
 def some_pairs(
     loss: ContrastiveLoss,
     *views: Tensor,
-    index: Tensor | None = None,
+    index: Index | None = None,
     epoch: float | None = None,
     max_images: int = MAX_IMAGES,
     max_keys: int = 1024,
@@ -123,4 +123,8 @@ def some_pairs(
     With a queue it must be called before the loss, which puts this batch's keys among the negatives of the next.
     """
     first = [view.detach()[:max_images] for view in views]
-    return loss.pairs(*first, index=None if index is None else index[:max_images], epoch=epoch, max_keys=max_keys)
+    if isinstance(index, (tuple, list)):
+        index = (index[0][:max_images], index[1][:max_images])
+    elif index is not None:
+        index = index[:max_images]
+    return loss.pairs(*first, index=index, epoch=epoch, max_keys=max_keys)

@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class Batch:
         epoch: the current epoch as a float, 0 first, or None.
         views: how many consecutive blocks of `rows / views` anchors show the same images.
         mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
+        layout: the loss's, by name.
     """
 
     positive_cosine: Tensor
@@ -34,6 +36,7 @@ class Batch:
     epoch: float | None
     views: int
     mean: Callable[[Tensor], Tensor]
+    layout: str = "views"
 
 
 class Temperature(nn.Module, ABC):
@@ -48,6 +51,7 @@ class Temperature(nn.Module, ABC):
         needs_index: the loss must be given `index`.
         needs_epoch: the loss must be given `epoch`.
         needs_negative_cosine: `running_mean` and `update` read `RowStats.negative_cosine`.
+        per_side: with the layout "both_ways" each side has a temperature, and so a state, of its own.
         per_step: adapters pass the epoch with the fraction of it that is over, not the whole number.
         default_objective: name of the objective that it was published with, which `ContrastiveLoss` takes unless told.
     """
@@ -55,6 +59,7 @@ class Temperature(nn.Module, ABC):
     needs_index = False
     needs_epoch = False
     needs_negative_cosine = False
+    per_side = False
     per_step = False
     default_objective: str = "ntxent"
 
@@ -99,6 +104,10 @@ class Temperature(nn.Module, ABC):
         """
         return None
 
+    def by_difference(self, batch: Batch) -> bool:
+        """Whether `running_mean` is of exp((s_j - s_p) / tau), and SogCLR's loss of s_j - s_p, p the positive."""
+        return False
+
     def update(self, stats: RowStats, batch: Batch) -> None:
         """Moves the temperature's state; called once a batch, after its loss, and only for one that is learned from."""
         return
@@ -119,7 +128,7 @@ def given_epoch(epoch: float | None, needed_by: str) -> float:
     return epoch
 
 
-def given_index(index: Tensor | None, needed_by: str) -> Tensor:
+def given_index(index: Any, needed_by: str) -> Any:
     """The sample numbers, or a ValueError where there are none."""
     if index is None:
         raise ValueError(f"{needed_by} needs the sample numbers: call loss(z0, z1, index=index), int64 (batch,).")

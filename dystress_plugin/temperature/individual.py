@@ -54,7 +54,8 @@ class Individual(Temperature):
     s_v = gamma * g_v; this is corrected here.
 
     iSogCLR, 2023, https://arxiv.org/abs/2305.11965 (the defaults are its recipe for CIFAR-100; its constructor has
-    rho 6, eta 0.001, beta 0.9).
+    rho 6, eta 0.001, beta 0.9; of image and text, by name with the layout "both_ways": tau from 0.01 in [0.005, 1],
+    rho 6, gamma 0.8, beta 0.9, eta 0.03, clip 5).
 
     Args:
         num_samples: size of the data set; indices run from 0 to num_samples - 1.
@@ -67,8 +68,14 @@ class Individual(Temperature):
         beta: share of the new gradient in u, in (0, 1].
         eta: step size of tau, at least 0.
         clip: bound of G, above 0.
-        gradient: "cosine" as above, the unimodal code's form. "difference" computes S, w and G from s_j - s_p instead,
-            p the positive, as the formula in the paper and the bimodal code do. They agree at the first visit.
+        gradient: "cosine" as above, the unimodal code's form, whose loss is w N - s_p, N = sum_j softmax_j s_j and p
+            the positive. "difference" computes S, w and G from s_j - s_p instead, as the formula in the paper and
+            the bimodal code do, and the loss is w (N - s_p). They agree at the first visit. None is "difference"
+            with the layout "both_ways" and with `released`, else "cosine".
+        released: compute S as the released bimodal code does, with the positive counted among the negatives, of which
+            there are n nevertheless, and gamma g at the first visit. With few, dissimilar negatives its e^0 dominates
+            g, so the published numbers belong to it. Kept in log space, without that code's 1e-10 and its bound that
+            only grows.
 
     Attributes:
         tau, log_s, u, visited: buffers of length num_samples, so that a checkpoint resumes. The first three keep
@@ -84,6 +91,7 @@ class Individual(Temperature):
 
     needs_index = True
     needs_negative_cosine = True
+    per_side = True
     default_objective = "sogclr"
 
     tau: Tensor
@@ -103,7 +111,8 @@ class Individual(Temperature):
         eta: float = 0.03,
         clip: float = 3.0,
         *,
-        gradient: str = "cosine",
+        gradient: str | None = None,
+        released: bool = False,
     ) -> None:
         super().__init__()
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)
@@ -115,9 +124,11 @@ class Individual(Temperature):
             raise ValueError(f"gamma={gamma} and beta={beta} must be above 0: at 0 nothing is ever learned.")
         self.eta = check_at_least("eta", eta, 0)
         self.clip = check_positive("clip", clip)
-        if gradient not in ("cosine", "difference"):
+        if gradient not in (None, "cosine", "difference"):
             raise ValueError(unknown_name("gradient", gradient, ["cosine", "difference"]))
-        self.gradient = gradient
+        if released and gradient == "cosine":
+            raise ValueError("released=True is of the bimodal code, whose gradient is 'difference', not 'cosine'.")
+        self.gradient, self.released = gradient, bool(released)
         self._rho_checked = False
         self.resize(num_samples)
 
@@ -150,6 +161,10 @@ class Individual(Temperature):
         map_ = Scaled(tau[:, None], least=self.tau_min)
         return LogitMaps(map_, map_)
 
+    def by_difference(self, batch: Batch) -> bool:
+        default = "difference" if self.released or batch.layout == "both_ways" else "cosine"
+        return (self.gradient or default) == "difference"
+
     @torch.no_grad()
     def running_mean(self, stats: RowStats, batch: Batch) -> Tensor:
         seen = self._seen(stats, batch)
@@ -170,10 +185,15 @@ class Individual(Temperature):
         tau = self.tau[index]
         # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves. Detached, as no_grad
         # leaves forward-mode differentiation on.
-        positive = stats.positive_cosine.detach().double() if self.gradient == "difference" else torch.zeros_like(tau)
-        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - positive / tau
-        moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + log_g)
-        return _Seen(index, tau, positive, log_g, torch.where(self.visited[index], moved, log_g))
+        positive = stats.positive_cosine.detach().double() if self.by_difference(batch) else torch.zeros_like(tau)
+        log_sum = stats.negative.detach().double() - positive / tau
+        log_g = log_sum - math.log(stats.num_negatives)
+        counted, first = log_g, 0.0
+        if self.released:
+            counted = torch.logaddexp(log_sum, torch.zeros_like(tau)) - math.log(stats.num_negatives)
+            first = math.log(self.gamma)
+        moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + counted)
+        return _Seen(index, tau, positive, log_g, torch.where(self.visited[index], moved, counted + first))
 
     def _check_rho(self, num_negatives: int) -> None:
         if self._rho_checked:

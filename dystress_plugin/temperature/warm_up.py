@@ -44,6 +44,7 @@ class WarmUp(Temperature):
         self.per_step = bool(per_step) or temperature.per_step
         self.needs_index = temperature.needs_index
         self.needs_negative_cosine = temperature.needs_negative_cosine
+        self.per_side = temperature.per_side
         self.default_objective = temperature.default_objective
 
     @property
@@ -75,6 +76,9 @@ class WarmUp(Temperature):
 
     def running_mean(self, stats: RowStats, batch: Batch) -> Tensor | None:
         return self.temperature.running_mean(stats, batch) if self._has_arrived(batch) else None
+
+    def by_difference(self, batch: Batch) -> bool:
+        return self.temperature.by_difference(batch) and self._has_arrived(batch)
 
     def update(self, stats: RowStats, batch: Batch) -> None:
         if self._has_arrived(batch):

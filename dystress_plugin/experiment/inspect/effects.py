@@ -106,7 +106,8 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
         negative_cosine=(weight * negative).sum(dim=1),
         num_negatives=negative.shape[1],
     )
-    stats = replace(stats, log_s=loss.temperature.running_mean(stats, batch))
+    difference = torch.full_like(stats.negative, loss.temperature.by_difference(batch), dtype=torch.bool)
+    stats = replace(stats, log_s=loss.temperature.running_mean(stats, batch), difference=difference)
     rows = OBJECTIVES[loss.objective].row_loss(stats, **loss.objective_settings)
     pull, push = torch.autograd.grad(rows.sum(), (positive, negative))
     return Effect(maps, weight, push, pull, measure(maps, weight, push, seen))
