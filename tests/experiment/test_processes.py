@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images  # beside this file
+from conftest import dystress, write_images  # beside this file
 from omegaconf import OmegaConf
 from test_pretrain import rows, settings_of
 
@@ -137,3 +137,24 @@ def test_processes_that_lightning_spawns_share_the_images_and_return_the_weights
     hparams, config = OmegaConf.load(out / "tensorboard" / "hparams.yaml"), OmegaConf.load(out / "config.yaml")
     assert hparams == config.settings
     assert hparams.lr == pytest.approx(0.075 * 6**0.5)
+
+
+def test_every_process_that_a_launcher_starts_sees_that_a_run_has_finished(tiny):
+    # As torchrun and SLURM do, who start all of them at once; Lightning starts the others when it trains.
+    assert dystress("pretrain", tiny | {"epochs": 1, "devices": 1, "batch_size": 12}) == 0
+    config = Path(tiny["out"]) / "config.yaml"
+    config.write_text(
+        config.read_text().replace("devices: '1'", "devices: '2'").replace("batch_size: 12", "batch_size: 6")
+    )
+    launched = {"RANK": 1, "LOCAL_RANK": 1, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    launched |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500, "TORCHELASTIC_RUN_ID": "run"}
+    program = "import sys; from dystress_plugin.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    keys = [f"{key}={value}" for key, value in (tiny | {"epochs": 1, "devices": 2}).items()]
+    second = subprocess.run(
+        [sys.executable, "-c", program, "pretrain", *keys],
+        env=os.environ | {key: str(value) for key, value in launched.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (second.returncode, second.stdout) == (0, ""), second.stderr

@@ -64,9 +64,9 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
 def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> dict[str, Any]:
     first = trainer.global_rank == 0
     spec, data, found = prepare(settings, trainer.world_size)
-    folder = RunFolder.open(spec) if first else RunFolder(Path(spec.out))
-    if folder.finished is not None:
-        return folder.finished
+    folder = RunFolder.open(spec)
+    if folder.finished is not None:  # by all of them: who went on to train would wait for the first process
+        return folder.finished if first else {}
     module = build_module(spec, data)
     check_step(module.backbone, trainer, spec.model.image_size)
     training.warn_of_concerns(module.loss.temperature, spec.epochs, warnings.warn)
