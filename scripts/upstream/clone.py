@@ -1,4 +1,4 @@
-"""A clone of a host: its files, and a branch that appears in it as a whole or not at all."""
+"""A clone of a host: the files of its default branch, and a branch that appears in it as a whole or not at all."""
 
 import subprocess
 import tempfile
@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template
 
 from upstream.edits import Source
+
+DEFAULT_BRANCHES = ("refs/remotes/origin/HEAD", "refs/heads/main", "refs/heads/master")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,6 @@ class Plan:
         text: of the pull request.
         finish: what the host's own tools add, called with the folder of the finished tree and the paths written there;
             returns further paths to commit.
-        benchmark: a program for the finished clone, whose output belongs in the text; see benchmark.py.
     """
 
     branch: str
@@ -29,30 +30,36 @@ class Plan:
     message: str
     text: str
     finish: Callable = lambda *_: []
-    benchmark: str = ""
 
 
 class Clone:
-    """A git clone with nothing uncommitted in it.
+    """A git clone. What is checked out or changed in it is neither read nor touched.
 
     Raises:
-        ValueError: if it is not the top folder of a clone, or not clean.
+        ValueError: if it is not the top folder of a clone, or has no default branch.
+
+    Attributes:
+        folder: of the clone.
+        head: the commit of the host's default branch, which every branch starts from.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder).resolve()
         if not (self.folder / ".git").exists():
             raise ValueError(f"--repo {folder} is not a git clone (its top folder, with .git): clone the host first.")
-        if changed := self.git("status", "--porcelain"):
-            raise ValueError(f"--repo {folder} has uncommitted changes; commit or remove them first:\n{changed}")
-        self.head = self.git("rev-parse", "HEAD")
+        found = self.git("for-each-ref", "--format=%(refname)", *DEFAULT_BRANCHES).splitlines()
+        if not found:
+            raise ValueError(
+                f"--repo {folder} does not say which branch is the host's default: git remote set-head origin --auto."
+            )
+        self.head = self.git("rev-parse", min(found, key=DEFAULT_BRANCHES.index))
 
     def source(self, path):
-        """A file of the clone, to be edited in memory."""
-        file = self.folder / path
-        if not file.is_file():
+        """A file of the host's default branch, to be edited in memory."""
+        text = self._text(path)
+        if text is None:
             raise ValueError(f"{path}, which this export needs, is not in {self.folder.name} at {self.head[:8]}.")
-        return Source(path, file.read_text(encoding="utf-8"))
+        return Source(path, text)
 
     def new(self, path, name, /, *, replaces=False, **values):
         """A file made from the template `name`, where the clone has none unless it is to be replaced."""
@@ -61,7 +68,7 @@ class Clone:
 
     def derived(self, source, path):
         """What was made from one file, as a new one of another path."""
-        if (self.folder / path).exists():
+        if self._text(path) is not None:
             raise ValueError(f"{path} is in the host already: it has taken this method in, or another of its name.")
         return Source(path, source.text)
 
@@ -70,10 +77,14 @@ class Clone:
         if self.git("branch", "--list", branch):
             raise ValueError(f"{self.folder.name} already has a branch {branch}: remove it (git branch -D {branch}).")
 
-    def commit(self, plan):
-        """Makes the branch with its one commit and switches to it; returns the commit.
+    def commit(self, plan, written=None):
+        """Makes the branch with its one commit; returns the commit.
 
-        All of it happens in a tree of its own, so that a failure leaves nothing behind in the clone.
+        All of it happens in a tree of its own, so that the clone stays on its branch and a failure leaves nothing.
+
+        Args:
+            plan: of the branch.
+            written: path where the plan's text goes; None for nowhere.
         """
         self.refuse_branch(plan.branch)
         with tempfile.TemporaryDirectory() as folder:
@@ -89,9 +100,16 @@ class Clone:
                 commit = run(["git", "rev-parse", "HEAD"], tree)
             finally:
                 self.git("worktree", "remove", "--force", str(tree))
-        self.git("branch", plan.branch, commit)
-        self.git("switch", "--quiet", plan.branch)
+        if written:
+            written.write_text(plan.text, encoding="utf-8")
+        self.git("branch", "--no-track", plan.branch, commit)
         return commit
+
+    def _text(self, path):
+        """A file of the host's default branch to the last character; None where it has none."""
+        command = ["git", "show", f"{self.head}:{path}"]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, check=False)
+        return None if done.returncode else done.stdout.decode()
 
     def git(self, *arguments):
         """What git prints."""

@@ -4,9 +4,9 @@ python scripts/upstream/export.py lightly --repo ../lightly --method dystress
 python scripts/upstream/export.py solo-learn --repo ../solo-learn --method dystress
 
 The formulas stand in templates, which a test compares with this package; everything else comes as far as possible from
-the host's own files at the commit that is checked out. Either the branch exists afterwards, or the clone is as before.
-The text of the pull request is written beside the clone; for the times of the new loss in it the host has to be
-importable.
+the host's own files. The branch starts from the host's default branch, whatever is checked out, and the clone stays
+where it is. Either the branch exists afterwards, or all is as before. The text of the pull request is written beside
+the clone.
 """
 
 import argparse
@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
 import dystress_plugin
-from upstream import benchmark, lightly, solo_learn
+from upstream import lightly, solo_learn
 from upstream.clone import Clone
 
 HOSTS = {"lightly": lightly, "solo-learn": solo_learn}
@@ -37,18 +37,15 @@ def export(host, method, folder):
         (branch, commit, path of the pull request's text).
 
     Raises:
-        ValueError: where the clone is not clean, has the branch, or a file does not fit; nothing is changed then.
+        ValueError: where the clone has the branch, or a file does not fit; nothing is changed then.
     """
     if method not in HOSTS[host].METHODS:
         raise ValueError(f"method={method!r}: {host} has an export of {', '.join(HOSTS[host].METHODS)}.")
     clone = Clone(folder)
     command = f"python scripts/upstream/export.py {host} --repo {clone.folder.name} --method {method}"
     plan = HOSTS[host].plan(clone, method, command, (dystress_plugin.__version__, _own_commit()))
-    commit = clone.commit(plan)
     text = clone.folder.with_name(f"{clone.folder.name}-{method}.PR.md")
-    measured = benchmark.measured(plan.benchmark, clone.folder) if plan.benchmark else ""
-    text.write_text(plan.text.replace(benchmark.MEASURED, measured), encoding="utf-8")
-    return plan.branch, commit, text
+    return plan.branch, clone.commit(plan, text), text
 
 
 def _own_commit():
@@ -64,7 +61,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("host", choices=HOSTS)
-    parser.add_argument("--repo", required=True, help="clone of the host, with nothing uncommitted in it")
+    parser.add_argument("--repo", required=True, help="clone of the host")
     parser.add_argument(
         "--method",
         default="dystress",

@@ -161,9 +161,8 @@ def plan(clone, name, command, version):
     files = [*LOSSES[name](clone, method), *_examples(clone, method), *_docs(clone, method), *_benchmark(clone, method)]
     files = {source.path: source.text for source in files}
     message = f"{method.change}\n\n" + "\n".join(textwrap.wrap(method.what, 72))
-    program = _program(clone, method)
-    text = _pull_request(clone, method, command, version, program)
-    return Plan(f"dystress-plugin/{name}", files, message, text, _Finish(method), program)
+    text = _pull_request(clone, method, command, version, _program(clone, method))
+    return Plan(f"dystress-plugin/{name}", files, message, text, _Finish(method))
 
 
 def loss_module(clone, method):
@@ -384,7 +383,7 @@ _NOTHING_TO_TIME = (
 
 
 def _program(clone, method):
-    """Times beside `NTXentLoss`, and agreement with what the loss has as a case or was before."""
+    """Ratios to `NTXentLoss`, and agreement with what the loss has as a case or was before."""
     if method.recipe == "ts":
         return ""
     host = "NTXentLoss(temperature=0.1)"

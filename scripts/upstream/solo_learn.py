@@ -150,9 +150,7 @@ def plan(clone, name, command, version):
     message = f"{change.heading}\n\n" + "\n".join(textwrap.wrap(change.what, 72))
     program = _program(change) if change.recipe else ""
     text = _pull_request(change, command, version, program)
-    return Plan(
-        f"dystress-plugin/{name}", {source.path: source.text for source in sources}, message, text, benchmark=program
-    )
+    return Plan(f"dystress-plugin/{name}", {source.path: source.text for source in sources}, message, text)
 
 
 def _method(clone, change):
@@ -383,7 +381,7 @@ FIXES = {
 
 
 def _program(change):
-    """Times beside `simclr_loss_func`, and agreement where the loss has it as a case."""
+    """Ratios to `simclr_loss_func`, and agreement where the loss has it as a case."""
     own = f"{change.recipe}_loss_func"
     imports = (
         f"from solo.losses import {', '.join(sorted([own, 'simclr_loss_func']))}\n\n\n{template('solo/views').rstrip()}"
