@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "alignment",
+    "effective_rank",
     "inter_class_uniformity",
     "some_pairs",
     "temperature_summary",
@@ -61,6 +62,21 @@ def uniformity(z: Tensor, *, include_self: bool = False) -> Tensor:
         exponent.fill_diagonal_(-math.inf)
     pairs = len(z) ** 2 if include_self else len(z) * (len(z) - 1)
     return torch.logsumexp(exponent.flatten(), 0) - math.log(pairs)
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """exp(-sum_k p_k log p_k), p_k = sigma_k / sum sigma, of the singular values of z; in [1, min(rows, dim)].
+
+    RankMe: Garrido et al., 2023, https://arxiv.org/abs/2210.02885; rows are not normalised. Higher means that less of
+    the space has collapsed, and goes with better accuracies, without labels. As many rows as dimensions are too few.
+
+    Args:
+        z: (rows, dim), any scale.
+    """
+    _check(z, 1)
+    sigma = torch.linalg.svdvals(z if z.dtype == torch.float64 else z.float())
+    entropy: Tensor = torch.special.entr(sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)).sum()
+    return entropy.exp()
 
 
 def tolerance(z: Tensor, y: Tensor) -> Tensor:

@@ -33,11 +33,9 @@ def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     Raises:
         ValueError: for a name that neither library knows, or a network that cannot train on images of this size.
     """
-    create = _creator(name)
+    chosen = library(name)
     try:
-        backbone = create(name, image_size)
-        if image_size <= SMALL_IMAGE:
-            _keep_resolution(backbone)
+        backbone = build(name, image_size, chosen)
         features = _features(backbone, image_size)
     except Exception as error:  # both libraries raise whatever they like
         raise ValueError(
@@ -47,15 +45,19 @@ def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     return backbone.train(), features
 
 
-def _creator(name: str) -> Any:
-    """The function that makes the network of this name for a size of images."""
+def library(name: str) -> str:
+    """Which library a backbone is from: torchvision, if it has the name, or timm.
+
+    Raises:
+        ValueError: for a name that neither knows.
+    """
     import timm
     from torchvision import models
 
     if name in models.list_models(module=models):
-        return _of_torchvision
+        return "torchvision"
     if timm.is_model(name):
-        return _of_timm
+        return "timm"
     if name in models.list_models():
         kind = models.get_model_builder(name).__module__.split(".")[2].replace("_", " ")
         raise ValueError(
@@ -66,37 +68,95 @@ def _creator(name: str) -> Any:
     raise ValueError(unknown_name("backbone", name, known, choices="the models of torchvision and of timm"))
 
 
+def build(name: str, image_size: int, of: str) -> nn.Module:
+    """The network of this name in a library, for a size of images, without its classifier."""
+    backbone = _of_torchvision(name, image_size) if of == "torchvision" else _of_timm(name, image_size)
+    for part, replaced in _stem(backbone, image_size).items():
+        setattr(backbone, part, replaced)
+    return backbone
+
+
+def code(name: str, image_size: int, of: str, load: str) -> list[str]:
+    """Lines of Python that make the same network without this package; `load` gives its state dict."""
+    if of == "torchvision":
+        settings = "".join(f", {key}={value!r}" for key, value in _torchvision_settings(name, image_size).items())
+        lines = ["import torch", "import torchvision", f"model = torchvision.models.{name}(weights=None{settings})"]
+        heads = _heads(_whole(name, image_size))
+        lines += [f"model.{part} = {_source(head)}" for part, head in heads.items()]
+    else:
+        size = "".join(f", {key}={value!r}" for key, value in _timm_settings(name, image_size).items())
+        lines = ["import timm", "import torch", f'model = timm.create_model("{name}", num_classes=0{size})']
+    stem = _stem(build(name, image_size, of), image_size)
+    lines += [f"model.{part} = {_source(replaced)}" for part, replaced in stem.items()]
+    return [*lines, f"model.load_state_dict({load})", "model.eval()"]
+
+
+def own_layers(name: str, image_size: int) -> list[str]:
+    """The layers that are not the library's own, beside the classifier."""
+    return list(_stem(build(name, image_size, library(name)), image_size))
+
+
 def _of_torchvision(name: str, image_size: int) -> nn.Module:
+    backbone = _whole(name, image_size)
+    for part, head in _heads(backbone).items():
+        setattr(backbone, part, head)
+    return backbone
+
+
+def _whole(name: str, image_size: int) -> nn.Module:
+    """A network of torchvision, with its classifier."""
     from torchvision import models
 
+    whole: nn.Module = models.get_model(name, weights=None, **_torchvision_settings(name, image_size))
+    return whole
+
+
+def _torchvision_settings(name: str, image_size: int) -> dict[str, Any]:
     settings: dict[str, Any] = dict(TORCHVISION_SETTINGS.get(name, {}))
     for start, key in TORCHVISION_SIZES.items():
         if name.startswith(start):
             settings[key] = image_size if key == "image_size" else (image_size, image_size)
-    backbone: nn.Module = models.get_model(name, weights=None, **settings)
+    return settings
+
+
+def _heads(backbone: nn.Module) -> dict[str, nn.Module]:
+    """What stands for the classifiers of a network of torchvision: nothing, or what is pooled in them."""
+    found: dict[str, nn.Module] = {}
     for head in ("fc", "classifier", "head", "heads"):
         if hasattr(backbone, head):
             pools = [part for part in getattr(backbone, head).modules() if isinstance(part, nn.AdaptiveAvgPool2d)]
-            setattr(backbone, head, nn.Sequential(*pools, nn.Flatten()) if pools else nn.Identity())
-    return backbone
+            found[head] = nn.Sequential(*pools, nn.Flatten()) if pools else nn.Identity()
+    return found
 
 
 def _of_timm(name: str, image_size: int) -> nn.Module:
     import timm
 
-    cfg = timm.models.get_pretrained_cfg(name)
-    # The ways that timm's other networks take any size are not the same; those of one size all have this setting.
-    size = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
-    backbone: nn.Module = timm.create_model(name, num_classes=0, **size)
+    backbone: nn.Module = timm.create_model(name, num_classes=0, **_timm_settings(name, image_size))
     return backbone
 
 
-def _keep_resolution(backbone: nn.Module) -> None:
-    """Gives a ResNet, of either library and of any make, the stem for small images; leaves others alone."""
+def _timm_settings(name: str, image_size: int) -> dict[str, Any]:
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(name)
+    # The ways that timm's other networks take any size are not the same; those of one size all have this setting.
+    return {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+
+
+def _stem(backbone: nn.Module, image_size: int) -> dict[str, nn.Module]:
+    """The layers that a ResNet, of either library and of any make, gets for small images; none for others."""
     width = getattr(getattr(backbone, "bn1", None), "num_features", None)
-    if width is not None and hasattr(backbone, "conv1") and hasattr(backbone, "maxpool"):
-        backbone.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
-        backbone.maxpool = nn.Identity()
+    if image_size > SMALL_IMAGE or width is None or not (hasattr(backbone, "conv1") and hasattr(backbone, "maxpool")):
+        return {}
+    return {"conv1": nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False), "maxpool": nn.Identity()}
+
+
+def _source(layer: nn.Module) -> str:
+    """What makes a layer of a stem or a head; its text, which names its settings, in one line."""
+    if isinstance(layer, nn.Sequential):
+        return f"torch.nn.Sequential({', '.join(map(_source, layer))})"
+    return f"torch.nn.{type(layer).__name__}({layer.extra_repr() if not isinstance(layer, nn.Flatten) else ''})"
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from dystress_plugin import __version__
 from dystress_plugin.experiment.keys import describe, parse
 from dystress_plugin.experiment.settings import (
     CompareSettings,
+    EmbedSettings,
     EvaluateSettings,
+    ExportSettings,
     InspectSettings,
     LongTailSettings,
     PretrainSettings,
@@ -56,6 +58,9 @@ def _pretrain(tokens: Sequence[str]) -> None:
     if summary := pretrain(settings):
         print(summary_table(summary))
         _name_figures(output_folder(settings) / "figures")
+        from dystress_plugin.experiment.evaluate.export import loading_lines
+
+        print("\n".join(loading_lines(output_folder(settings))))
 
 
 def _evaluate(tokens: Sequence[str]) -> None:
@@ -63,6 +68,20 @@ def _evaluate(tokens: Sequence[str]) -> None:
     from dystress_plugin.experiment.evaluate.command import evaluate_run
 
     _print(evaluate_run(settings))
+
+
+def _embed(tokens: Sequence[str]) -> None:
+    settings = parse(EmbedSettings, tokens)
+    from dystress_plugin.experiment.evaluate.embed import embed
+
+    _print(embed(settings))
+
+
+def _export(tokens: Sequence[str]) -> None:
+    settings = parse(ExportSettings, tokens)
+    from dystress_plugin.experiment.evaluate.export import export
+
+    print("\n".join(export(settings)))
 
 
 def _long_tail(tokens: Sequence[str]) -> None:
@@ -116,6 +135,8 @@ COMMANDS = {
     "compare": (_compare, CompareSettings, "methods and fixed temperatures over seeds; takes pretrain's keys too"),
     "report": (_report, ReportSettings, "table and page of finished runs: dystress report runs/*"),
     "evaluate": (_evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
+    "embed": (_embed, EmbedSettings, "features of images and the names of their files, as arrays in a .npz"),
+    "export": (_export, ExportSettings, "a backbone for torchvision, timm or safetensors, and the lines that load it"),
     "long-tail": (_long_tail, LongTailSettings, "write a long-tailed part of a data set as image folders"),
     "inspect": (_inspect, InspectSettings, "what each temperature would do to a network's similarities"),
 }

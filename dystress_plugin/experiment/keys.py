@@ -18,7 +18,7 @@ from dystress_plugin.checks import unknown_name
 
 T = TypeVar("T")
 
-PATHS = ("data", "indices", "data_root", "out", "checkpoint")
+PATHS = ("data", "val", "indices", "data_root", "out", "checkpoint")
 
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 

@@ -1,11 +1,43 @@
-"""When two names mean the same folder, and when one folder lies in another."""
+"""What a value of `data` names, when two names mean the same folder, and when one folder lies in another."""
 
 from __future__ import annotations
 
+import glob
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 NAMED = ("cifar10", "cifar100", "digits")  # data that is no folder
+
+
+def sources(data: str) -> list[str]:
+    """What a value of `data` names: itself, or what is in a list such as [imgs/a, imgs/b]; each may be a pattern."""
+    if data[:1] == "[" and data[-1:] == "]" and not os.path.exists(data):
+        listed = yaml.load(data, yaml.BaseLoader)  # of which 2021 stays a text
+        if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
+            return listed
+        raise ValueError(f"data={data} must be a list of folders, such as data=[imgs/a,imgs/b].")
+    return [data]
+
+
+def each(data: str, change: Callable[[str], str]) -> str:
+    """The same value with every folder in it changed."""
+    found = [change(source) for source in sources(data)]
+    return json.dumps(found, ensure_ascii=False) if len(found) > 1 or found[0][:1] == "[" else found[0]
+
+
+def matches(source: str) -> list[str]:
+    """The paths that a folder, a file or a pattern such as imgs/*.png stands for, sorted; none where nothing is."""
+    source = os.path.expanduser(source)
+    return [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+
+
+def there(data: str | Path) -> bool:
+    """Whether everything is there that a value of `data`, or another path, names."""
+    return all(map(matches, sources(str(data))))
 
 
 def same(one: str | Path, other: str | Path) -> bool:
@@ -15,29 +47,38 @@ def same(one: str | Path, other: str | Path) -> bool:
 
 def place(name: str | Path) -> str:
     """The one spelling of a path; a named data set as it is."""
-    return str(name) if name in NAMED else os.path.realpath(os.path.expanduser(name))
+    return str(name) if name in NAMED else each(str(name), lambda path: os.path.realpath(os.path.expanduser(path)))
 
 
 def name_of(data: str) -> str:
-    """The name of a data set, or of its folder, also for `.` and `..`."""
-    return data if data in NAMED else Path(os.path.abspath(data)).name
+    """The name of a data set, or of its folder, also for `.` and `..`; of several the first one's."""
+    if data in NAMED:
+        return data
+    first = os.path.abspath(os.path.expanduser(sources(data)[0]))
+    return next((part for part in reversed(Path(first).parts[1:]) if not glob.has_magic(part)), "images")
 
 
 def check_outside(out: Path, data: str) -> None:
     """Raises a ValueError where results would become images: `out` is the folder of images, or lies in it."""
-    if data not in NAMED and _inside(out, data):
-        there = Path(os.path.realpath(data)).parent / "runs" / Path(os.path.realpath(out)).name
-        raise ValueError(
-            f"out={out} lies in data={data}, where its figures would be taken for images. Give an out elsewhere, such "
-            f"as out={there}"
-        )
+    for folder in _folders(data):
+        if _inside(out, folder):
+            there = Path(os.path.realpath(folder)).parent / "runs" / Path(os.path.realpath(out)).name
+            raise ValueError(
+                f"out={out} lies in data={folder}, where its figures would be taken for images. Give an out elsewhere, "
+                f"such as out={there}"
+            )
 
 
 def check_apart(out: Path, data: str) -> None:
     """`check_outside`, and a ValueError as well where the folder of images lies in `out`."""
     check_outside(out, data)
-    if data not in NAMED and _inside(data, out):
-        raise ValueError(f"data={data} lies in out={out}, a folder for results alone. Choose another out.")
+    for folder in _folders(data):
+        if _inside(folder, out):
+            raise ValueError(f"data={folder} lies in out={out}, a folder for results alone. Choose another out.")
+
+
+def _folders(data: str) -> list[str]:
+    return [] if data in NAMED else [path for source in sources(data) for path in (matches(source) or [source])]
 
 
 def _inside(inner: str | Path, outer: str | Path) -> bool:

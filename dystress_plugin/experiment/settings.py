@@ -26,7 +26,12 @@ class PretrainSettings:
 
     method: str = option("dystress", "a method of `dystress methods`")
     method_kwargs: dict[str, Any] = option({}, "parameters of its temperature, such as method_kwargs.tau_max=0.3")
-    data: str = option("digits", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
+    data: str = option(
+        "digits",
+        "digits (no download) | cifar10 | cifar100 | a folder of images, in class folders or not, or [several]",
+    )
+    labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
+    val: str | None = option(None, "other data, with labels, for the accuracies; null: a part of data that is held out")
     out: str | None = option(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
     epochs: int = option(20, "passes over the training images", "[1, 1_000_000]")
     seed: int = option(0, "number that weights, data order, augmentation and the long tail are drawn from", SEED)
@@ -126,6 +131,36 @@ class EvaluateSettings:
     knn_k: int = option(200, "neighbours of the weighted kNN; all images where there are fewer", "[1, 1_000_000_000]")
     knn_t: float = option(0.1, "temperature of the weighted kNN", "[0.02, 1_000_000]")
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
+
+
+@dataclass
+class EmbedSettings:
+    """Keys of `dystress embed`."""
+
+    checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
+    out: str = option(
+        "???", "new file, such as e.npz: arrays embeddings and files; labels and classes where there are any"
+    )
+    data: str | None = option(None, "as for `dystress pretrain`; all of it is embedded; null: what it was trained on")
+    labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
+    data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
+    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    on_bad_image: str = option("stop", "what to do about files in a folder that cannot be used", words=("stop", "skip"))
+    batch_size: int = option(512, "images per step", "[1, 1_000_000]")
+    num_workers: int = option(0, "processes that load images", "[0, 1024]")
+    accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
+    progress: bool = option(True, "show a progress bar")
+
+
+@dataclass
+class ExportSettings:
+    """Keys of `dystress export`."""
+
+    checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
+    out: str = option("???", "new file, such as backbone.pt; beside it goes a .py of the lines that load it")
+    to: str | None = option(
+        None, "what loads it; null: the library that the backbone is from", words=("torchvision", "timm", "safetensors")
+    )
 
 
 @dataclass

@@ -20,11 +20,15 @@ class DataSpec:
     """Which images, and how they are loaded.
 
     Attributes:
+        labels: None: class folders are labels where there are two or more.
+        val: None: accuracies are measured on a part of the data, or not at all without labels.
         long_tail: None: no long tail was cut.
         indices: None: no training images were chosen.
     """
 
     name: str = field(metadata={"key": "data"})
+    labels: bool | None
+    val: str | None
     data_root: str
     download: bool
     long_tail: float | None
@@ -39,7 +43,7 @@ class DataSpec:
         """Whether only a part of the training images is used."""
         return self.long_tail is not None or self.indices is not None
 
-    def on(self, data: str | None, data_root: str | None, download: bool) -> DataSpec:
+    def on(self, data: str | None, data_root: str | None, download: bool, labels: bool | None = None) -> DataSpec:
         """The same with other data, whose tail nobody cut; None: its own."""
         own = data is None or places.same(data, self.name)
         return replace(
@@ -47,6 +51,8 @@ class DataSpec:
             name=data or self.name,
             data_root=data_root or self.data_root,
             download=download,
+            labels=self.labels if own else labels,
+            val=self.val if own else None,
             long_tail=self.long_tail if own else None,
             indices=self.indices if own else None,
         )

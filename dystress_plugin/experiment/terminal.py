@@ -8,6 +8,8 @@ from typing import Any
 
 from dystress_plugin.recipes import METHODS, Recipe
 
+MEASURES = {"knn_top1": "weighted kNN", "linear_top1": "linear probe", "effective_rank": "effective rank"}
+
 
 def methods_table() -> str:
     """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
@@ -55,13 +57,15 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The accuracies of a run beside those of its untrained backbone, in percent."""
+    """The accuracies of a run, in percent, or what stands for them without labels, beside its untrained backbone's."""
     lines = [
         f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {summary['epochs']} epochs, "
         f"{summary['seconds']} s",
-        f"{'top-1 accuracy (%)':<22}{'untrained':>10}{'trained':>10}{'gain':>8}",
+        f"{'top-1 accuracy (%)' if 'knn_top1' in summary else '':<22}{'untrained':>10}{'trained':>10}{'gain':>8}",
     ]
-    for name, label in (("knn_top1", "weighted kNN"), ("linear_top1", "linear probe")):
-        before, after = summary[f"untrained_{name}"], summary[name]
-        lines.append(f"{label:<22}{before:>10.2f}{after:>10.2f}{after - before:>+8.2f}")
-    return "\n".join(lines)
+    for name, label in MEASURES.items():
+        if name in summary:
+            before, after = summary[f"untrained_{name}"], summary[name]
+            lines.append(f"{label:<22}{before:>10.2f}{after:>10.2f}{after - before:>+8.2f}")
+    last = [f"{name} {summary[name]:.4g}" for name in ("loss", "alignment", "uniformity") if name in summary]
+    return "\n".join([*lines, *([f"last epoch: {', '.join(last)}"] if last else [])])

@@ -48,7 +48,7 @@ def break_first(path):
         (lambda path: None, "is neither a folder nor one of cifar10, cifar100, digits"),
         (lambda path: path.mkdir(), "is no readable folder of class folders"),
         (lambda path: (path / "class0").mkdir(parents=True), "is no readable folder of class folders"),
-        (lambda path: write_images(path, classes=1), "has the single class 'class0'"),
+        (lambda path: [write_images(path / part, classes=1) for part in ("train", "val")], "has the single class"),
         (lambda path: write_images(path, per_class=1), "A quarter of every class is held out"),
         (lambda path: break_first(write_images(path)), "cannot be read as an image"),
         (

@@ -53,7 +53,7 @@ def test_every_method_leaves_what_is_promised(method, tiny, capsys):
     assert {"torch", "lightly", "dystress_plugin"} <= set(config.versions)
     table = rows(out)
     assert [row["epoch"] for row in table] == ["0", "1"]
-    assert tuple(table[0]) == COLUMNS
+    assert list(table[0]) == [name for name in COLUMNS if name != "effective_rank"]  # for images without labels
     for row in table:
         for pairs in ("positive", "negative"):
             low, mean, high = (float(row[f"tau_{pairs}_{how}"]) for how in ("min", "mean", "max"))

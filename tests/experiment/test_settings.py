@@ -10,6 +10,8 @@ from dystress_plugin.cli import main
 from dystress_plugin.experiment.compare import command as compare
 from dystress_plugin.experiment.data import export, selection
 from dystress_plugin.experiment.evaluate import command as evaluate
+from dystress_plugin.experiment.evaluate import embed
+from dystress_plugin.experiment.evaluate import export as hand_on
 from dystress_plugin.experiment.inspect import command as inspect
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.keys import describe, parse, range_of
@@ -18,7 +20,9 @@ from dystress_plugin.experiment.pretrain import module
 from dystress_plugin.experiment.report import command as report
 from dystress_plugin.experiment.settings import (
     CompareSettings,
+    EmbedSettings,
     EvaluateSettings,
+    ExportSettings,
     InspectSettings,
     LongTailSettings,
     PretrainSettings,
@@ -32,6 +36,8 @@ COMMANDS = {  # with what must be given, and epochs for any warm-up
     "evaluate": (EvaluateSettings, ["checkpoint=x"]),
     "long-tail": (LongTailSettings, ["data=digits", "out=x", "long_tail=0.1"]),
     "inspect": (InspectSettings, []),
+    "embed": (EmbedSettings, ["checkpoint=x", "out=y"]),
+    "export": (ExportSettings, ["checkpoint=x", "out=y"]),
 }
 ENTRIES = {
     "pretrain": pretrain.pretrain,
@@ -40,6 +46,8 @@ ENTRIES = {
     "evaluate": evaluate.evaluate_run,
     "long-tail": export.write_long_tail,
     "inspect": inspect.inspect_temperatures,
+    "embed": embed.embed,
+    "export": hand_on.export,
 }
 KEYS = [
     pytest.param(command, f, str(typing.get_type_hints(structure)[f.name]), id=f"{command}-{f.name}")

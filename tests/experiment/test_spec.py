@@ -21,7 +21,8 @@ from dystress_plugin.recipes import METHODS
 PARTS = [kind for kind in vars(spec_module).values() if is_dataclass(kind) and kind.__name__.endswith("Spec")]
 PARTS.remove(RunSpec)
 
-MAY_BE_NONE = {"long_tail", "indices", "arm", "family"}  # and a queue's keys without one, and parameters of a method
+# And a queue's keys without one, and parameters of a method.
+MAY_BE_NONE = {"labels", "val", "long_tail", "indices", "arm", "family"}
 
 # As version 0.1.0 wrote it, with paths as they were typed; some keys are newer.
 OF_0_1_0 = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +19,7 @@ from dystress_plugin.experiment import places
 from dystress_plugin.experiment.compare.plan import plan
 from dystress_plugin.experiment.compare.workers import Workers, shell_lines
 from dystress_plugin.experiment.data.datasets import Data, load_for
+from dystress_plugin.experiment.data.scan import left_out, scan_images, write_all
 from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.evaluate.protocols import protocol
 from dystress_plugin.experiment.evaluate.scores import is_scored, pool_for, score_start
@@ -26,7 +27,6 @@ from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.interruption import sigterm_exits
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
-from dystress_plugin.experiment.pretrain.command import scan_images
 from dystress_plugin.experiment.pretrain.folder import check_settings
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
 from dystress_plugin.experiment.report.command import write as write_report
@@ -39,11 +39,11 @@ class Prepared(NamedTuple):
 
     Attributes:
         data: for each seed.
-        left_out: files in it that cannot be used.
+        left_out: files in it that cannot be used, by the setting that names them.
     """
 
     data: dict[int, Data]
-    left_out: Collection[str]
+    left_out: Mapping[str, Collection[str]]
 
 
 def compare(settings: CompareSettings, common: PretrainSettings, command: str = "") -> dict[str, str]:
@@ -126,26 +126,24 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     devices = build_trainer(part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False).world_size
     out = Path(settings.out)
-    scan = scan_images(runs[0], out)
-    left_out = scan.left_out if scan is not None else ()
-    if scan is not None:
-        scan.write(out)
+    scans = scan_images(runs[0], out)
+    write_all(scans, out)
     data: dict[int, Data] = {}
     for run in runs:
         folder = output_folder(run)
-        if scan is not None and not folder.exists():
+        if scans and not folder.exists():
             folder.mkdir(parents=True)
-            scan.write(folder)
+            write_all(scans, folder)
         if run.seed not in data:
             same = run.long_tail is None and data  # nothing else is drawn with the seed
             here = part(DataSpec, run)
-            data[run.seed] = data[runs[0].seed] if same else load_for(here, run.seed, without=left_out)
+            data[run.seed] = data[runs[0].seed] if same else load_for(here, run.seed, without=left_out(scans))
             check_batch(run, data[run.seed], devices)
         resolved = resolve(run, data[run.seed], devices)
         if run.seed == runs[0].seed:
             build_module(resolved, data[run.seed])
         check_settings(folder, resolved)
-    return Prepared(data, left_out)
+    return Prepared(data, left_out(scans))
 
 
 def _lay_untrained(settings: CompareSettings, runs: Sequence[PretrainSettings], prepared: Prepared) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import random
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -15,19 +13,26 @@ import torch
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dystress_plugin import distributed
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data import selection as tails
-from dystress_plugin.experiment.data.scan import read as read_scan
+from dystress_plugin.experiment.data.folders import say
+from dystress_plugin.experiment.data.scan import left_out
+from dystress_plugin.experiment.data.scan import read_all as read_scans
 from dystress_plugin.experiment.io import pictures
 from dystress_plugin.experiment.spec import DataSpec, RunSpec
 
 PILImage: TypeAlias = Any  # PIL.Image.Image
 
 HELD_OUT = 0.25  # of data that comes without a test part
+
+RANKED = 4096  # images without labels that the effective rank is of
+
+CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
+
+NORMALIZE = {"digits": {"mean": [0.3] * 3, "std": [0.37] * 3}, "cifar10": CIFAR, "cifar100": CIFAR}  # else ImageNet's
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Images:
 
     Attributes:
         source: (images, ...) pixels, or (images,) paths of files.
-        labels: (images,) int64, classes from 0.
+        labels: (images,) int64, classes from 0; all 0 where there are none.
     """
 
     source: np.ndarray
@@ -62,11 +67,12 @@ class Data:
 
     Attributes:
         train: images to pretrain on, and the memory of the kNN.
-        test: images that accuracies are measured on.
+        test: images that accuracies are measured on; without labels some of those to pretrain on.
         image_size: pixels of a view, unless set otherwise.
         normalize: `mean` and `std` of a colour channel, each three numbers.
         augmentation: values that differ from those of natural images.
-        classes: a name for every class, in the order of the labels, which is their alphabetical one.
+        classes: a name for every class, in the order of the labels, which is their alphabetical one; () without labels.
+        val: other data, with labels, that the network is evaluated on.
     """
 
     train: Images
@@ -75,10 +81,16 @@ class Data:
     normalize: dict[str, list[float]]
     augmentation: dict[str, float]
     classes: tuple[str, ...]
+    val: Data | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def evaluated(self) -> Data:
+        """What the network is evaluated on, shown as what it was trained on."""
+        return self if self.val is None else replace(self.val, normalize=self.normalize)
 
 
 class Views(Dataset[tuple[Any, int, int]]):
@@ -142,41 +154,53 @@ def load(
     long_tail_profile: str = "exponential",
     indices: str | None = None,
     without: Collection[str] = (),
+    labels: bool | None = None,
 ) -> Data:
-    """A data set by name, or from a folder of images; its training images those that `long_tail.select` chooses.
+    """A data set by name, or from folders of images; its training images those that `long_tail.select` chooses.
 
     The files in `without` are left out last, so that they change neither which images are held out nor what an index
-    file means; they are paths below the folder.
+    file means; they are paths below the folder that all lie in.
 
     Raises:
-        ValueError: for a folder that is not there, has no images or a single class, cannot be read, or not without
-            doubt (`folders.read`), for CIFAR
-            that is neither there nor to be downloaded, a `long_tail` outside of (0, 1], or an index file that
-            does not fit.
+        ValueError: for a folder that is not there, has no images, cannot be read, or not without doubt
+            (`folders.read`), for CIFAR that is neither there nor to be downloaded, a `long_tail` outside of (0, 1] or
+            of images without labels, or an index file that does not fit.
     """
-    data = _folder(Path(name), without) if name not in BUILTIN else BUILTIN[name](root, download)
-    labels = data.train.labels
-    chosen = tails.select(labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
+    bad: set[str] = set()
+    if name in BUILTIN:
+        data = BUILTIN[name](root, download)
+    else:
+        data, bad = _folder(name, labels, without)
+    if labels is False:
+        data = replace(data, classes=())
+    if long_tail is not None and not data.classes:
+        raise ValueError(f"long_tail={long_tail} is of classes, but the images in data={name} have no labels.")
+    chosen = tails.select(data.train.labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
     if chosen is not None:
         data = replace(data, train=data.train.subset(chosen))
     if data.train.files is not None:
-        without = {str(Path(name, file)) for file in without}
-        data = replace(data, train=_usable(data.train, without, data), test=_usable(data.test, without, data))
-    return data
+        data = replace(data, train=_usable(data.train, bad, data), test=_usable(data.test, bad, data))
+    return data if data.classes else _unlabelled(data.train, data)
 
 
-def load_for(spec: DataSpec, seed: int, *, without: Collection[str] = (), whole: bool = False) -> Data:
-    """The data of a run, without the files that its scan left out; `whole`: before a long tail was cut."""
-    return load(
+def load_for(
+    spec: DataSpec, seed: int, *, without: Mapping[str, Collection[str]] | None = None, whole: bool = False
+) -> Data:
+    """The data of a run, without the files that its scans left out; `whole`: before a long tail was cut."""
+    without = without or {}
+    place: dict[str, Any] = {"root": spec.data_root, "download": spec.download, "seed": seed}
+    data = load(
         spec.name,
-        root=spec.data_root,
-        download=spec.download,
         long_tail=None if whole else spec.long_tail,
         long_tail_profile=spec.long_tail_profile,
         indices=None if whole else spec.indices,
-        seed=seed,
-        without=without,
+        without=without.get("data", ()),
+        labels=spec.labels,
+        **place,
     )
+    if spec.val is None:
+        return data
+    return replace(data, val=load(spec.val, long_tail=None, without=without.get("val", ()), labels=True, **place))
 
 
 class Shown(NamedTuple):
@@ -200,7 +224,9 @@ def load_for_run(
     data: str | None = None,
     data_root: str | None = None,
     download: bool | None = None,
+    labels: bool | None = None,
     whole: bool = False,
+    without: Mapping[str, Collection[str]] | None = None,
 ) -> Shown:
     """The data of a run, as it was trained on it, or other data, whose tail nobody cut.
 
@@ -210,24 +236,26 @@ def load_for_run(
         data: None for its own, which also has other spellings, or another place if it was moved.
         data_root: None for its own.
         download: None for its own.
+        labels: of other data, as for `folders.read`.
         whole: its own before a long tail was cut.
+        without: files of other data to leave out, as for `load_for`.
 
     Raises:
         ValueError: as `load`; for data that is not there any more; for a part of data that is not the same any more.
     """
     asked = trained.data
-    folder = asked.name not in places.NAMED
-    scan = read_scan(run) if folder else None
-    if folder and not Path(asked.name).is_dir():
+    scans = read_scans(run)
+    scan = scans.get("data")
+    if asked.name not in places.NAMED and not places.there(asked.name):
         if data is None:
             raise ValueError(
                 f"{run} was trained on data={asked.name}, which is not there. Put it, or a link to it, there; "
                 "`dystress evaluate` and `dystress inspect` also take data=FOLDER."
             )
-        if scan is not None and is_folder(data) and scan.fits(data):
+        if scan is not None and folders.are_files(data) and scan.fits(data):
             say(f"data={data} has the very files that {run} was trained on in {asked.name}, and is taken for it.")
             asked = replace(asked, name=data)
-    shown = asked.on(data, data_root, asked.download if download is None else download)
+    shown = asked.on(data, data_root, asked.download if download is None else download, labels)
     own = places.same(shown.name, asked.name)
     if not own and (asked.cut or (scan is not None and scan.bad)):
         say(f"data={shown.name} is not what {run} was trained on: no long tail, indices or skipped files are left out.")
@@ -238,15 +266,10 @@ def load_for_run(
         if asked.cut:  # positions in it mean other images now
             raise ValueError(f"{changed}, and only a part of those was used. Put them back as they were.")
         say(f"{changed}.")
-    without = scan.left_out if own and scan is not None else ()
-    images = load_for(shown, trained.seed, without=without, whole=whole)
+    images = load_for(shown, trained.seed, without=left_out(scans) if own else without, whole=whole)
+    if not own:  # the network knows colours as it was shown them
+        images = replace(images, normalize=normalize_of(asked.name))
     return Shown(replace(trained, data=shown), images, own)
-
-
-@functools.cache
-def say(line: str) -> None:
-    """Prints a line for the user, once, however often the data is loaded."""
-    print(f"dystress: {line}", file=sys.stderr)
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -271,7 +294,7 @@ def _digits(_root: str, _download: bool) -> Data:
         train=images.subset(train),
         test=images.subset(test),
         image_size=8,
-        normalize={"mean": [0.3] * 3, "std": [0.37] * 3},
+        normalize=NORMALIZE["digits"],
         # A mirrored or strongly cropped digit is another digit, and there is no colour.
         augmentation={"min_scale": 0.5, "grayscale": 0.0, "flip": 0.0, "rotate": 15.0},
         classes=tuple("0123456789"),
@@ -294,7 +317,7 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
             train=train,
             test=test,
             image_size=32,
-            normalize={"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]},
+            normalize=NORMALIZE["cifar10"],
             augmentation={},
             classes=tuple(halves[0].classes),
         )
@@ -305,46 +328,56 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
 BUILTIN = {"cifar10": _cifar("CIFAR10"), "cifar100": _cifar("CIFAR100"), "digits": _digits}
 
 
-def is_folder(name: str) -> bool:
-    """Whether a data set is a folder of images, and not one with a name of its own."""
-    return name not in places.NAMED and Path(name).is_dir()
+def normalize_of(name: str) -> dict[str, list[float]]:
+    """`mean` and `std` of the colour channels by which a data set is normalised."""
+    found: dict[str, list[float]] = NORMALIZE.get(name, IMAGENET_NORMALIZE)
+    return found
 
 
-def _folder(path: Path, without: Collection[str]) -> Data:
-    if not path.is_dir():
-        raise ValueError(f"data={path} is neither a folder nor one of {', '.join(BUILTIN)}.")
-    layout = folders.read(path)
-    without = {str(path / name) for name in without}
-    images, classes = _image_folder(layout.train, without)
-    if layout.held_out is not None:
-        train = images
-        test, test_classes = _image_folder(layout.held_out, without)
-        if classes != test_classes:
+def _folder(name: str, labels: bool | None, without: Collection[str]) -> tuple[Data, set[str]]:
+    """What a folder has, and the files in it that are to be left out."""
+    if not places.there(name):
+        raise ValueError(f"data={name} is neither a folder nor one of {', '.join(BUILTIN)}.")
+    layout = folders.read(name, labels)
+    bad = {str(layout.folder / each) for each in without}
+    found = [_image_folder(part, layout, bad) for part in layout.parts]
+    folders.say(layout)
+    if not layout.labelled:
+        files = np.unique(np.concatenate([images.source for images, _ in found]))
+        if not len(files):
+            raise ValueError(f"data={name} has no images that Pillow can read.")
+        images = Images(files, np.zeros(len(files), dtype=np.int64))
+        return Data(images, images, 224, IMAGENET_NORMALIZE, {}, ()), bad
+    (train, classes), *others = found
+    for test, its in others:
+        if classes != its:
             raise ValueError(
-                f"{layout.train} and {layout.held_out} have different class folders: "
-                f"{', '.join(sorted(set(classes) ^ set(test_classes)))} only in one of them."
+                f"{layout.train[0]} and {layout.held_out} have different class folders: "
+                f"{', '.join(sorted(set(classes) ^ set(its)))} only in one of them."
             )
-        say(str(layout))
-    else:
-        train_positions, test_positions = split(images.labels)
-        train, test = images.subset(train_positions), images.subset(test_positions)
-    return Data(train, test, 224, IMAGENET_NORMALIZE, {}, tuple(classes))
+        return Data(train, test, 224, IMAGENET_NORMALIZE, {}, classes), bad
+    kept, held_out = split(train.labels)
+    return Data(train.subset(kept), train.subset(held_out), 224, IMAGENET_NORMALIZE, {}, classes), bad
 
 
-def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[str]]:
-    """What torchvision's ImageFolder finds, without hidden folders, and the names of the classes."""
-    listed, faults = folders.class_files(path)
+def _image_folder(path: Path, layout: folders.Layout, without: Collection[str]) -> tuple[Images, tuple[str, ...]]:
+    """What torchvision's ImageFolder finds, without hidden folders, and the names of the classes; or all images."""
+    listed, faults = layout.listed[path]
     if place := next((place for place in faults if place not in without), None):
         raise ValueError(f"{place} cannot be listed: {faults[place]}. Fix or remove it.")
-    found = {name: list(filter(folders.named_as_image, files)) for name, files in listed.items()}
+    found = {name: list(filter(pictures.is_picture, files)) for name, files in listed.items()}
+    if not layout.labelled:
+        names = np.asarray([file for its in found.values() for file in its], dtype=np.str_)
+        return Images(names, np.zeros(len(names), dtype=np.int64)), ()
+    found.pop("", None)
     if not found or not all(found.values()):
         empty = ", ".join(name for name, files in found.items() if not files)
         reason = f"no images in {empty}; remove what is no class" if empty else "it has no class folders"
         raise ValueError(
-            f"{path} is no readable folder of class folders with images: {reason}. Names of images end in "
-            f"{', '.join(IMG_EXTENSIONS)}."
+            f"{path} is no readable folder of class folders with images: {reason}. labels=false takes all images in it "
+            "without labels."
         )
-    classes = list(found)
+    classes = tuple(found)
     if len(classes) < 2:
         raise ValueError(
             f"{path} has the single class '{classes[0]}'; accuracies need at least two. If the classes are in there, "
@@ -355,6 +388,13 @@ def _image_folder(path: Path, without: Collection[str]) -> tuple[Images, list[st
     return Images(files, labels), classes
 
 
+def _unlabelled(images: Images, data: Data) -> Data:
+    """Images without their labels; what is measured is of some of them."""
+    images = Images(images.source, np.zeros_like(images.labels))
+    some = np.sort(np.random.default_rng(0).permutation(len(images.labels))[:RANKED])
+    return replace(data, train=images, test=images.subset(some), classes=())
+
+
 def _usable(images: Images, without: Collection[str], data: Data) -> Images:
     """Images but those left out; a ValueError for a class of which nothing, or nothing readable, is left."""
     kept = images.subset(np.flatnonzero(~np.isin(images.source, list(without)))) if without else images
@@ -362,6 +402,8 @@ def _usable(images: Images, without: Collection[str], data: Data) -> Images:
         positions = np.flatnonzero(kept.labels == label)
         if not len(positions):
             folder = Path(images.source[np.argmax(images.labels == label)]).parent
+            if not data.classes:
+                raise ValueError(f"None of the images in {folder} can be used. Fix them.")
             raise ValueError(
                 f"Class '{data.classes[label]}' has no image left: none of those in {folder} can be used. "
                 "Fix them, or remove the folder."

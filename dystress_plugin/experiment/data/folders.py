@@ -1,17 +1,19 @@
-"""Folders of images: which of their folders are splits, which are classes, and when two names mean the same one."""
+"""Folders of images: which of their folders are splits, which are classes, and which are neither."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from dystress_plugin.experiment import places
 from dystress_plugin.experiment.io import pictures
-from dystress_plugin.experiment.places import same
 
 SPLITS = {
     "train": ("train", "training", "trn", "trainval"),
@@ -45,49 +47,101 @@ TRACES: tuple[tuple[str, frozenset[str]], ...] = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a folder of images is read.
+    """How the images are read that a value of `data` names.
 
     Attributes:
-        folder: the whole.
-        train: folder of class folders to train on.
-        held_out: folder of class folders to measure accuracies on; None: a part of `train`.
+        name: that value.
+        folder: what everything lies in.
+        train: what is trained on: a folder of class folders, or folders and files of images without labels.
+        held_out: folder of class folders to measure accuracies on; None: a part of `train`, or nothing.
         unused: names of the other folders beside the two.
+        labelled: whether class folders are labels.
     """
 
+    name: str
     folder: Path
-    train: Path
+    train: tuple[Path, ...]
     held_out: Path | None = None
     unused: tuple[str, ...] = ()
+    labelled: bool = True
 
     @property
     def parts(self) -> tuple[Path, ...]:
         """`train`, and `held_out` if there is one."""
-        return (self.train,) if self.held_out is None else (self.train, self.held_out)
+        return self.train if self.held_out is None else (*self.train, self.held_out)
 
     @property
     def splits(self) -> list[str]:
-        """The parts as paths below the folder; none where it has class folders itself."""
+        """The parts as paths below the folder; none where it has class folders itself, or none."""
         return [] if self.held_out is None else [part.relative_to(self.folder).as_posix() for part in self.parts]
 
+    @property
+    def read_as(self) -> str:
+        """What it was taken for."""
+        return ", ".join(self.splits) or ("class folders" if self.labelled else "images without labels")
+
+    @cached_property
+    def listed(self) -> dict[Path, tuple[dict[str, list[str]], dict[str, str]]]:
+        """`class_files` of each part."""
+        return {part: class_files(part) for part in self.parts}
+
     def __str__(self) -> str:
-        """In a line, for the terminal."""
-        if self.held_out is None:
-            return f"data={self.folder} has class folders."
-        unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return f"data={self.folder}: trained on {self.splits[0]}, accuracies on {self.splits[1]}{unused}."
+        """In a line, for the terminal: how it was read, and what was left out."""
+        found = [(name, file) for files, _ in self.listed.values() for name in files for file in files[name]]
+        if self.held_out is not None:
+            told = f"trained on {self.splits[0]}, accuracies on {self.splits[1]}"
+        elif self.labelled:
+            classes = len({name for name, _ in found} - {""})
+            told = f"{classes} class folders, of which a quarter of every class is held out for accuracies"
+        else:
+            images = sum(pictures.is_picture(file) for _, file in found)
+            told = (
+                f"{images:,} images without labels, none held out; no accuracies but of val=FOLDER with class folders"
+            )
+        if self.unused:
+            told += f"; not used: {', '.join(self.unused)}"
+        loose = [os.path.basename(file) for name, file in found if not name and pictures.is_picture(file)]
+        if self.labelled and loose:
+            told += f"; not used, as they lie beside class folders: {_listed(loose)}"
+        others = Counter(os.path.splitext(file)[1].lower() for _, file in found if _is_other(file))
+        if others:
+            told += "; no images: " + ", ".join(f"{n} {end or 'without an ending'}" for end, n in others.most_common(5))
+        return f"data={self.name}: {told}."
 
 
-def read(folder: Path) -> Layout:
-    """How a folder is laid out: class folders, or splits (in any spelling of `SPLITS`) with class folders.
+def read(data: str | Path, labels: bool | None = None) -> Layout:
+    """How images are laid out: class folders, splits (in any spelling of `SPLITS`) with class folders, or no classes.
+
+    Args:
+        data: a folder, or a list of folders or a pattern, whose images have no labels.
+        labels: whether class folders are labels; None: where there are two or more.
 
     Raises:
         ValueError: for a folder that cannot be read, or in two ways, that has splits without class folders or nothing
             to train on, or that a command wrote results to.
     """
     try:
-        return _read(folder)
+        found = [Path(path) for source in places.sources(str(data)) for path in places.matches(source)]
+        if not places.there(data):
+            raise ValueError(f"data={data} names what is not there.")
+        if len(found) == 1 and found[0].is_dir():
+            return _read(found[0], str(data), labels)
+        if labels:
+            raise ValueError(f"data={data} has no labels: labels=true needs one folder of class folders.")
+        return _read_several(found, str(data))
     except OSError as error:
-        raise ValueError(f"data={folder} cannot be read: {error}") from None
+        raise ValueError(f"data={data} cannot be read: {error}") from None
+
+
+def are_files(name: str) -> bool:
+    """Whether a value of `data` names images in files that are there, and not a data set with a name of its own."""
+    return name not in places.NAMED and places.there(name)
+
+
+@functools.cache
+def say(line: object) -> None:
+    """Prints a line for the user, once, however often the data is loaded."""
+    print(f"dystress: {line}", file=sys.stderr)
 
 
 def visible(folder: Path) -> list[str]:
@@ -95,32 +149,32 @@ def visible(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if os.path.isdir(folder / name) and not _hidden(name))
 
 
-def named_as_image(file: str) -> bool:
-    """Whether a name ends like that of an image, in either case."""
-    return file.lower().endswith(IMG_EXTENSIONS)
-
-
 def class_files(part: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The files of every class folder, in the order of torchvision's ImageFolder; and what cannot be listed, with why.
+
+    Those that lie in none, hidden ones left out, are in the class "". A file instead of a folder is one of them.
 
     Raises:
         ValueError: for a folder that cannot be listed itself, or with one below that a command wrote results to or that
             is divided into splits.
     """
     top = str(part)
+    if os.path.isfile(top):
+        return {"": [top]}, {}
     places, faults = _walk(top)
     if top in faults:
         raise ValueError(f"{top} is no readable folder of class folders with images: {faults[top]}")
     found: dict[str, list[str]] = {}
     for folder, names in places:
-        if folder != top:
-            of_class = found.setdefault(os.path.relpath(folder, top).split(os.sep)[0], [])
-            of_class += [str(Path(folder, name)) for name in names]
-            continue
-        for file in [os.path.join(top, name) for name in names if not name.startswith(".")]:
-            if not os.path.exists(file):  # it may stand for a class, which would be missed
-                faults[file] = state(file)
-    return dict(sorted(found.items())), {str(Path(place)): why for place, why in faults.items()}
+        name = "" if folder == top else os.path.relpath(folder, top).split(os.sep)[0]
+        of_class = [str(Path(folder, file)) for file in names if name or not file.startswith(".")]
+        if name or of_class:
+            found.setdefault(name, []).extend(of_class)
+    # What lies beside class folders and is not there may stand for a class, which would be missed.
+    lost = {file: state(file) for file in found.get("", []) if not os.path.exists(file)}
+    if lost:
+        found[""] = [file for file in found[""] if file not in lost]
+    return dict(sorted(found.items())), {str(Path(place)): why for place, why in (faults | lost).items()}
 
 
 def state(file: str) -> str:
@@ -132,22 +186,81 @@ def state(file: str) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _read(folder: Path) -> Layout:
-    if (writer := _writer(os.listdir(folder))) and writer != "`dystress long-tail`":
-        raise ValueError(f"data={folder} holds results of {writer}, no images to train on. Choose another data.")
+def _is_other(file: str) -> bool:
+    """Whether a file is no image, and none that a system hides."""
+    return not os.path.basename(file).startswith(".") and not pictures.is_picture(file)
+
+
+def _read(folder: Path, name: str, labels: bool | None) -> Layout:
+    _check_no_results(folder)
     names = visible(folder)
     roles = _roles(names)
     if not roles:
-        return Layout(folder, folder)
+        layout = Layout(name, folder, (folder,))
+        labelled = _has_classes(folder, *layout.listed[folder]) if labels is None else labels
+        return layout if labelled else Layout(name, folder, (folder,), labelled=False)
     _check_roles(folder, names, roles)
+    if labels is False:
+        part = roles["train"][0]
+        rest = tuple(other for other in names if other != part)
+        return Layout(name, folder, (folder / part,), unused=rest, labelled=False)
     held_out = roles[next(split for split in HELD_OUT if split in roles)][0]
     chosen = (roles["train"][0], held_out)
-    train, test = (_class_folders_of(folder, name) for name in chosen)
-    if same(train, test):
+    train, test = (_class_folders_of(folder, part) for part in chosen)
+    if places.same(train, test):
         raise ValueError(
             f"data={folder} has the same images in {chosen[0]} and {chosen[1]}: one is a link to the other."
         )
-    return Layout(folder, train, test, tuple(name for name in names if name not in chosen))
+    return Layout(name, folder, (train,), test, tuple(other for other in names if other not in chosen))
+
+
+def _read_several(found: Sequence[Path], name: str) -> Layout:
+    """Folders and files without labels; what lies in another folder of them is there once."""
+    real = {Path(os.path.realpath(path)): path.absolute() for path in found}
+    chosen = tuple(path for place, path in real.items() if real.keys().isdisjoint(place.parents))
+    for folder in (path for path in chosen if path.is_dir()):
+        _check_no_results(folder)
+        if _complete(roles := _roles(visible(folder))):
+            raise ValueError(
+                f"data={name} names {folder}, which has the splits {_listed(sorted(roles))}; all would be trained on. "
+                f"Name the one to train on, such as {folder / roles['train'][0]}"
+            )
+    around = os.path.commonpath([path if path.is_dir() else path.parent for path in chosen])
+    return Layout(name, Path(around), chosen, labelled=False)
+
+
+def _check_no_results(folder: Path) -> None:
+    if (writer := _writer(os.listdir(folder))) and writer != "`dystress long-tail`":
+        raise ValueError(f"data={folder} holds results of {writer}, no images to train on. Choose another data.")
+
+
+def _has_classes(folder: Path, found: dict[str, list[str]], faults: dict[str, str]) -> bool:
+    """Whether the folders in a folder are classes: where two or more have images, or may have some.
+
+    Raises:
+        ValueError: where most images are in none of them, or a single one has folders of images itself.
+    """
+    loose = sum(map(pictures.is_picture, found.get("", [])))
+    full = [name for name, files in found.items() if name and any(map(pictures.is_picture, files))]
+    if not full:
+        return not loose
+    missed = [place for place in faults if Path(place).parent == folder]
+    if len(full) > 1:
+        inside = sum(pictures.is_picture(file) for name in full for file in found[name])
+        if loose >= inside:
+            raise ValueError(
+                f"data={folder} is ambiguous: {loose} images lie beside the folders {_listed(full)}, which have "
+                f"{inside}. labels=true takes those folders as classes and nothing else, labels=false all as images "
+                "without labels."
+            )
+        return True
+    inner = {Path(file).relative_to(folder / full[0]).parts[0] for file in found[full[0]] if pictures.is_picture(file)}
+    if not loose and sum((folder / full[0] / name).is_dir() for name in inner) > 1:
+        raise ValueError(
+            f"{folder} has the single class '{full[0]}'; accuracies need at least two, labels=false needs none. If "
+            f"the classes are in there, give data={folder / full[0]}"
+        )
+    return not loose and bool(missed or len(found) > 1)
 
 
 def _hidden(name: str) -> bool:
@@ -274,7 +387,7 @@ def _class_folders_of(folder: Path, name: str) -> Path:
     if not inner:
         raise ValueError(
             f"data={folder} has splits, but {place} has no class folders, and accuracies need classes. Sort its images "
-            f"into class folders, or give as data a folder that has them; if '{name}' is a class, {_rename([name])}."
+            f"into class folders, or do without by labels=false; if '{name}' is a class, {_rename([name])}."
         )
     return place
 

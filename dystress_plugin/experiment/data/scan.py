@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dystress_plugin.experiment.data import folders
-from dystress_plugin.experiment.data.folders import named_as_image
 from dystress_plugin.experiment.io import files, pictures
+from dystress_plugin.experiment.settings import PretrainSettings
 
-RECORD = "images.json"
+RECORDS = {"data": "images.json", "val": "val_images.json"}  # of the images that a setting names
 
 SHOWN = 5  # bad files on the terminal; the record has all
 
@@ -28,7 +28,7 @@ class Scan:
     """What a scan found, as `images.json` holds it.
 
     Attributes:
-        folder: the image folder.
+        folder: the value of `data` that names the images.
         good: number of files that can be used.
         bad: path below the folder → why it cannot be used.
         names: digest of the paths of the good files.
@@ -36,6 +36,7 @@ class Scan:
             decoded again.
         splits: paths of the folders below that are trained on and held out; none where there are class folders; None
             in a file of version 0.1.0, which knew `train` with `val` or `test` alone.
+        labelled: whether class folders are labels.
     """
 
     folder: str
@@ -44,136 +45,198 @@ class Scan:
     names: str = ""
     state: str = ""
     splits: list[str] | None = None
+    labelled: bool = True
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Paths of the bad files below the folder."""
+        """Paths of the bad files below the folder that all lie in."""
         return frozenset(self.bad)
 
     def fits(self, folder: str) -> bool:
         """Whether a folder, here or moved, still has the files that can be used, read in the same way."""
-        layout = folders.read(Path(folder))
-        good = [name for name in _files(layout)[0] if named_as_image(name) and name not in self.bad]
-        return self.names == _digest(good) and self.splits_fit(layout)
+        layout = folders.read(folder, self.labelled)
+        return self.names == _digest(_good(layout, _files(layout)[0], self.bad)) and self.reads(layout)
 
-    def splits_fit(self, layout: folders.Layout) -> bool:
-        """Whether the same folders as now were trained on and held out."""
+    def reads(self, layout: folders.Layout) -> bool:
+        """Whether the same folders as now were trained on and held out, with labels or without."""
         before = self.splits
         if before is None:
             held_out = [name for name in ("val", "test") if (layout.folder / name).is_dir()]
             before = ["train", held_out[0]] if held_out and (layout.folder / "train").is_dir() else []
-        return before == layout.splits
+        return (before, self.labelled) == (layout.splits, layout.labelled)
 
-    def write(self, out: Path) -> None:
-        """Keeps it in the folder of a run."""
-        files.write_text(out / RECORD, json.dumps(asdict(self), indent=2) + "\n")
+    def write(self, record: Path) -> None:
+        """Keeps it in a file, in the folder of a run one of `RECORDS`."""
+        files.write_text(record, json.dumps(asdict(self), indent=2) + "\n")
 
 
-def read(out: Path) -> Scan | None:
+def read(out: Path, key: str = "data") -> Scan | None:
     """The scan that is kept in a run's folder, None if there is none.
 
     Raises:
         ValueError: for a file that holds something else.
     """
-    if not (out / RECORD).exists():
+    record = out / RECORDS[key]
+    if not record.exists():
         return None
-    content = files.read_json(out / RECORD)
+    content = files.read_json(record)
     try:
         return Scan(**content)
     except TypeError as error:
-        raise ValueError(f"{out / RECORD} holds no list of images: {error}. Delete it, and it is made anew.") from None
+        raise ValueError(f"{record} holds no list of images: {error}. Delete it, and it is made anew.") from None
 
 
-def scan_folder(folder: str, out: Path, *, on_bad_image: str, num_workers: int, progress: bool) -> Scan:
+def read_all(out: Path) -> dict[str, Scan]:
+    """`read` for every setting that names images."""
+    return {key: found for key in RECORDS if (found := read(out, key)) is not None}
+
+
+def write_all(scans: Mapping[str, Scan], out: Path) -> None:
+    """Keeps scans in the folder of a run."""
+    for key, scan in scans.items():
+        scan.write(out / RECORDS[key])
+
+
+def left_out(scans: Mapping[str, Scan]) -> dict[str, frozenset[str]]:
+    """The files that scans leave out, by the setting that names the images."""
+    return {key: scan.left_out for key, scan in scans.items()}
+
+
+def scan_images(settings: PretrainSettings, out: Path) -> dict[str, Scan]:
+    """What `scan_folder` finds in the images that settings name, by the setting; nothing where they are no files."""
+    how = {name: getattr(settings, name) for name in ("on_bad_image", "num_workers", "progress")}
+    labels = {"data": settings.labels, "val": True}
+    named = {key: getattr(settings, key) for key in RECORDS}
+    return {
+        key: scan_folder(name, out, key=key, labels=labels[key], **how)
+        for key, name in named.items()
+        if name is not None and folders.are_files(name)
+    }
+
+
+def scan_folder(
+    folder: str,
+    out: Path,
+    *,
+    on_bad_image: str,
+    num_workers: int,
+    progress: bool,
+    key: str = "data",
+    labels: bool | None = None,
+) -> Scan:
     """Decodes every file that training would, unless the run's folder says that it has been done.
 
     Args:
-        folder: class folders, or splits with class folders.
+        folder: what names the images, as for `folders.read`.
         out: folder of the run, which need not exist.
         on_bad_image: "stop" or "skip".
         num_workers: processes that decode; 0 decodes in this one.
         progress: show a bar.
+        key: the setting that `folder` is the value of.
+        labels: as for `folders.read`.
 
     Raises:
         ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
             are not those the run began with, or read in another way; as `folders.read`.
     """
-    layout = folders.read(Path(folder))
+    layout = folders.read(folder, labels)
+    folders.say(layout)
     states, unlisted = _files(layout)
     state = _digest(f"{name} {value}" for name, value in (states | unlisted).items())
-    before = read(out)
+    before = read(out, key)
     begun = before if (out / "config.yaml").exists() else None
-    if begun is not None and not begun.splits_fit(layout):
+    if begun is not None and not begun.reads(layout):
         then = ", ".join(begun.splits or []) or "otherwise, by version 0.1.0 or before folders were added"
         raise ValueError(
-            f"data={folder} is read as {', '.join(layout.splits) or 'class folders'}, but was read as {then} when this "
-            "run began. Choose another out."
+            f"{key}={folder} is read as {layout.read_as}, but was read as {then} when this run began. Choose another "
+            "out."
         )
     if before is not None and before.state == state:
-        scan = replace(before, folder=folder, splits=layout.splits)  # wherever it is now
+        scan = replace(before, folder=folder, splits=layout.splits, labelled=layout.labelled)  # wherever it is now
     else:
-        bad = unlisted | _bad(folder, list(states), num_workers, progress)
-        good = [name for name in states if name not in bad and named_as_image(name)]
-        scan = Scan(folder, len(good), bad, _digest(good), state, layout.splits)
+        bad = unlisted | _bad(layout, list(states), num_workers, progress)
+        good = _good(layout, states, bad)
+        scan = Scan(folder, len(good), bad, _digest(good), state, layout.splits, layout.labelled)
         if begun is not None and begun.names != scan.names:
             raise ValueError(
-                f"data={folder} has other images than this run began with: {scan.good} that can be used now, "
+                f"{key}={folder} has other images than this run began with: {scan.good} that can be used now, "
                 f"{begun.good} then. Put them back as they were, or choose another out."
             )
     if scan.bad:
-        _report(scan, out, on_bad_image)
+        _report(scan, out / RECORDS[key], on_bad_image)
     return scan
 
 
+def bad_files(data: str, labels: bool | None, *, on_bad_image: str, num_workers: int, progress: bool) -> frozenset[str]:
+    """What `scan_folder` would leave out of images that no run is of, of which nothing is kept.
+
+    Raises:
+        ValueError: with "stop" for files that cannot be used; as `folders.read`.
+    """
+    layout = folders.read(data, labels)
+    folders.say(layout)
+    states, unlisted = _files(layout)
+    bad = unlisted | _bad(layout, list(states), num_workers, progress)
+    if bad:
+        _report(Scan(data, len(_good(layout, states, bad)), bad), None, on_bad_image)
+    return frozenset(bad)
+
+
 def fault(file: str) -> str | None:
-    """Why a file cannot be used, None if it can or does not pretend to be an image."""
-    named = named_as_image(file)
+    """Why a file cannot be used, None if it can or is no image."""
     try:
         with pictures.opened(file) as picture:
-            if not named:
-                return f"a {picture.format} image whose name does not end like one"
             picture.verify()
         pictures.decode(file)  # anew: verify leaves nothing to load
     except Exception as error:  # as in pictures.read
         # What is not there may stand for a folder of images, whatever its name; and only an image is a bomb.
-        told = named or isinstance(error, pictures.BOMBS) or not os.path.exists(file)
+        told = isinstance(error, pictures.BOMBS) or not os.path.exists(file) or pictures.is_picture(file)
         return pictures.reason(error) if told else None
     return None
 
 
-class _Faults(Dataset[tuple[str, str]]):
-    """(name, fault or nothing) of every file, so that a loader's workers share the decoding."""
+def _good(layout: folders.Layout, names: Iterable[str], bad: Mapping[str, str]) -> list[str]:
+    return [name for name in names if name not in bad and pictures.is_picture(os.path.join(layout.folder, name))]
 
-    def __init__(self, folder: str, names: Sequence[str]) -> None:
+
+class _Faults(Dataset[tuple[str, str, bool]]):
+    """(name, fault or nothing, whether it has frames) of every file, so that a loader's workers share the decoding."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder = folder
         self.names = names
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, i: int) -> tuple[str, str]:
-        return self.names[i], fault(os.path.join(self.folder, self.names[i])) or ""
+    def __getitem__(self, i: int) -> tuple[str, str, bool]:
+        file = os.path.join(self.folder, self.names[i])
+        reason = fault(file) or ""
+        return self.names[i], reason, not reason and pictures.is_picture(file) and pictures.has_frames(file)
 
 
-def _bad(folder: str, names: Sequence[str], num_workers: int, progress: bool) -> dict[str, str]:
-    loader: DataLoader[tuple[str, str]] = DataLoader(
-        _Faults(folder, names), batch_size=64, num_workers=num_workers, collate_fn=list
+def _bad(layout: folders.Layout, names: Sequence[str], num_workers: int, progress: bool) -> dict[str, str]:
+    loader: DataLoader[tuple[str, str, bool]] = DataLoader(
+        _Faults(layout.folder, names), batch_size=64, num_workers=num_workers, collate_fn=list
     )
     bar = tqdm(loader, "checking the images", unit="batch", disable=not progress, leave=False)
-    return {name: reason for batch in bar for name, reason in batch if reason}
+    found = [each for batch in bar for each in batch]
+    if frames := [name for name, _, several in found if several]:
+        folders.say(
+            f"{len(frames)} files in {layout.name} have several frames, such as {frames[0]}: the first is used."
+        )
+    return {name: reason for name, reason, _ in found if reason}
 
 
 def _files(layout: folders.Layout) -> tuple[dict[str, str], dict[str, str]]:
-    """Path below the folder → state of every file in its class folders, in a fixed order; → why for what cannot be
-    listed. Hidden files only if named like images, as torchvision takes those.
-    """
+    """Path below the folder → state of every file that is read, in a fixed order; → why for what cannot be listed."""
     states: dict[str, str] = {}
     unlisted: dict[str, str] = {}
     for part in layout.parts:
-        found, faults = folders.class_files(part)
+        found, faults = layout.listed[part]
         unlisted |= {os.path.relpath(place, layout.folder): why for place, why in faults.items()}
-        for file in chain.from_iterable(found.values()):
-            if named_as_image(file) or not os.path.basename(file).startswith("."):
+        for file in chain.from_iterable(found[name] for name in found if name or not layout.labelled):
+            if pictures.is_picture(file) or not os.path.basename(file).startswith("."):
                 states[os.path.relpath(file, layout.folder)] = folders.state(file)
     return states, unlisted
 
@@ -185,15 +248,16 @@ def _digest(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _report(scan: Scan, out: Path, on_bad_image: str) -> None:
+def _report(scan: Scan, record: Path | None, on_bad_image: str) -> None:
+    """Says which files cannot be used; with "stop" as a ValueError, after they were all listed in the record."""
     some = "".join(f"\n  {name}: {reason}" for name, reason in list(scan.bad.items())[:SHOWN])
     more = f"\n  and {len(scan.bad) - SHOWN} more" if len(scan.bad) > SHOWN else ""
     which = f"{len(scan.bad)} of {scan.good + len(scan.bad)} files in {scan.folder} cannot be used"
+    listed = f"{'' if record is None else f', all of them listed in {record}'}:{some}{more}"
     if on_bad_image == "stop":
-        out.mkdir(parents=True, exist_ok=True)
-        replace(scan, state="").write(out)  # not to be believed again: what was wrong may be fixed with the same state
-        raise ValueError(
-            f"{which}, all of them listed in {out / RECORD}:{some}{more}\n"
-            "Fix or remove them, or leave them out with on_bad_image=skip."
-        )
-    print(f"dystress: {which} and are left out, all of them listed in {out / RECORD}:{some}{more}", file=sys.stderr)
+        if record is not None:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            # Not to be believed again: what was wrong may be fixed with the same state.
+            replace(scan, state="").write(record)
+        raise ValueError(f"{which}{listed}\nFix or remove them, or leave them out with on_bad_image=skip.")
+    print(f"dystress: {which} and are left out{listed}", file=sys.stderr)

@@ -27,6 +27,18 @@ COUNT_GROUPS = (("over 100 images", 101, None), ("20 to 100 images", 20, 100), (
 KNOWN = "weighted_knn, knn_K, linear, few_shot_N (images of each class) and few_shot_Npct, with K and N at least 1"
 
 
+# What stands for accuracies where images have no labels, by its name in a summary: title, and how it is measured.
+UNLABELLED = {
+    "effective_rank": (
+        "effective rank",
+        "RankMe, the exponential of the entropy of the singular values, of the features of up to 4096 training images.",
+    ),
+    "loss": ("loss", "Mean over the last epoch, in nats; of different temperatures it is on different scales."),
+    "alignment": ("alignment", "Mean cosine of two views of an image in the last epoch."),
+    "uniformity": ("uniformity", "log mean exp(-2 |z_i - z_j|^2) in the last epoch; lower is more uniform."),
+}
+
+
 @dataclass(frozen=True)
 class Features:
     """What a frozen backbone makes of a data set, in float32 on the CPU.

@@ -26,6 +26,7 @@ from dystress_plugin.experiment.io.config import comparable, read_config
 from dystress_plugin.experiment.io.files import write_table
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.spec import EvaluationSpec, RunSpec
+from dystress_plugin.metrics import effective_rank
 
 TABLE, MAP = "protocols.csv", "map.csv"
 
@@ -39,7 +40,7 @@ UNTRAINED_FILES = (UNTRAINED_TOP1, UNTRAINED_TABLE, f"{UNTRAINED}{MAP}")
 
 # The settings that the scores of the untrained backbone depend on.
 OF_THE_START = (
-    *("data", "long_tail", "long_tail_profile", "indices", "on_bad_image"),
+    *("data", "labels", "val", "long_tail", "long_tail_profile", "indices", "on_bad_image"),
     *("seed", "backbone", "image_size", "knn_k", "knn_t"),
 )
 
@@ -93,7 +94,8 @@ class Scores:
     """What one extraction of features gives.
 
     Attributes:
-        top1: `knn_top1`, by the weighted kNN with the run's own settings, and `linear_top1`, as in a summary.
+        top1: `knn_top1`, by the weighted kNN with the run's own settings, and `linear_top1`, as in a summary; without
+            labels `effective_rank`.
         by_protocol: the scores by the protocols that were asked for.
         map: the lines of a map; None where none was asked for.
     """
@@ -136,6 +138,9 @@ def _start(settings: RunSpec) -> dict[str, Any]:
 
 def score_features(features: Features, spec: EvaluationSpec) -> Scores:
     """Scores by the protocols and those of a summary, each computed once."""
+    if not features.classes:
+        top1 = {"effective_rank": float(effective_rank(features.test))}
+        return Scores(top1, [], _map(features) if spec.map else None)
     own = weighted_knn(spec.knn_k, spec.knn_t)
     wanted = {each.name: each for each in (own, protocol("linear"), *map(protocol, spec.protocols))}
     found = score(features, wanted.values())
@@ -192,13 +197,16 @@ def features_of(
         views = Views(images, transform)
         return extract(backbone, DataLoader(views, spec.data.batch_size, num_workers=spec.data.num_workers), device)
 
-    train = of(data.train)
-    return Features(*train, *of(data.test), *(train if pool is None else of(pool)), data.classes)
+    shown = data.evaluated
+    test = of(shown.test)
+    train = of(shown.train) if shown.classes else test
+    return Features(*train, *test, *(train if pool is None else of(pool)), shown.classes)
 
 
 def pool_for(spec: RunSpec, names: Iterable[str], load: Callable[[], Data]) -> Images | None:
     """The training images that a part of was cut from, by `load`, where one of the protocols draws from them."""
-    return load().train if spec.data.cut and any(protocol(name).few_labels for name in names) else None
+    cut = spec.data.cut and spec.data.val is None
+    return load().train if cut and any(protocol(name).few_labels for name in names) else None
 
 
 def score_run(run: Path, names: Sequence[str], *, with_map: bool = False) -> list[Score]:
@@ -252,8 +260,16 @@ def is_scored(run: Path, names: Iterable[str], with_map: bool) -> bool:
     return not _missing(run, "", names, with_map)
 
 
+def is_labelled(run: Path) -> bool:
+    """Whether a finished run has accuracies."""
+    summary = run / "summary.json"
+    return not summary.exists() or "effective_rank" not in files.read_json(summary)
+
+
 def _missing(run: Path, prefix: str, names: Iterable[str], with_map: bool) -> list[str]:
     """The protocols and, by its file's name, the map that a folder lacks or that are older than the backbone."""
+    if not is_labelled(run):
+        names = ()
     table, map_ = run / f"{prefix}{TABLE}", run / f"{prefix}{MAP}"
     there = {each.protocol for each in read(table)} if _current(table, prefix) else set()
     missing = [name for name in names if name not in there]
@@ -268,7 +284,7 @@ def _complete(run: Path, prefix: str, names: Sequence[str], with_map: bool) -> l
         with alone(run, wait=True):
             if missing := _missing(run, prefix, names, with_map):  # another report may have scored it meanwhile
                 _add(run, prefix, missing)
-    found = read(table) if names else []
+    found = read(table) if names and is_labelled(run) else []
     return [each for name in names for each in found if each.protocol == name]
 
 
@@ -309,6 +325,6 @@ def _map(features: Features) -> list[dict[str, Any]]:
     places = TSNE(perplexity=min(30.0, (len(units) - 1) / 3), init="pca", random_state=0).fit_transform(units)
     labels = features.labels[torch.from_numpy(chosen)].tolist()
     return [
-        {"x": x, "y": y, "class": c, "name": features.classes[c]}
+        {"x": x, "y": y, "class": c, "name": features.classes[c] if features.classes else "no label"}
         for (x, y), c in zip(places.tolist(), labels, strict=True)
     ]

@@ -27,15 +27,14 @@ def comparable(spec: RunSpec) -> dict[str, Any]:
     values = spec.flat()
     for key in ("out", "data_root", "download", "protocols", "map", "arm", "family"):
         del values[key]
-    indices = None if spec.data.indices is None else places.place(spec.data.indices)
-    return values | {"data": places.place(spec.data.name), "indices": indices}
+    return values | {key: values[key] and places.place(values[key]) for key in ("data", "val", "indices")}
 
 
 def recorded(spec: RunSpec) -> dict[str, Any]:
     """Every setting as a plain value, as a run and its loggers keep them: paths hold from every working directory."""
     values = spec.flat()
     # Links stay in them: a disk may be exchanged under its name.
-    absolute = {key: os.path.join(os.getcwd(), path) for key, path in _paths(values).items()}
+    absolute = {key: places.each(path, _from_here) for key, path in _paths(values).items()}
     return values | absolute
 
 
@@ -52,15 +51,16 @@ def located(spec: RunSpec, run: Path, given: RunSpec | None = None) -> RunSpec:
     values, wishes = spec.flat(), {} if given is None else given.flat()
     found: dict[str, Any] = {}
     for key, path in _paths(values).items():
-        here = os.path.join(os.getcwd(), path)
+        here = places.each(path, _from_here)
         tried = [here]
-        if os.path.isabs(path) == os.path.isabs(spec.out):
-            tried.append(os.path.normpath(run.resolve() / _way(spec.out, path)))
-        if not os.path.isabs(path):
+        absolute = os.path.isabs(places.sources(path)[0])
+        if absolute == os.path.isabs(spec.out):
+            tried.append(places.each(path, lambda each: os.path.normpath(run.resolve() / _way(spec.out, each))))
+        if not absolute:
             tried.reverse()
         if (wanted := wishes.get(key)) is not None:
             tried.sort(key=lambda path: not places.same(path, wanted))
-        found[key] = next(filter(os.path.exists, tried), here)
+        found[key] = next(filter(places.there, tried), here)
     return RunSpec.of(PretrainSettings(**values | found | {"out": str(run.absolute())}))
 
 
@@ -69,6 +69,10 @@ def recorded_spec(values: dict[str, Any], run: Path, given: RunSpec) -> RunSpec:
     known = {f.name for f in fields(PretrainSettings)}
     settings = PretrainSettings(**EARLIER | {key: value for key, value in values.items() if key in known})
     return located(RunSpec.of(settings), run, given)
+
+
+def _from_here(path: str) -> str:
+    return os.path.join(os.getcwd(), os.path.expanduser(path))
 
 
 def _way(start: str, path: str) -> str:

@@ -143,6 +143,14 @@ NO_CHECKPOINT = (
 )
 
 
+def check_new(file: Path) -> None:
+    """Makes the folder of a file that is to be written; a ValueError where it is there already, or cannot be."""
+    if file.exists():
+        raise ValueError(f"out={file} exists already, and nothing is ever overwritten. Choose another out.")
+    check_place(file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def check_place(out: Path) -> None:
     """Raises a ValueError where a folder cannot be made or written to; makes none."""
     there = _existing(out)

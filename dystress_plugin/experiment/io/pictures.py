@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import warnings
@@ -18,6 +19,11 @@ BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 # 10.3 it gave PNGs of 16 bits this mode too.
 SIXTEEN_BITS_IN_I = ("PPM", "PNG")
 
+# Formats that Pillow tells from others, but reads with another program's help or not at all.
+TOLD_ALONE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+WITHOUT_FRAMES = ("MPO", "PSD")  # what Pillow calls frames there are previews and layers
+
 WHITE_IS_ZERO = 0  # of a TIFF's photometric interpretation
 
 SIGNED = 2  # of a TIFF's sample format
@@ -33,6 +39,32 @@ class BadPicture(ValueError):
 
 class _Refused(ValueError):
     """Why a file is refused that no decoder has a word against."""
+
+
+@functools.cache
+def endings() -> tuple[str, ...]:
+    """The endings of names by which Pillow knows images, such as .jpg, in lower case."""
+    found = Image.registered_extensions().items()
+    return tuple(end for end, kind in found if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/"))
+
+
+def is_picture(file: str) -> bool:
+    """Whether a file is an image, by its name or, where that says nothing, by its content; maybe a damaged one."""
+    name = os.path.basename(file).lower()
+    named = name.endswith(endings())
+    if named or name.startswith("."):  # hidden ones by name alone, as torchvision has it
+        return named
+    try:
+        with opened(file) as picture:
+            return picture.format not in TOLD_ALONE
+    except Exception:  # as in `read`
+        return False
+
+
+def has_frames(file: str) -> bool:
+    """Whether an image has several frames, of which `decode` takes the first."""
+    with opened(file) as picture:
+        return bool(getattr(picture, "is_animated", False)) and picture.format not in WITHOUT_FRAMES
 
 
 def read(file: str) -> Image.Image:

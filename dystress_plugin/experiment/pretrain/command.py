@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 import warnings
@@ -16,8 +17,8 @@ from torch.utils.data import DataLoader
 from dystress_plugin import recipes, training
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import datasets as data_module
-from dystress_plugin.experiment.data import scan
 from dystress_plugin.experiment.data.datasets import Data
+from dystress_plugin.experiment.data.scan import Scan, left_out, scan_images, write_all
 from dystress_plugin.experiment.devices import check_step, processes
 from dystress_plugin.experiment.evaluate.protocols import protocol
 from dystress_plugin.experiment.evaluate.scores import features_of, pool_for, read_untrained, score_features, score_run
@@ -72,8 +73,7 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
     training.warn_of_concerns(module.loss.temperature, spec.epochs, warnings.warn)
     if first:
         folder.begin(module)
-        if found is not None:
-            found.write(folder.path)
+        write_all(found, folder.path)
     progress.begun = True
     started = time.monotonic()
     untrained = _untrained(folder.path, module, data) if first else {}
@@ -82,15 +82,14 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
     return summarise(module, data, loaders[0], folder, untrained, started) if first else {}
 
 
-def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, scan.Scan | None]:
-    """The run that settings ask for, its data, and what was found in a folder of images.
+def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, dict[str, Scan]]:
+    """The run that settings ask for, its data, and what was found in folders of images.
 
     Raises:
         ValueError: for data, batches or settings that do not fit.
     """
     found = scan_images(settings, output_folder(settings))
-    without = found.left_out if found is not None else ()
-    data = data_module.load_for(part(DataSpec, settings), settings.seed, without=without)
+    data = data_module.load_for(part(DataSpec, settings), settings.seed, without=left_out(found))
     check_batch(settings, data, devices)
     return resolve(settings, data, devices), data, found
 
@@ -139,12 +138,23 @@ def summarise(
         "data": spec.data.name,
         "seed": spec.seed,
         "epochs": spec.epochs,
+        **_last_epoch(out / "metrics.csv", data),
         **trained.top1,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
     files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _last_epoch(metrics: Path, data: Data) -> dict[str, float]:
+    """What stands for a run without accuracies, as it was in its last epoch."""
+    if data.evaluated.classes:
+        return {}
+    with metrics.open(newline="") as file:
+        *_, row = csv.DictReader(file)
+    shown = ("loss", "alignment", "uniformity", "tau_positive_mean", "tau_negative_mean")
+    return {name: float(row[name]) for name in shown}
 
 
 def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
@@ -154,19 +164,6 @@ def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
     loader.sampler.set_epoch(last)  # type: ignore[attr-defined]  # also where nothing was left to train
     views, _, index = next(iter(loader))
     figures.profile(module, views, index, last, out / "figures" / "temperature.png", recipe.title)
-
-
-def scan_images(settings: PretrainSettings, out: Path) -> scan.Scan | None:
-    """What `scan.scan_folder` finds in the data of a run; None where it is no folder of images."""
-    if not data_module.is_folder(settings.data):
-        return None
-    return scan.scan_folder(
-        settings.data,
-        out,
-        on_bad_image=settings.on_bad_image,
-        num_workers=settings.num_workers,
-        progress=settings.progress,
-    )
 
 
 def _untrained(out: Path, module: PretrainModule, data: Data) -> dict[str, float]:

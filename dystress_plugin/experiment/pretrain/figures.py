@@ -15,21 +15,28 @@ from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.style import NEGATIVE, PNG, POSITIVE
 from dystress_plugin.metrics import some_pairs
 
+# Title and axis of what is measured after every epoch, with labels and without.
+QUALITY = {
+    "knn_top1": ("Weighted kNN on the test images", "top-1 accuracy (%)"),
+    "effective_rank": ("Effective rank of the features (RankMe)", "effective rank"),
+}
+
 
 def curves(metrics: Path, path: Path, title: str, color: str) -> None:
-    """Loss, kNN accuracy, temperatures, alignment and uniformity over epochs; `color`: of the method."""
+    """Loss, kNN or effective rank, temperatures, alignment and uniformity over epochs; `color`: of the method."""
     with metrics.open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     column = {name: [row[name] for row in rows] for name in rows[0]}
     epoch = column["epoch"]
     with mpl.rc_context(PNG):
         figure = Figure(figsize=(9, 6), layout="constrained")
-        (loss, knn), (tau, shape) = figure.subplots(2, 2, sharex=True)
+        (loss, quality), (tau, shape) = figure.subplots(2, 2, sharex=True)
         figure.suptitle(f"{title}: pretraining")
         loss.plot(epoch, column["loss"], color=color)
         loss.set(title="Loss", ylabel="loss (nats)")
-        knn.plot(epoch, column["knn_top1"], color=color)
-        knn.set(title="Weighted kNN on the test images", ylabel="top-1 accuracy (%)")
+        measure = "knn_top1" if "knn_top1" in column else "effective_rank"
+        quality.plot(epoch, column[measure], color=color)
+        quality.set(title=QUALITY[measure][0], ylabel=QUALITY[measure][1])
         for pairs, its in (("positive", POSITIVE), ("negative", NEGATIVE)):
             low, high = column[f"tau_{pairs}_min"], column[f"tau_{pairs}_max"]
             tau.plot(epoch, column[f"tau_{pairs}_mean"], color=its, label=f"{pairs} pairs: mean, least to most")

@@ -22,7 +22,7 @@ VERSIONS = ("torch", "torchvision", "lightly", "pytorch-lightning", "timm", "sci
 
 # What an interruption leaves before config.yaml is there, a scan that found bad images, and what `dystress compare`
 # puts there for all runs of a seed.
-BEFORE = {"config.yaml", scan.RECORD, lock.NAME, *UNTRAINED_FILES}
+BEFORE = {"config.yaml", *scan.RECORDS.values(), lock.NAME, *UNTRAINED_FILES}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluate.protocols import knn_classes
 from dystress_plugin.experiment.io.config import recorded
 from dystress_plugin.experiment.spec import RunSpec
+from dystress_plugin.metrics import effective_rank
 
 MOMENTUM = 0.99  # of the key encoder
 
@@ -48,7 +49,9 @@ class Step(NamedTuple):
 
 
 class PretrainModule(LightningModule, ABC):
-    """Backbone, projection head and loss; a weighted kNN after every epoch, in the precision of the training.
+    """Backbone, projection head and loss; a weighted kNN or, without labels, the effective rank after every epoch.
+
+    Both are of features in the precision of the training.
 
     Subclasses are final and say how the views of a batch become what the loss compares.
 
@@ -57,7 +60,7 @@ class PretrainModule(LightningModule, ABC):
         features: width of the backbone's output.
         loss: what to minimise.
         spec: the run, which the checkpoint and the loggers record.
-        num_classes: number of classes, for the kNN.
+        num_classes: number of classes, for the kNN; 0 without labels.
     """
 
     def __init__(
@@ -92,16 +95,20 @@ class PretrainModule(LightningModule, ABC):
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(index))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, labels, _ = batch
         self._features[dataloader_idx].append(self.backbone(images).flatten(1).float())
         self._labels[dataloader_idx].append(labels)
 
     def on_validation_epoch_end(self) -> None:
-        memory, queries = (torch.cat(part) for part in self._features)
-        memory_labels, query_labels = (torch.cat(part) for part in self._labels)
+        memory, queries = (torch.cat(part) if part else torch.empty(0) for part in self._features)
+        memory_labels, query_labels = (torch.cat(part) if part else torch.empty(0) for part in self._labels)
         for part in (*self._features, *self._labels):
             part.clear()
+        if not self.num_classes:
+            rank = effective_rank(self.all_gather(memory).view(-1, memory.shape[-1]))
+            self.log("effective_rank", rank, prog_bar=True, sync_dist=True, batch_size=len(memory))
+            return
         # Each device answers for its share of the queries, against the memory of all.
         memory, memory_labels = self.all_gather(memory), self.all_gather(memory_labels)
         found = knn_classes(

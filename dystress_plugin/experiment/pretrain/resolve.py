@@ -91,4 +91,4 @@ def build_module(spec: RunSpec, data: Data) -> PretrainModule:
         **spec.method_kwargs,
     )
     module = ViewsModule if spec.queue is None else QueueModule
-    return module(backbone, features, loss, spec, data.num_classes)
+    return module(backbone, features, loss, spec, data.evaluated.num_classes)

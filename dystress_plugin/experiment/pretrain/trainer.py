@@ -32,7 +32,8 @@ HOST_NOISE = (
 COLUMNS = (
     "epoch",
     "loss",
-    "knn_top1",
+    "knn_top1",  # with labels
+    "effective_rank",  # without
     *(f"tau_{pairs}_{how}" for pairs in ("positive", "negative") for how in ("mean", "min", "max")),
     "alignment",
     "uniformity",
@@ -42,7 +43,7 @@ Loaders: TypeAlias = "tuple[DataLoader[Any], list[DataLoader[Any]]]"
 
 
 def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
-    """The loader of views to train on, and those of plain images for the kNN."""
+    """The loader of views to train on, and those of plain images for the kNN or the effective rank."""
     batch_size, image_size = spec.data.batch_size, spec.model.image_size
     common: dict[str, Any] = {
         "num_workers": spec.data.num_workers,
@@ -56,7 +57,9 @@ def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
     order = EpochOrder(views, trainer.world_size, trainer.global_rank, shuffle=True, seed=spec.seed)
     train = DataLoader(views, batch_size, sampler=order, drop_last=True, **common)
     plain = plain_transform(image_size, data.normalize)
-    return train, [DataLoader(Views(images, plain), batch_size, **common) for images in (data.train, data.test)]
+    shown = data.evaluated
+    measured = (shown.train, shown.test) if shown.classes else (shown.test,)
+    return train, [DataLoader(Views(images, plain), batch_size, **common) for images in measured]
 
 
 def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
@@ -133,10 +136,9 @@ class EpochTable(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.rows.append({"epoch": trainer.current_epoch} | {name: values[name] for name in COLUMNS[1:]})
+        self.rows.append({"epoch": trainer.current_epoch} | {name: values[name] for name in COLUMNS if name in values})
         if trainer.global_rank == 0:
-            lines = [",".join(COLUMNS), *(",".join(f"{row[name]:.8g}" for name in COLUMNS) for row in self.rows)]
-            files.write_text(self.path, "\n".join(lines) + "\n")
+            files.write_table(self.path, list(self.rows[-1]), self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}

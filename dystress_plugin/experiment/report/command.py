@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.evaluate.scores import score_run, score_untrained
+from dystress_plugin.experiment.evaluate.protocols import UNLABELLED, protocol
+from dystress_plugin.experiment.evaluate.scores import is_labelled, score_run, score_untrained
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
@@ -77,9 +77,11 @@ def write(
     check_together(runs)
     check_outside(out, runs[0].settings.data.name)
     out.mkdir(parents=True, exist_ok=True)
-    _score_missing(runs, names)
+    labelled = is_labelled(runs[0].folder)
+    _score_missing(runs, names if labelled else [])
     if measure_cost:
         cost.measure(runs, out / cost.TABLE)
+    names = names if labelled else list(UNLABELLED)
     rows = read_rows(runs, names)
     table, page = out / "results.csv", out / "report.html"
     files.write_text(table, rows.to_csv(index=False, float_format="%.8g", lineterminator="\n"))

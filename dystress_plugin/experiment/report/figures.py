@@ -62,7 +62,9 @@ def all_figures(
         return {
             "differences": [_differences(found, name, style) for name in dict.fromkeys(d.protocol for d in found)],
             "curves": [
-                _curves(arms, "knn_top1", "weighted kNN of the test images", "top-1 accuracy (%)", style),
+                _curves(arms, "knn_top1", "weighted kNN of the test images", "top-1 accuracy (%)", style)
+                if (rows["protocol"] != "effective_rank").all()
+                else _curves(arms, "effective_rank", "effective rank of the features", "effective rank", style),
                 _curves(arms, "loss", "loss", "loss (nats)", style),
             ],
             "classes": [_classes(rows, name, style) for name in _class_protocols(rows)],
@@ -241,5 +243,5 @@ def _short(name: str) -> str:
 
 
 def _class_protocols(rows: pd.DataFrame) -> list[str]:
-    there = list(rows["protocol"].unique())
+    there = list(rows["protocol"][rows["group"] != "all"].unique())
     return [name for name in PER_CLASS if name in there] or there[:1]

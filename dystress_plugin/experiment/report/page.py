@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
 from omegaconf import OmegaConf
 
-from dystress_plugin.experiment.evaluate.protocols import protocol
+from dystress_plugin.experiment.evaluate.protocols import UNLABELLED, protocol
 from dystress_plugin.experiment.report import cost, figures
 from dystress_plugin.experiment.report.differences import FEW_SEEDS, differences, sentence
 from dystress_plugin.experiment.report.records import UNTRAINED, Run, one_per, unequal
 from dystress_plugin.experiment.style import GREY, Style, styles
+
+
+class Measure(NamedTuple):
+    """What stands for a protocol without labels."""
+
+    name: str
+    title: str
+    text: str
 
 
 def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: Path, missing: Mapping[str, Any]) -> str:
@@ -23,14 +31,17 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
     Args:
         runs: in their order on the page.
         rows: of `read_rows`.
-        names: protocols.
+        names: protocols; without labels those of `UNLABELLED`.
         out: where `cost.csv` and `compare.yaml` are, if anywhere.
         missing: from a run that is not on the page to what went wrong with it.
     """
     arms = {run.name: run for run in one_per(runs, lambda run: run.name)}
     titles = {name: run.title for name, run in arms.items()} | {UNTRAINED: "untrained backbone"}
     constants = [name for name, run in arms.items() if run.constant is not None]
-    found = differences(rows, {name: run.family for name, run in arms.items()}, constants, names)
+    labelled = not set(names) & set(UNLABELLED)
+    how = {name: protocol(name) for name in names} if labelled else {n: Measure(n, *UNLABELLED[n]) for n in names}
+    families = {name: run.family for name, run in arms.items()} if labelled else {}
+    found = differences(rows, families, constants, names)
     style = styles({name: run.settings.method for name, run in arms.items()}, titles)
     style[UNTRAINED] = Style(titles[UNTRAINED], GREY, "-", "x")
     environment = jinja2.Environment(
@@ -48,9 +59,10 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
         versions=runs[0].versions,
         seeds=sorted({run.settings.seed for run in runs}),
         few_seeds=FEW_SEEDS,
-        protocols=[protocol(name) for name in names],
+        labelled=labelled,
+        protocols=list(how.values()),
         titles=titles,
-        titles_of={name: protocol(name).title for name in names},
+        titles_of={name: its.title for name, its in how.items()},
         constants=constants,
         summary=_summary(rows, "all"),
         groups={group: _summary(rows, group) for group in _groups(rows)},

@@ -12,7 +12,9 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE
+from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
+from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE, is_labelled
+from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.config import comparable, read_config
 from dystress_plugin.experiment.spec import RunSpec
 from dystress_plugin.temperature import Constant
@@ -122,7 +124,7 @@ def check_together(runs: Sequence[Run]) -> None:
         other = seen.setdefault((run.name, run.settings.seed), run)
         if other is not run:
             raise ValueError(f"{other.folder} and {run.folder} are both {run.name} with seed {run.settings.seed}.")
-    for key in ("data", "long_tail", "long_tail_profile", "indices"):
+    for key in ("data", "labels", "val", "long_tail", "long_tail_profile", "indices"):
         values = {str(comparable(run.settings)[key]) for run in runs}
         if len(values) > 1:
             raise ValueError(f"The runs differ in {key}: {', '.join(sorted(values))}. A report is of one data set.")
@@ -131,13 +133,30 @@ def check_together(runs: Sequence[Run]) -> None:
 def read_rows(runs: Sequence[Run], protocols: Sequence[str]) -> pd.DataFrame:
     """What `results.csv` has, from the tables in the runs' folders: their scores, then those of what they started from.
 
-    A line is an accuracy, `value`, in percent of `n` test images, of one run.
+    A line is an accuracy, `value`, in percent of `n` test images, of one run; or, without labels, one of `UNLABELLED`.
     """
+    if not is_labelled(runs[0].folder):
+        return pd.DataFrame(_unlabelled_rows(runs))
     parts = [_rows(run.folder / TABLE, protocols, _described(run)) for run in runs]
     for run in one_per(runs, lambda run: run.settings.seed):
         about = {"name": UNTRAINED, "method": UNTRAINED, **dict.fromkeys(TAUS), "seed": run.settings.seed}
         parts.append(_rows(run.folder / UNTRAINED_TABLE, protocols, about))
     return pd.DataFrame([row for part in parts for row in part])
+
+
+def _unlabelled_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What stands for accuracies, from the summaries of the runs."""
+    summaries = {run.folder: files.read_json(run.folder / "summary.json") for run in runs}
+    rows = [
+        {**_described(run), "protocol": name, "group": "all", "value": summaries[run.folder][name]}
+        for run in runs
+        for name in UNLABELLED
+    ]
+    for run in one_per(runs, lambda run: run.settings.seed):
+        about = {**_described(run), "name": UNTRAINED, "method": UNTRAINED, **dict.fromkeys(TAUS)}
+        rank = summaries[run.folder]["untrained_effective_rank"]
+        rows.append({**about, "protocol": "effective_rank", "group": "all", "value": rank})
+    return rows
 
 
 def _described(run: Run) -> dict[str, Any]:
