@@ -79,21 +79,17 @@ def build(name: str, image_size: int, of: str) -> nn.Module:
 def code(name: str, image_size: int, of: str, load: str) -> list[str]:
     """Lines of Python that make the same network without this package; `load` gives its state dict."""
     if of == "torchvision":
-        settings = "".join(f", {key}={value!r}" for key, value in _torchvision_settings(name, image_size).items())
-        lines = ["import torch", "import torchvision", f"model = torchvision.models.{name}(weights=None{settings})"]
-        heads = _heads(_whole(name, image_size))
-        lines += [f"model.{part} = {_source(head)}" for part, head in heads.items()]
+        settings, heads = _torchvision_settings(name, image_size), _heads(_whole(name, image_size))
+        made = f"torchvision.models.{name}(weights=None{_text(settings)})"
     else:
-        size = "".join(f", {key}={value!r}" for key, value in _timm_settings(name, image_size).items())
-        lines = ["import timm", "import torch", f'model = timm.create_model("{name}", num_classes=0{size})']
-    stem = _stem(build(name, image_size, of), image_size)
-    lines += [f"model.{part} = {_source(replaced)}" for part, replaced in stem.items()]
+        heads = {}
+        made = f'timm.create_model("{name}", num_classes=0{_text(_timm_settings(name, image_size))})'
+    lines = ["import torch", f"import {of}", f"model = {made}"]
+    if stem := _stem(build(name, image_size, of), image_size):
+        why = f"up to {SMALL_IMAGE} pixels a ResNet shrinks no image in its stem"
+        lines.append(f"# {' and '.join(stem)} are not {of}'s own: {why}")
+    lines += [f"model.{part} = {_source(layer)}" for part, layer in (stem | heads).items()]
     return [*lines, f"model.load_state_dict({load})", "model.eval()"]
-
-
-def own_layers(name: str, image_size: int) -> list[str]:
-    """The layers that are not the library's own, beside the classifier."""
-    return list(_stem(build(name, image_size, library(name)), image_size))
 
 
 def _of_torchvision(name: str, image_size: int) -> nn.Module:
@@ -150,6 +146,10 @@ def _stem(backbone: nn.Module, image_size: int) -> dict[str, nn.Module]:
     if image_size > SMALL_IMAGE or width is None or not (hasattr(backbone, "conv1") and hasattr(backbone, "maxpool")):
         return {}
     return {"conv1": nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False), "maxpool": nn.Identity()}
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return "".join(f", {key}={value!r}" for key, value in settings.items())
 
 
 def _source(layer: nn.Module) -> str:

@@ -236,6 +236,7 @@ class InspectSettings:
 
     checkpoint: str | None = option(None, "folder that `dystress pretrain` wrote; null: an untrained network")
     data: str | None = option(None, "as for `dystress pretrain`; null: the run's, or digits")
+    labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
     methods: list[str] = option(
         ["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True
     )

@@ -48,6 +48,8 @@ def _write(settings: LongTailSettings, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists and is not empty; nothing is ever overwritten. Choose another out.")
     data = load(settings.data, root=settings.data_root, download=settings.download, long_tail=None, seed=settings.seed)
+    if not data.classes:
+        raise ValueError(f"data={settings.data} has no class folders, but a long tail is of classes.")
     positions = select(
         data.train.labels,
         indices=settings.indices,

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dystress_plugin.experiment.backbone import SMALL_IMAGE, build, code, library, own_layers
+from dystress_plugin.experiment.backbone import build, code, library
 from dystress_plugin.experiment.data.datasets import normalize_of
 from dystress_plugin.experiment.evaluate.scores import trained_backbone
 from dystress_plugin.experiment.io import files
@@ -52,10 +52,6 @@ def _code(spec: RunSpec, to: str, file: Path, *, as_safetensors: bool) -> list[s
     name, size = spec.model.backbone, spec.model.image_size
     colours = normalize_of(spec.data.name)
     lines = [f"# {name} for images of {size} pixels, normalised by mean {colours['mean']} and std {colours['std']}"]
-    if layers := own_layers(name, size):
-        lines.append(
-            f"# {' and '.join(layers)} are not {to}'s: up to {SMALL_IMAGE} pixels a ResNet keeps the resolution"
-        )
     load = f"torch.load({str(file)!r}, weights_only=True)"
     if as_safetensors:
         lines, load = [*lines, "from safetensors.torch import load_file"], f"load_file({str(file)!r})"

@@ -158,7 +158,8 @@ def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
         return Shown(resolve(asked, data, 1), data, own=False)
     trained = _run_spec(run, settings)
     places.check_apart(out, settings.data or trained.data.name)
-    return load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
+    given = {key: getattr(settings, key) for key in ("data", "labels", "data_root", "download")}
+    return load_for_run(run, trained, **given)
 
 
 def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
@@ -172,7 +173,7 @@ def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:
-    shared = ("data", "data_root", "download", "seed", "backbone", "image_size")
+    shared = ("data", "labels", "data_root", "download", "seed", "backbone", "image_size")
     given = {key: value for key in shared if (value := getattr(settings, key)) is not None}
     return PretrainSettings(method=FIXED, **given)
 
