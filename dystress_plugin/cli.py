@@ -6,21 +6,22 @@ import sys
 from collections.abc import Sequence
 
 from dystress_plugin.errors import RunStopped, to_install
-from dystress_plugin.experiment.terminal import methods_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings or files."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["methods"]:  # needs torch alone
+        from dystress_plugin.experiment.terminal import methods_table
+
         print(methods_table())
         return 0
     try:
         from dystress_plugin.experiment.commands import parser
 
-        # Options that argparse does not know are settings in another library's style; the error for them is ours.
-        parsed, options = parser().parse_known_args(given)
-        parsed.run([*options, *parsed.settings])
+        parsed, _ = parser().parse_known_args(given)
+        # Not as parsed: of `--key value`, another library's style, it would be another token that is refused.
+        parsed.run(given[1:])
     except ImportError as error:
         needed = f"The command needs more than torch: {to_install('cli', error)} ({error})."
         print(f"dystress: {needed}", file=sys.stderr)

@@ -31,7 +31,7 @@ def test_help_shows_the_keys(command, capsys):
 
 def test_options_of_another_style_are_named(capsys):
     assert main(["pretrain", "--epochs", "3"]) == 2
-    assert "'--epochs' is no setting; write key=value." in capsys.readouterr().err
+    assert capsys.readouterr().err == "dystress: '--epochs 3' is no setting; write epochs=3\n"
 
 
 def test_without_the_extras_the_command_says_what_to_install():
@@ -42,6 +42,42 @@ def test_without_the_extras_the_command_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert re.search(r"pip install .*\[cli\]", result.stderr)
+
+
+REFUSED = """
+import sys
+from dystress_plugin.cli import main
+for arguments in {arguments}:
+    assert main(arguments) == 2, arguments
+print(sorted({{name.partition(".")[0] for name in sys.modules}} & set("{heavy}".split())))
+"""
+HEAVY = "lightly matplotlib numpy pandas PIL pytorch_lightning scipy sklearn timm torch torchvision wandb"
+
+
+def imported(arguments):
+    """What is imported by the time that all these command lines are refused, in a process of its own."""
+    program = REFUSED.format(arguments=arguments, heavy=HEAVY)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr.count("dystress: ") == len(arguments)
+    return result.stdout.strip()
+
+
+def test_keys_and_values_are_refused_before_torch_is_imported():
+    commands = ("pretrain", "compare", "inspect", "evaluate", "report", "long-tail")
+    wrong = [[command, *more] for command in commands for more in (["outs=1"], ["--out", "x"])]
+    wrong += [["pretrain", token] for token in ("epochs=abc", "epochs=0", "optimizer=adam", "warmup_epochs=30", "out=")]
+    wrong += [["pretrain", "protocols=[knn_0]"], ["pretrain", "epoch=3"], ["evaluate"], ["report", "protocols=[]"]]
+    wrong += [["compare", token] for token in ("seeds=[]", "methods=[ts,ts]", "seed=1", "outs=1")]
+    wrong += [["compare", "methods=[ts]", token] for token in ("epochs=0", "method_kwargs.tau=1", "protocols=[x]")]
+    wrong += [["inspect", token] for token in ("images=1", "constants=[0.1,0.1]", "method_kwargs.tau=1")]
+    assert imported(wrong) == "[]"
+
+
+def test_methods_and_their_parameters_are_refused_with_torch_alone():
+    wrong = [["pretrain", *more] for more in (["method=dystres"], ["method_kwargs.tau=1"], ["tau_max=0.3"])]
+    wrong += [["pretrain", "method_kwargs.tau_min=0.5"], ["compare", "methods=[dystres]"], ["inspect", "methods=[x]"]]
+    wrong += [["compare", "methods=[macl]", "method_kwargs.macl.tua=0.3"], ["inspect", "method_kwargs.ts.period=-1"]]
+    assert imported(wrong) == "['numpy', 'torch']"
 
 
 @pytest.mark.parametrize(("command", "structure"), [("compare", CompareSettings), ("report", ReportSettings)])
@@ -60,7 +96,7 @@ def test_report_takes_folders_and_keys(capsys, tmp_path):
     assert main(["report", str(tmp_path), "protocol=[knn_1]"]) == 2
     assert "Unknown key 'protocol'. Did you mean 'protocols'?" in capsys.readouterr().err
     assert main(["report", "--out", "x"]) == 2
-    assert "'--out' is no setting; write key=value." in capsys.readouterr().err
+    assert "'--out' is no setting; write out=..." in capsys.readouterr().err
     odd = tmp_path / "lr=0.1"
     odd.mkdir()
     assert main(["report", str(odd)]) == 2

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment.compare.plan import parse_compare, plan
+from dystress_plugin.experiment.commands import parse_compare
+from dystress_plugin.experiment.compare.plan import plan
 from dystress_plugin.experiment.keys import parse
 from dystress_plugin.experiment.settings import LongTailSettings, PretrainSettings
 from dystress_plugin.frameworks.lightly import __main__ as launcher

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dystress_plugin import __version__
-from dystress_plugin.experiment.keys import describe, parse
+from dystress_plugin.experiment.keys import check_keys, describe, parse, read
 from dystress_plugin.experiment.settings import (
     CompareSettings,
     EmbedSettings,
@@ -23,6 +25,14 @@ from dystress_plugin.experiment.settings import (
     output_folder,
 )
 from dystress_plugin.experiment.terminal import columns, summary_table
+
+ELSEWHERE = {
+    "method": "methods=[...]",
+    "seed": "seeds=[...]",
+    "arm": "NAME-WORD in methods=[...]",
+    "family": "that of the method",
+    "map": "drawn for the first seed",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,14 +112,33 @@ def _inspect(tokens: Sequence[str]) -> None:
 
 
 def _compare(tokens: Sequence[str]) -> None:
-    from dystress_plugin.experiment.compare.command import command_line, compare, shell_plan
-    from dystress_plugin.experiment.compare.plan import parse_compare
-
     settings, common = parse_compare(tokens)
+    from dystress_plugin.experiment.compare.command import command_line, compare, shell_plan
+
     if settings.plan:
         print("\n".join(shell_plan(settings, common)))
     else:
         _print(compare(settings, common, command_line(tokens)))
+
+
+def parse_compare(tokens: Sequence[str]) -> tuple[CompareSettings, PretrainSettings]:
+    """`key=value` tokens divided into what is compared, and what all runs have in common.
+
+    Raises:
+        ValueError: as `settings.parse`, and for the keys of a single run.
+    """
+    own = {f.name for f in fields(CompareSettings)}
+    known = own | {f.name for f in fields(PretrainSettings)} - set(ELSEWHERE)
+    mine: list[str] = []
+    common: list[str] = []
+    for token in tokens:
+        if (key := re.split("[.=]", token.lstrip("-"))[0]) in ELSEWHERE:
+            raise ValueError(f"'{token}' is for `dystress pretrain`; here it is {ELSEWHERE[key]}.")
+        (mine if key in own else common).append(token)
+    check_keys(tokens, sorted(known))
+    settings, common_settings = read(CompareSettings, mine), read(PretrainSettings, common)
+    settings.check_names()  # after all that is known without torch
+    return settings, common_settings
 
 
 def _report(tokens: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import os
 import re
@@ -19,6 +20,11 @@ from dystress_plugin.checks import unknown_name
 T = TypeVar("T")
 
 PATHS = ("data", "val", "indices", "data_root", "out", "checkpoint")
+
+SIGNS = ("", "+", "-", "~")
+
+# --key value, --key=value, -key value, +key=value, key = value: of these or fewer words, a line each.
+OTHER_STYLES = re.compile(r"[+~-]*([\w.-]+)(?:(?:\n?=\n?|\n)(?!\S*=)([^-\n][^\n]*))?")
 
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -48,6 +54,15 @@ def option(
 
 
 def parse(structure: type[T], tokens: Sequence[str]) -> T:
+    """`key=value` tokens merged into a typed structure, all of whose names are known.
+
+    Raises:
+        ValueError: as `read`, and for a name such as a method's that there is not.
+    """
+    return _with_known_names(read(structure, tokens))
+
+
+def read(structure: type[T], tokens: Sequence[str]) -> T:
     """`key=value` tokens merged into a typed structure.
 
     Raises:
@@ -56,14 +71,55 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
     """
     known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
     texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
-    for token in tokens:
-        key, equals, _ = token.partition("=")
-        if not equals:
-            raise ValueError(f"'{token}' is no setting; write key=value. {unknown_name('key', key.lstrip('-'), known)}")
-        if key.split(".")[0] not in known:
-            raise ValueError(unknown_name("key", key, known))
+    check_keys(tokens, known)
     settings: T = merged(structure, *(_parsed(token, texts) for token in tokens))
     return settings
+
+
+def check_keys(tokens: Sequence[str], known: Sequence[str]) -> None:
+    """A ValueError for the first token that is no key=value, or whose key is not known; it says what to write."""
+    for number, token in enumerate(tokens):
+        key, equals, value = token.partition("=")
+        after = tokens[number + 1 :]
+        if token[:1] in SIGNS or not equals or (not value and after and "=" not in after[0]):
+            raise ValueError(_as_written_here(tokens[number:], tokens[:number], known))
+        if key.split(".")[0] not in known:
+            raise ValueError(_unknown_key(key, known, tokens))
+
+
+def _as_written_here(tokens: Sequence[str], before: Sequence[str], known: Sequence[str]) -> str:
+    """What to write for a setting in another style, of whose tokens the first one is no key=value."""
+    no = f"'{tokens[0]}' is no setting; write "
+    if found := OTHER_STYLES.match("\n".join(tokens[:3])):
+        first, dot, rest = found[1].partition(".")
+        key, value = first.replace("-", "_"), found[2] or "..."
+        if key in known:
+            return f"'{' '.join(found[0].split(chr(10)))}' is no setting; write {key}{dot}{rest}={value}"
+        if tokens[0][0] in SIGNS:
+            return f"{no}key=value. {_unknown_key(key, known, tokens)}"
+    if os.path.exists(tokens[0]):
+        return f"{no}{next((key for key in ('checkpoint', 'data') if key in known), 'key')}={tokens[0]}"
+    if before:
+        return f"{no}key=value, or quote '{before[-1]} {tokens[0]}' if that is one."
+    return f"{no}key=value. {_unknown_key(tokens[0], known, tokens)}"
+
+
+def _unknown_key(key: str, known: Sequence[str], tokens: Sequence[str]) -> str:
+    """The nearest known key, or the nearest parameter of a method, as that is written."""
+    surely = difflib.get_close_matches(key, known, cutoff=0.85)
+    if "method_kwargs" in known and not surely:
+        from dystress_plugin.recipes import METHODS  # and torch: for nothing that is nearly a key
+
+        owners: dict[str, list[str]] = {}
+        for method, recipe in METHODS.items():
+            for parameter in recipe.parameters:
+                owners.setdefault(parameter, []).append(method)
+        nearest, *_ = [*difflib.get_close_matches(key.lower(), {*known, *owners}, n=1, cutoff=0.6), ""]
+        if nearest in owners and nearest not in known:
+            named = [name for name in owners[nearest] if any(name in token for token in tokens)] + owners[nearest]
+            whose = f"{named[0]}." if "methods" in known else ""
+            return f"Unknown key '{key}'. Did you mean 'method_kwargs.{whose}{nearest}', a parameter of the method?"
+    return unknown_name("key", key, known)
 
 
 def checked(settings: T) -> T:
@@ -73,7 +129,14 @@ def checked(settings: T) -> T:
         ValueError: for one that is not.
     """
     same: T = merged(settings)
-    return same
+    return _with_known_names(same)
+
+
+def _with_known_names(settings: T) -> T:
+    """The same, or a ValueError for names that can only be looked up once torch is imported: so they come last."""
+    if check := getattr(settings, "check_names", None):
+        check()
+    return settings
 
 
 def merged(base: Any, *changes: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,14 @@ from dystress_plugin.experiment import places
 from dystress_plugin.experiment.keys import option
 
 PROTOCOLS = ["weighted_knn", "knn_1", "knn_10", "linear", "few_shot_1pct", "few_shot_10pct"]
+
+KNN = r"knn_([1-9]\d{0,8})"
+
+FEW_SHOT = r"few_shot_([1-9]\d{0,8}|[1-9]\d?pct|100pct)"
+
+KNOWN_PROTOCOLS = (
+    "weighted_knn, knn_K, linear, few_shot_N (images of each class) and few_shot_Npct, with K and N at least 1"
+)
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
@@ -116,6 +125,13 @@ class PretrainSettings:
         """A ValueError for values that do not go together."""
         if (self.warmup_epochs or 0) > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must lie between 0 and epochs={self.epochs}.")
+        check_protocols(self.protocols)
+
+    def check_names(self) -> None:
+        """A ValueError for methods and parameters that there are not."""
+        from dystress_plugin.experiment import arms  # which imports torch
+
+        arms.check([self.method], {self.method: self.method_kwargs})
 
 
 @dataclass
@@ -213,6 +229,16 @@ class CompareSettings:
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""
         _check_arms(self.methods, self.method_kwargs, self.constants or [])
+        check_protocols(self.protocols)
+        for name in self.methods:
+            if Path(name).name != name:
+                raise ValueError(f"methods={self.methods}: the folders of {name}'s runs are named by it; no slashes.")
+
+    def check_names(self) -> None:
+        """A ValueError for methods and parameters that there are not."""
+        from dystress_plugin.experiment import arms  # which imports torch
+
+        arms.check(self.methods, self.method_kwargs)
 
 
 @dataclass
@@ -228,6 +254,10 @@ class ReportSettings:
         once=True,
     )
     cost: bool = option(False, "measure what a training step of each method costs, into cost.csv beside the report")
+
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        check_protocols(self.protocols)
 
 
 @dataclass
@@ -265,10 +295,18 @@ class InspectSettings:
         """A ValueError for values that do not go together."""
         _check_arms(self.methods, self.method_kwargs, self.constants)
 
+    def check_names(self) -> None:
+        """A ValueError for methods and parameters that there are not."""
+        from dystress_plugin.experiment import arms  # which imports torch
 
-def method_of(arm: str) -> str:
-    """Of `NAME` or `NAME-WORD`, which is a method with settings of its own."""
-    return arm.partition("-")[0]
+        arms.check(self.methods, self.method_kwargs)
+
+
+def check_protocols(names: Sequence[str]) -> None:
+    """A ValueError for what is no name of a protocol, with those that exist."""
+    for name in names:
+        if not re.fullmatch(f"weighted_knn|linear|{KNN}|{FEW_SHOT}", name):
+            raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN_PROTOCOLS))
 
 
 def _check_arms(methods: Sequence[str], method_kwargs: Mapping[str, Any], constants: Sequence[float]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dystress_plugin.recipes import METHODS, Recipe
+if TYPE_CHECKING:
+    from dystress_plugin.recipes import Recipe
 
 MEASURES = {"knn_top1": "weighted kNN", "linear_top1": "linear probe", "effective_rank": "effective rank"}
 
 
 def methods_table() -> str:
     """The methods with their temperature, objective, parameters and paper; then their variants, a line each."""
+    from dystress_plugin.recipes import METHODS  # torch with it, which other tables do without
+
     variants = {
         name: base
         for name in METHODS

@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dystress_plugin import recipes
 from dystress_plugin.experiment.keys import describe, option, parse
 from dystress_plugin.experiment.settings import SEED
 from dystress_plugin.objectives import OBJECTIVES
@@ -71,6 +72,10 @@ class Settings:
     dropout: float = option(0.1, "dropout of tiny", "[0, 1)")
 
     table: list[str] = option([], "train nothing: print the table of these runs, and of runs inside of these folders")
+
+    def check_names(self):
+        if recipes.recipe(self.method).queue:
+            raise ValueError(f"method={self.method} has a queue, which is not for sentences here. Choose one without.")
 
 
 def read_sentences(settings):

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dystress_plugin.cli import main
+from dystress_plugin.experiment.commands import parse_compare
 from dystress_plugin.experiment.compare import command as module
-from dystress_plugin.experiment.compare.plan import Arm, parse_compare, plan
+from dystress_plugin.experiment.compare.plan import Arm, plan
 from dystress_plugin.experiment.compare.workers import Workers, tokens
 from dystress_plugin.experiment.data.datasets import load_for
 from dystress_plugin.experiment.evaluate import scores

@@ -6,6 +6,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 
+from dystress_plugin.experiment.arms import family_of
 from dystress_plugin.experiment.report import command, figures, records
 from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence
 from dystress_plugin.experiment.report.page import spread
@@ -19,7 +20,7 @@ def row(name, seed, value, protocol="linear", group="all", method=None):
 
 def found(rows, constants, protocols):
     """The differences, where the family of each arm is that of its method."""
-    families = {row["name"]: records.family(row["method"]) for row in rows}
+    families = {row["name"]: family_of(row["method"]) for row in rows}
     return differences(pd.DataFrame(rows), families, constants, protocols)
 
 

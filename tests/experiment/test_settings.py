@@ -90,7 +90,7 @@ def test_method_kwargs_are_open_for_the_parameters_of_every_method():
     ("token", "message"),
     [
         ("epoch=3", "Unknown key 'epoch'. Did you mean 'epochs'?"),
-        ("--epochs", "'--epochs' is no setting; write key=value. Unknown key 'epochs'. Did you mean 'epochs'?"),
+        ("--epochs", "'--epochs' is no setting; write epochs="),
         ("epochs=many", "epochs: Value 'many'"),
         ("epochs.x=3", "epochs"),
         ("lr=[1]", "lr: "),
@@ -99,6 +99,53 @@ def test_method_kwargs_are_open_for_the_parameters_of_every_method():
 def test_a_wrong_token_is_named(token, message):
     with pytest.raises(ValueError, match="^" + message.replace("?", r"\?").replace("'", ".").split("(")[0]):
         parse(PretrainSettings, [token])
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        *((typed, f"'{typed}' is no setting; write epochs=3") for typed in ("--epochs 3", "--epochs=3", "-epochs 3")),
+        *((typed, f"'{typed}' is no setting; write epochs=3") for typed in ("epochs = 3", "epochs= 3", "epochs =3")),
+        ("--batch-size 64", "'--batch-size 64' is no setting; write batch_size=64"),
+        ("+lr=0.1", "'+lr=0.1' is no setting; write lr=0.1"),
+        ("--progress lr=1", "'--progress' is no setting; write progress=..."),
+        ("--epochs --lr 1", "'--epochs' is no setting; write epochs=..."),
+        ("lr=1 --epochs 3", "'--epochs 3' is no setting; write epochs=3"),
+        ("--epoch 3", "'--epoch' is no setting; write key=value. Unknown key 'epoch'. Did you mean 'epochs'?"),
+        ("data=my pictures", "'pictures' is no setting; write key=value, or quote 'data=my pictures' if that is one."),
+        ("/", "'/' is no setting; write data=/"),
+        ("tau_max=0.3", "Unknown key 'tau_max'. Did you mean 'method_kwargs.tau_max', a parameter of the method?"),
+        ("tau_mx=0.3", "Unknown key 'tau_mx'. Did you mean 'method_kwargs.tau_max', a parameter"),
+        ("rate=3", "Unknown key 'rate'. Did you mean 'method_kwargs.rate', a parameter"),  # and not 'rotate'
+        ("sigma=3", "Unknown key 'sigma'. Did you mean 'method_kwargs.sigma', a parameter"),
+        (
+            "--alpha 3",
+            "'--alpha' is no setting; write key=value. Unknown key 'alpha'. Did you mean 'method_kwargs.alpha'",
+        ),
+    ],
+)
+def test_a_setting_in_another_style_is_told_how_it_is_written_here(typed, said, capsys):
+    assert main(["pretrain", *typed.split(" ")]) == 2
+    assert capsys.readouterr().err.startswith(f"dystress: {said}")
+
+
+@pytest.mark.parametrize("command", ["compare", "inspect"])
+def test_a_parameter_of_one_of_several_methods_is_told_whose_it_is(command, capsys):
+    for methods, token, meant in (
+        ("[ts]", "tau_max=0.3", "ts.tau_max"),
+        ("[dystress,macl]", "alpha=1", "macl.alpha"),
+        ("[simclr]", "tau_max=0.3", "dystress.tau_max"),
+    ):
+        assert main([command, f"methods={methods}", token]) == 2
+        assert f"Did you mean 'method_kwargs.{meant}', a parameter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "key"), [("evaluate", "checkpoint"), ("inspect", "checkpoint"), ("long-tail", "data")]
+)
+def test_a_folder_without_a_key_is_told_which(command, key, tmp_path, capsys):
+    assert main([command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"dystress: '{tmp_path}' is no setting; write {key}={tmp_path}\n"
 
 
 def test_a_missing_required_key_is_named():

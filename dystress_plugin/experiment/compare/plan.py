@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from dystress_plugin import recipes
-from dystress_plugin.checks import unknown_name
-from dystress_plugin.experiment.keys import parse
-from dystress_plugin.experiment.report import records
-from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, method_of
+from dystress_plugin.experiment.arms import family_of, method_of
+from dystress_plugin.experiment.settings import CompareSettings
 from dystress_plugin.temperature import DySTreSS
-
-ELSEWHERE = {
-    "method": "methods=[...]",
-    "seed": "seeds=[...]",
-    "arm": "NAME-WORD in methods=[...]",
-    "family": "that of the method",
-    "map": "drawn for the first seed",
-}
 
 
 @dataclass(frozen=True)
@@ -40,38 +29,11 @@ class Arm:
     @property
     def family(self) -> str:
         """The method of the constants that it is compared to."""
-        return records.family(self.method)
-
-
-def parse_compare(tokens: Sequence[str]) -> tuple[CompareSettings, PretrainSettings]:
-    """`key=value` tokens divided into what is compared, and what all runs have in common.
-
-    Raises:
-        ValueError: as `settings.parse`, and for the keys of a single run.
-    """
-    own = {f.name for f in fields(CompareSettings)}
-    known = own | {f.name for f in fields(PretrainSettings)} - set(ELSEWHERE)
-    mine: list[str] = []
-    common: list[str] = []
-    for token in tokens:
-        key = token.partition("=")[0].split(".")[0].lstrip("-")
-        if key in ELSEWHERE:
-            raise ValueError(f"'{token}' is for `dystress pretrain`; here it is {ELSEWHERE[key]}.")
-        if key not in known:
-            raise ValueError(unknown_name("key", key, sorted(known)))
-        (mine if key in own else common).append(token)
-    return parse(CompareSettings, mine), parse(PretrainSettings, common)
+        return family_of(self.method)
 
 
 def plan(settings: CompareSettings) -> list[Arm]:
-    """The methods in the order given, then the fixed temperatures that are not among them.
-
-    Raises:
-        ValueError: for an unknown method, or a name with a slash.
-    """
-    for name in settings.methods:
-        if Path(name).name != name:
-            raise ValueError(f"methods={settings.methods}: the folders of {name}'s runs are named by it; no slashes.")
+    """The methods in the order given, then the fixed temperatures that are not among them."""
     arms = [
         Arm(name, recipes.recipe(method_of(name)).name, settings.method_kwargs.get(name, {}))
         for name in settings.methods

@@ -13,8 +13,7 @@ from lightly.utils.benchmarking import knn_predict
 from torch import Tensor
 from torch.nn import functional as F
 
-from dystress_plugin.checks import unknown_name
-from dystress_plugin.experiment.settings import PROTOCOLS
+from dystress_plugin.experiment.settings import FEW_SHOT, KNN, check_protocols
 
 QUERIES = 1024  # at a time, against the whole memory
 
@@ -23,8 +22,6 @@ DRAWS = 5  # of the few labelled images, with the seeds 0 to 4, the same for eve
 IMBALANCED = 2.0  # largest class / smallest class, from which classes are grouped by frequency
 
 COUNT_GROUPS = (("over 100 images", 101, None), ("20 to 100 images", 20, 100), ("under 20 images", 0, 19))
-
-KNOWN = "weighted_knn, knn_K, linear, few_shot_N (images of each class) and few_shot_Npct, with K and N at least 1"
 
 
 # What stands for accuracies where images have no labels, by its name in a summary: title, and how it is measured.
@@ -93,27 +90,26 @@ def protocol(name: str) -> Protocol:
     Raises:
         ValueError: for any other name, with those that exist.
     """
+    check_protocols([name])
     if name == "weighted_knn":
         return weighted_knn(k=200, t=0.1)
     if name == "linear":
         text = "Logistic regression (scikit-learn, C=1) on the standardised features of all training images."
         return Protocol(name, "linear probe", text, _linear)
-    if match := re.fullmatch(r"knn_([1-9]\d{0,8})", name):
+    if match := re.fullmatch(KNN, name):
         k = int(match[1])
         nearest = "nearest training image" if k == 1 else f"{k} nearest training images, ties to the lower number"
         text = f"The most frequent class of the {nearest}, by cosine; the mean over classes of their accuracies."
         return Protocol(name, f"kNN@{k}, mean of classes", text, partial(_majority_knn, k=k), per_class_mean=True)
-    if match := re.fullmatch(r"few_shot_([1-9]\d{0,8}|[1-9]\d?pct|100pct)", name):
-        percent = name.endswith("pct")
-        amount = int(match[1].removesuffix("pct"))
-        each = f"{amount} %" if percent else f"{amount} images"
-        text = (
-            f"Logistic regression on few labels: {each} of every class, as many of each, drawn {DRAWS} times with the "
-            f"seeds 0 to {DRAWS - 1}, the same images for every run; the mean over the draws."
-        )
-        classes = partial(_few_shot, amount=amount, percent=percent)
-        return Protocol(name, f"few-shot linear, {each} per class", text, classes, few_labels=True)
-    raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN))
+    percent = name.endswith("pct")
+    amount = int(re.fullmatch(FEW_SHOT, name)[1].removesuffix("pct"))  # type: ignore[index]  # no other is left
+    each = f"{amount} %" if percent else f"{amount} images"
+    text = (
+        f"Logistic regression on few labels: {each} of every class, as many of each, drawn {DRAWS} times with the "
+        f"seeds 0 to {DRAWS - 1}, the same images for every run; the mean over the draws."
+    )
+    classes = partial(_few_shot, amount=amount, percent=percent)
+    return Protocol(name, f"few-shot linear, {each} per class", text, classes, few_labels=True)
 
 
 def weighted_knn(k: int, t: float) -> Protocol:

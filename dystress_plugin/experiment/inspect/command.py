@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from dystress_plugin import metrics, recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment import places
+from dystress_plugin.experiment.arms import loss_in_batch, method_of
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data.datasets import Data, EpochOrder, Shown, Views, load_for, load_for_run
 from dystress_plugin.experiment.data.transforms import view_transform
@@ -26,10 +27,9 @@ from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.pretrain.module import ViewsModule
 from dystress_plugin.experiment.pretrain.resolve import resolve
-from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings, method_of
+from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings
 from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
 from dystress_plugin.experiment.style import styles
-from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import Constant
 
 MAX_IMAGES = 512  # a million negative pairs
@@ -66,8 +66,6 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
         ValueError: for a checkpoint, data, methods or an output folder that do not fit.
     """
     settings = checked(settings)
-    for name in settings.methods:
-        recipes.recipe(method_of(name))
     out = output_folder(settings)
     with lock.alone(out):
         return _inspect(settings, out)
@@ -182,7 +180,7 @@ def _network(spec: RunSpec, data: Data) -> ViewsModule:
     """As this run starts; of a method with a queue the network that is trained."""
     seed_everything(spec.seed, workers=True, verbose=False)
     backbone, features = build_backbone(spec.model.backbone, spec.model.image_size)
-    loss = _loss(recipes.recipe(spec.method), spec.method_kwargs)
+    loss = loss_in_batch(spec.method, spec.method_kwargs)
     return ViewsModule(backbone, features, loss, spec, data.num_classes)
 
 
@@ -220,14 +218,7 @@ def _losses(settings: InspectSettings, seen: Sample) -> dict[str, tuple[str, Con
             continue
         recipe, word = recipes.recipe(method_of(name)), name.partition("-")[2]
         title = f"{recipe.title} ({word})" if word else recipe.title
-        losses[title] = recipe.name, _loss(recipe, recipe.sized(own, seen.samples))
+        losses[title] = recipe.name, loss_in_batch(recipe.name, own, seen.samples)
     if not losses:
         raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
     return losses
-
-
-def _loss(recipe: recipes.Recipe, settings: Mapping[str, Any]) -> ContrastiveLoss:
-    """Of a method, with or without a queue, for the negatives of a batch."""
-    objective = {name: settings[name] for name in OBJECTIVES[recipe.objective].parameters if name in settings}
-    temperature = recipe.build_temperature(**{n: value for n, value in settings.items() if n not in objective})
-    return ContrastiveLoss(temperature, objective=recipe.objective, **objective)

@@ -12,6 +12,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from dystress_plugin import recipes
+from dystress_plugin.experiment.arms import family_of
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
 from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE, is_labelled
 from dystress_plugin.experiment.io import files
@@ -54,7 +55,7 @@ class Run:
     @property
     def family(self) -> str:
         """The method of the constants it is compared to: as recorded, else by its own."""
-        return family(self.settings.method) if self.settings.family is None else self.settings.family
+        return family_of(self.settings.method) if self.settings.family is None else self.settings.family
 
     @property
     def constant(self) -> float | None:
@@ -70,12 +71,6 @@ class Run:
         if self.constant is not None:
             return f"{recipe.title}, constant {self.constant:g}"
         return recipe.title + (f" {word}" if dash else "")
-
-
-def family(method: str) -> str:
-    """The method with a fixed temperature and the same word behind the underscore, such as simclr_moco; else simclr."""
-    named = "_".join(["simclr", *method.split("_")[1:]])
-    return named if named in recipes.METHODS else "simclr"
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
