@@ -21,7 +21,6 @@ from dystress_plugin.experiment.compare.workers import Workers, shell_lines
 from dystress_plugin.experiment.data.datasets import Data, load_for
 from dystress_plugin.experiment.data.scan import left_out, scan_images, write_all
 from dystress_plugin.experiment.devices import build_trainer
-from dystress_plugin.experiment.evaluate.protocols import protocol
 from dystress_plugin.experiment.evaluate.scores import is_scored, pool_for, score_start
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.interruption import sigterm_exits
@@ -93,8 +92,6 @@ def shell_plan(settings: CompareSettings, common: PretrainSettings) -> list[str]
 def _runs(settings: CompareSettings, common: PretrainSettings) -> list[PretrainSettings]:
     """A run for every seed and arm; seed by seed, so that an unfinished comparison is one of fewer seeds."""
     arms = plan(settings)
-    for name in settings.protocols:
-        protocol(name)
     places.check_apart(Path(settings.out), common.data)
     queues = any(recipes.recipe(arm.method).queue for arm in arms)
     runs = []

@@ -20,7 +20,6 @@ from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data.datasets import Data
 from dystress_plugin.experiment.data.scan import Scan, left_out, scan_images, write_all
 from dystress_plugin.experiment.devices import check_step, processes
-from dystress_plugin.experiment.evaluate.protocols import protocol
 from dystress_plugin.experiment.evaluate.scores import features_of, pool_for, read_untrained, score_features, score_run
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
@@ -46,9 +45,6 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         SystemExit: after SIGTERM, with status 143.
     """
     settings = checked(settings)
-    for name in settings.protocols:
-        protocol(name)
-    recipes.recipe(settings.method)  # or a name without a method would be found only after the images were decoded
     out = output_folder(settings)
     with resumable(out) as progress:
         files.check_place(out)

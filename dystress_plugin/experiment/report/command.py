@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dystress_plugin.experiment.evaluate.protocols import UNLABELLED, protocol
+from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
 from dystress_plugin.experiment.evaluate.scores import is_labelled, score_run, score_untrained
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
@@ -34,8 +34,6 @@ def report(settings: ReportSettings) -> dict[str, str]:
     settings = checked(settings)
     if not settings.runs:
         raise ValueError("Name the folders of the runs: dystress report runs/*")
-    for name in settings.protocols:
-        protocol(name)
     folders = run_folders(map(Path, settings.runs))
     out = Path(settings.out) if settings.out else _beside(folders)
     with alone(out):
