@@ -6,6 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -16,9 +17,10 @@ NAMED = ("cifar10", "cifar100", "digits")  # data that is no folder
 def sources(data: str) -> list[str]:
     """What a value of `data` names: itself, or what is in a list such as [imgs/a, imgs/b]; each may be a pattern."""
     if data[:1] == "[" and data[-1:] == "]" and not os.path.exists(data):
-        listed = yaml.load(data, yaml.BaseLoader)  # of which 2021 stays a text
-        if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
-            return listed
+        with suppress(yaml.YAMLError):
+            listed = yaml.load(data, yaml.BaseLoader)  # of which 2021 stays a text
+            if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
+                return listed
         raise ValueError(f"data={data} must be a list of folders, such as data=[imgs/a,imgs/b].")
     return [data]
 

@@ -32,7 +32,7 @@ def picture(path, value=0):
 
 def fill(root, *names, value=9):
     for name in names:
-        picture(root / name, value)
+        picture(root / name, value) if not name.endswith(".txt") else (root / name).write_text("no image")
     return root
 
 
@@ -50,6 +50,7 @@ DEEP = ("a/1.png", "a/b/2.png", "c/3.png")
         (FLAT, "{}", None, FLAT),
         ((*FLAT, "notes/a.png"), "{}", None, (*FLAT, "notes/a.png")),  # one folder is no classes
         (("photos/1.png", "photos/2.png"), "{}", None, ("photos/1.png", "photos/2.png")),
+        (("photos/1.png", "README.txt"), "{}", None, ("photos/1.png",)),
         (("photos/deep/1.png", "photos/2.png"), "{}", None, ("photos/deep/1.png", "photos/2.png")),
         (DEEP, "{}", False, DEEP),
         ((*DEEP, "4.png"), "{}", False, ("4.png", *DEEP)),
@@ -75,6 +76,7 @@ def test_images_without_labels_are_all_trained_on(names, value, labels, expected
         f"dystress: data={name}: {len(expected)} images without labels, none held out; no accuracies"
     )
     assert said.count("\n") == 1
+    assert ("no images: 1 .txt" in said) == ("README.txt" in names)
     scan = scan_folder(name, tmp_path / "run", on_bad_image="stop", num_workers=0, progress=False, labels=labels)
     assert (scan.good, scan.labelled, scan.fits(name)) == (len(expected), False, True)
 
@@ -98,6 +100,12 @@ def test_what_is_not_read_is_named(images, capsys):
     assert "1 .txt" in said
     assert "1 without an ending" in said
     assert "DS_Store" not in said
+    for part in ("train", "val"):
+        shutil.copytree(images / "class0", images.parent / "d" / part / "a")
+        shutil.copytree(images / "class1", images.parent / "d" / part / "b")
+    fill(images.parent / "d", "sample.png")
+    load_folder(images.parent / "d")
+    assert "on val; not used, as they lie beside class folders: 'sample.png'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -115,17 +123,16 @@ def test_what_is_not_read_is_named(images, capsys):
         (DEEP, "[{}/a,{}/c]", True, ["has no labels: labels=true needs one folder"]),
         (DEEP, "[{}/a,{}/gone]", None, ["is neither a folder nor"]),
         (DEEP, "{}/*.png", None, ["is neither a folder nor"]),
-        (("notes",), "{}", None, ["has no class folders"]),
+        (("notes.txt",), "{}", None, ["has no class folders"]),
+        (DEEP, "[{}/a,,{}/c]", None, ["must be a list of folders, such as data=[imgs/a,imgs/b]"]),
+        (DEEP, "[]", None, ["must be a list of folders"]),
         (("d/train/a/1.png", "d/val/a/1.png", "e/1.png"), "[{}/d,{}/e]", None, ["the splits", "such as {}/d/train"]),
         (("train/a/1.png", "train/b/1.png", "car/1.png"), "{}", None, ["ambiguous: 'train' would be a split"]),
         (("train/1.png", "val/1.png"), "{}", None, ["has splits, but {}/train has no class folders", "labels=false"]),
     ],
 )
 def test_what_is_not_sure_is_an_error_in_one_line_that_says_what_to_type(names, value, labels, words, tmp_path):
-    if names == ("notes",):
-        (tmp_path / "notes").write_text("no image")
-    else:
-        fill(tmp_path, *names)
+    fill(tmp_path, *names)
     with pytest.raises(ValueError, match=r"data=|labels=") as caught:
         load_folder(value.replace("{}", str(tmp_path)), labels=labels)
     assert "\n" not in str(caught.value)

@@ -88,22 +88,22 @@ class Layout:
     def __str__(self) -> str:
         """In a line, for the terminal: how it was read, and what was left out."""
         found = [(name, file) for files, _ in self.listed.values() for name in files for file in files[name]]
+        images = [(name, file) for name, file in found if pictures.is_picture(file)]
+        loose = [os.path.basename(file) for name, file in images if not name]
         if self.held_out is not None:
             told = f"trained on {self.splits[0]}, accuracies on {self.splits[1]}"
+            loose += [name for name in os.listdir(self.folder) if pictures.is_picture(str(self.folder / name))]
         elif self.labelled:
             classes = len({name for name, _ in found} - {""})
             told = f"{classes} class folders, of which a quarter of every class is held out for accuracies"
         else:
-            images = sum(pictures.is_picture(file) for _, file in found)
-            told = (
-                f"{images:,} images without labels, none held out; no accuracies but of val=FOLDER with class folders"
-            )
+            told = f"{len(images):,} images without labels, none held out; no accuracies but of val=FOLDER with classes"
         if self.unused:
             told += f"; not used: {', '.join(self.unused)}"
-        loose = [os.path.basename(file) for name, file in found if not name and pictures.is_picture(file)]
         if self.labelled and loose:
             told += f"; not used, as they lie beside class folders: {_listed(loose)}"
-        others = Counter(os.path.splitext(file)[1].lower() for _, file in found if _is_other(file))
+        rest = sorted({file for _, file in found} - {file for _, file in images})
+        others = Counter(os.path.splitext(file)[1].lower() for file in rest if os.path.basename(file)[0] != ".")
         if others:
             told += "; no images: " + ", ".join(f"{n} {end or 'without an ending'}" for end, n in others.most_common(5))
         return f"data={self.name}: {told}."
@@ -186,11 +186,6 @@ def state(file: str) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _is_other(file: str) -> bool:
-    """Whether a file is no image, and none that a system hides."""
-    return not os.path.basename(file).startswith(".") and not pictures.is_picture(file)
-
-
 def _read(folder: Path, name: str, labels: bool | None) -> Layout:
     _check_no_results(folder)
     names = visible(folder)
@@ -240,27 +235,24 @@ def _has_classes(folder: Path, found: dict[str, list[str]], faults: dict[str, st
     Raises:
         ValueError: where most images are in none of them, or a single one has folders of images itself.
     """
-    loose = sum(map(pictures.is_picture, found.get("", [])))
-    full = [name for name, files in found.items() if name and any(map(pictures.is_picture, files))]
-    if not full:
-        return not loose
-    missed = [place for place in faults if Path(place).parent == folder]
-    if len(full) > 1:
-        inside = sum(pictures.is_picture(file) for name in full for file in found[name])
-        if loose >= inside:
-            raise ValueError(
-                f"data={folder} is ambiguous: {loose} images lie beside the folders {_listed(full)}, which have "
-                f"{inside}. labels=true takes those folders as classes and nothing else, labels=false all as images "
-                "without labels."
-            )
-        return True
-    inner = {Path(file).relative_to(folder / full[0]).parts[0] for file in found[full[0]] if pictures.is_picture(file)}
-    if not loose and sum((folder / full[0] / name).is_dir() for name in inner) > 1:
+    counts = {name: sum(map(pictures.is_picture, files)) for name, files in found.items()}
+    loose = counts.pop("", 0)
+    full = [name for name, images in counts.items() if images]
+    if len(full) > 1 and loose >= (inside := sum(counts.values())):
+        raise ValueError(
+            f"data={folder} is ambiguous: {loose} images lie beside the folders {_listed(full)}, which have {inside}. "
+            "labels=true takes those folders as classes and nothing else, labels=false all as images without labels."
+        )
+    if len(full) != 1 or loose:
+        return len(full) > 1 or not loose
+    only = folder / full[0]
+    inner = {Path(file).relative_to(only).parts[0] for file in found[full[0]] if pictures.is_picture(file)}
+    if sum((only / name).is_dir() for name in inner) > 1:
         raise ValueError(
             f"{folder} has the single class '{full[0]}'; accuracies need at least two, labels=false needs none. If "
-            f"the classes are in there, give data={folder / full[0]}"
+            f"the classes are in there, give data={only}"
         )
-    return not loose and bool(missed or len(found) > 1)
+    return len(counts) > 1 or any(Path(place).parent == folder for place in faults)
 
 
 def _hidden(name: str) -> bool:
