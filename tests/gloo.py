@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import multiprocessing
 
 def _process(rank: int, function: Callable[..., Any], world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(1000 * int(os.environ.get("TEST_SEED", "0")) + rank)  # as the test's own process is seeded
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.save(function(rank), f"{folder}/rank{rank}.pt")
     dist.barrier()
