@@ -14,6 +14,7 @@ from numbers import Integral
 from typing import Any, final
 
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from dystress_plugin.checks import check_number, check_positive
 from dystress_plugin.contrastive import ContrastiveLoss
@@ -39,6 +40,10 @@ class Criterion(nn.Module, ABC):
         super().__init__()
         # Not all of `arguments`: among the locals is `self`.
         settings = {names.get(name, name): arguments[name] for name in inspect.signature(type(self)).parameters}
+        if settings["gather_distributed"] and not dist.is_available():
+            raise ValueError(
+                "gather_distributed=True needs torch.distributed, which this build of torch does not have."
+            )
         if settings["sigma"] is None:  # which one objective alone has
             del settings["sigma"]
         keys, dim = _bank_size(settings.pop("memory_bank_size", 0))
