@@ -173,7 +173,7 @@ class ExportSettings:
     """Keys of `dystress export`."""
 
     checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
-    out: str = option("???", "new file, such as backbone.pt; beside it goes a .py of the lines that load it")
+    out: str = option("???", "new file, such as backbone.pt; beside it goes load_NAME.py, which loads it")
     to: str | None = option(
         None, "what loads it; null: the library that the backbone is from", words=("torchvision", "timm", "safetensors")
     )

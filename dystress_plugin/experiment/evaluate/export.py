@@ -30,7 +30,7 @@ def export(settings: ExportSettings) -> list[str]:
     to = own if settings.to in (None, "safetensors") else settings.to
     if to != own:
         _check_fits(spec, backbone, to)
-    script = out.with_suffix(".py")
+    script = out.with_name(f"load_{out.stem}.py")  # torchvision.py would be what `import torchvision` finds
     for place in (out, script):
         files.check_new(place)
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
