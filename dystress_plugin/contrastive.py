@@ -198,12 +198,13 @@ class ContrastiveLoss(nn.Module):
 
     def _value(self, units: Tensor, indices: Indices, epoch: float | None, *, learns: bool) -> Tensor:
         with torch.autocast(units.device.type, enabled=False):
-            stats, sides, each = self._row_stats(units, indices, epoch)
+            stats, sides, each, own = self._row_stats(units, indices, epoch)
             one_by_one = self.positives == "mean"
             terms = _one_by_one(stats, *each, self._objective.competing) if one_by_one else stats
             rows = self._objective.row_loss(terms, **self.objective_settings)
             views = len(stats.positive) // units.shape[1]
-            value = rows.mean() * (views if self._objective.sum_over_views else 1)
+            value = rows.mean() if own is None else rows.mean() + own
+            value = value * (views if self._objective.sum_over_views else 1)
         if learns:
             for side in sides:
                 side.temperature.update(stats.rows(side.rows), side.batch)
@@ -300,8 +301,8 @@ class ContrastiveLoss(nn.Module):
 
     def _row_stats(
         self, units: Tensor, indices: Indices, epoch: float | None
-    ) -> tuple[RowStats, list[_Side], tuple[Tensor, Tensor]]:
-        """The statistics with all positives joined, and the logit and cosine of each, (rows, positives)."""
+    ) -> tuple[RowStats, list[_Side], tuple[Tensor, Tensor], Tensor | None]:
+        """The statistics with all positives joined, their logits and cosines, and the temperatures' own loss."""
         if self.training and tracing.captured(self.buffers()):
             raise ValueError(
                 "torch.func would have to change the state of this loss, its queue or its tables: call loss.eval(), or "
@@ -335,7 +336,13 @@ class ContrastiveLoss(nn.Module):
             num_negatives=sides[0].blocks[0].num_negatives,
             mean=sides[0].batch.mean,
         )
-        return _with_running_means(stats, sides), sides, (positive_logit, positive_cosine)
+        stats = _with_running_means(stats, sides)
+        own_losses = [
+            side.temperature.own_loss(its, stats.rows(side.rows), side.batch)
+            for side, its in zip(sides, maps, strict=True)
+        ]
+        terms = [term.sum() / len(stats.positive) for term in own_losses if term is not None]
+        return stats, sides, (positive_logit, positive_cosine), torch.stack(terms).sum() if terms else None
 
     def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The temperatures' parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
@@ -395,8 +402,8 @@ class ContrastiveLoss(nn.Module):
                 f"index is a {type(index).__name__} of {len(index)}: a pair of tensors is for the two sides of "
                 f"layout='both_ways', and this loss has '{self.layout}'."
             )
-        lengths = [temperature.num_samples for temperature in self.temperatures]
-        if not pair and len({length for length in lengths if length is not None}) > 1:
+        lengths = [length for temperature in self.temperatures for length in temperature.table_lengths]
+        if not pair and self.layout == "both_ways" and len(set(lengths)) > 1:
             raise ValueError(
                 f"The sides have tables of {lengths[0]} and {lengths[1]} samples, so each needs sample numbers of its "
                 "own: call loss(z0, z1, index=(index_0, index_1))."

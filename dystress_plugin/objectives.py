@@ -5,6 +5,7 @@ With P and L the logsumexp of the positives' and of the negatives' logits and d 
     ntxent   log(1 + exp(d))                                  SimCLR, 2020, https://arxiv.org/abs/2002.05709
     macl     log(1 + exp(d)) / sg[sigmoid(d)]                 MACL, 2023, https://arxiv.org/abs/2207.07874
     sogclr   w N - s, w = sg[g / running mean of g]           iSogCLR, 2023, https://arxiv.org/abs/2305.11965
+    gcl      the same, but the mean over views or sides       FastCLIP, 2024, https://arxiv.org/abs/2407.01445
     dcl      d                                                DCL, 2021, https://arxiv.org/abs/2110.06848
     dclw     L - w P, w = sg[2 - e^(s/sigma) / mean of it]    the same paper
 """
@@ -113,6 +114,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("ntxent", ntxent, competing=True),
         Objective("macl", macl),
         Objective("sogclr", sogclr, needs_negative_cosine=True, sum_over_views=True),
+        Objective("gcl", sogclr, needs_negative_cosine=True),
         Objective("dcl", dcl),
         Objective("dclw", dclw, parameters={"sigma": 0.5}),
     )

@@ -21,7 +21,9 @@ from dystress_plugin.temperature import (
     CosineSchedule,
     DySTreSS,
     Individual,
+    Learnable,
     ModelAware,
+    RobustGlobal,
     Temperature,
     TemperatureFree,
 )
@@ -147,7 +149,9 @@ _BASES = (
         "https://arxiv.org/abs/2501.17683",
     ),
 )
-# Its objective is its own, and its published form has no queue.
+_CLIP = Recipe("clip", "CLIP", Learnable, "ntxent", "CLIP, 2021", "https://arxiv.org/abs/2103.00020")
+_FASTCLIP = Recipe("fastclip", "FastCLIP", RobustGlobal, "gcl", "FastCLIP, 2024", "https://arxiv.org/abs/2407.01445")
+# Its objective is its own, and its published form has no queue; the same holds for FastCLIP.
 _ISOGCLR = Recipe(
     "isogclr",
     "iSogCLR",
@@ -161,7 +165,8 @@ _ISOGCLR = Recipe(
 GROUP = "dystress_plugin.methods"
 
 METHODS: dict[str, Recipe]  # `__getattr__` has it
-_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, *(v for base in _BASES for v in _variants(base)[1:]))}
+_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP)}
+_TABLE |= {recipe.name: recipe for base in (*_BASES, _CLIP) for recipe in _variants(base)[1:]}
 _BY = dict.fromkeys(_TABLE, "dystress_plugin")
 _FOLLOWERS: list[Callable[[Recipe], None]] = []
 

@@ -115,6 +115,12 @@ def warn_of_concerns(temperature: Temperature, epochs: float | None, warn: Calla
         warn(concern)
 
 
+def own_group(loss: ContrastiveLoss) -> list[dict[str, Any]]:
+    """The optimizer's group of what temperatures train, undecayed, at the rate of the rest; none without parameters."""
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    return [{"name": "temperature", "params": trained, "weight_decay": 0.0}] if trained else []
+
+
 # A table of samples
 
 

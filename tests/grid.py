@@ -15,13 +15,13 @@ from dystress_plugin import ContrastiveLoss, temperature
 
 EPOCH = 37.5
 SAMPLES = 50
-OBJECTIVES = ("ntxent", "macl", "sogclr", "dcl", "dclw")
+OBJECTIVES = ("ntxent", "macl", "sogclr", "gcl", "dcl", "dclw")
 
 
 class Case(NamedTuple):
     build: Callable[[], temperature.Temperature]
     maps: Callable[..., oracle.Map] | None  # from the alignment to the map, or to (positives' map, negatives' map)
-    tables: Callable[[], oracle.Individual] | None = None  # where there is a map for every sample instead
+    tables: Callable[[], oracle.Individual] | None = None  # where there is a table; of temperatures if without maps
 
 
 def dystress(profile, low=0.1, high=0.2, detach=True, **own):
@@ -101,6 +101,14 @@ CASES = {
         lambda: oracle.Individual(SAMPLES, gradient="difference", released=True),
     ),
     "learnable": Case(lambda: temperature.Learnable(0.12), lambda a: oracle.learnable(LEARNED)),
+    "robust-global": Case(
+        lambda: temperature.RobustGlobal(0.12, released=True), lambda a: oracle.robust(LEARNED, 0.4, released=True)
+    ),
+    "robust-global-means": Case(
+        lambda: temperature.RobustGlobal(0.12, rho=0.5, gamma=0.7, num_samples=SAMPLES),
+        lambda a: oracle.robust(LEARNED, 0.5),
+        lambda: oracle.Individual(SAMPLES, LEARNED, gamma=0.7, eta=0.0, gradient="difference"),
+    ),
     "warm-up-dystress-live": warm_up(
         lambda: temperature.DySTreSS(0.1, 0.2, detach=False),
         lambda a: oracle.quotient(*oracle.cosine(0.1, 0.2), False),
@@ -122,6 +130,7 @@ KINDS = (
     "isogclr-difference",
     "tempfree",
     "learnable",
+    "robust-global-means",
     "warm-up-dystress-live",
 )
 
@@ -156,6 +165,12 @@ def indices(images: int, seed: int = 0) -> torch.Tensor:
     return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:images]
 
 
+def kept(loss: ContrastiveLoss) -> list[torch.nn.Module]:
+    """What holds the table of each side, or the one of all anchors."""
+    (*tables,) = getattr(loss.temperature, "means", loss.temperatures)
+    return tables if loss.layout == "both_ways" else tables[:1]
+
+
 class Pair:
     """A loss of the package and the oracle's, with the tables that either keeps."""
 
@@ -175,19 +190,20 @@ class Pair:
         )
         self.loss.double()
         self.name, self.case, self.objective, self.settings = name, case, objective, settings
-        self.tables = oracle.Tables(*(case.tables() for _ in self.loss.temperatures)) if case.tables else None
+        self.tables = oracle.Tables(*(case.tables() for _ in kept(self.loss))) if case.tables else None
         for table in self.tables.tables if self.tables and layout == "both_ways" else ():
             table.gradient = "difference"
 
     def with_history(self, first: int = 0) -> Pair:
         """Tables as in the middle of a training: different temperatures, and every third sample not yet visited."""
         tables = self.tables.tables if self.tables else ()
-        for number, (own, table) in enumerate(zip(self.loss.temperatures, tables, strict=False), start=first):
-            table.tau = torch.linspace(0.06, 0.5 - 0.2 * number, SAMPLES, dtype=torch.float64).tolist()
-            table.u = torch.linspace(-1, 1, SAMPLES, dtype=torch.float64).tolist()
+        for number, (own, table) in enumerate(zip(kept(self.loss), tables, strict=False), start=first):
+            if hasattr(own, "tau"):
+                table.tau = torch.linspace(0.06, 0.5 - 0.2 * number, SAMPLES, dtype=torch.float64).tolist()
+                table.u = torch.linspace(-1, 1, SAMPLES, dtype=torch.float64).tolist()
+                own.tau.copy_(torch.tensor(table.tau, dtype=torch.float64))
+                own.u.copy_(torch.tensor(table.u, dtype=torch.float64))
             table.s = [None if i % 3 == number else 0.5 + i / SAMPLES for i in range(SAMPLES)]
-            own.tau.copy_(torch.tensor(table.tau, dtype=torch.float64))
-            own.u.copy_(torch.tensor(table.u, dtype=torch.float64))
             own.log_s.copy_(torch.tensor([math.log(s or 1) for s in table.s], dtype=torch.float64))
             own.visited.copy_(torch.tensor([s is not None for s in table.s]))
         return self
@@ -206,7 +222,7 @@ class Pair:
         keys = self.loss.queue.keys.tolist() if self.loss.queue is not None else None
 
         def maps(row, alignment):
-            if self.tables is not None:
+            if self.case.maps is None:
                 found = oracle.constant(self.tables.tau(row, [index]))
             else:
                 found = self.case.maps(alignment)
@@ -247,13 +263,14 @@ def assert_agree(pair: Pair, views, index) -> None:
 
 
 def assert_tables_equal(loss, tables: oracle.Tables, tolerance: float = 1e-12) -> None:
-    for own, table in zip(loss.temperatures, tables.tables, strict=True):
+    for own, table in zip(kept(loss), tables.tables, strict=True):
         assert_table_equal(own, table, tolerance)
 
 
 def assert_table_equal(temperature, reference, tolerance: float) -> None:
     assert temperature.visited.tolist() == [s is not None for s in reference.s]
     seen = [i for i, s in enumerate(reference.s) if s is not None]
-    assert_close(temperature.tau, reference.tau, tolerance)
-    assert_close(temperature.u, reference.u, tolerance)
+    if hasattr(temperature, "tau"):
+        assert_close(temperature.tau, reference.tau, tolerance)
+        assert_close(temperature.u, reference.u, tolerance)
     assert_close(temperature.log_s[seen], [math.log(reference.s[i]) for i in seen], tolerance)

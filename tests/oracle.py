@@ -15,6 +15,7 @@ class Map(NamedTuple):
     logit: object
     slope: object
     by_log_tau: object = None  # derivative of the logit in the logarithm of a learned temperature
+    own: object = None  # from a row and SogCLR's running means to the derivative of a loss of its own
 
 
 class Row(NamedTuple):
@@ -115,6 +116,20 @@ def lifted(epoch, epochs, low, high):
 def learnable(tau):
     """CLIP's logit scale, https://arxiv.org/abs/2103.00020: d(s / tau) / dlog tau = -s / tau"""
     return Map(lambda s: s / tau, lambda s: 1 / tau, lambda s: -s / tau)
+
+
+def robust(tau, rho, released=False):
+    """FastCLIP-v3, https://arxiv.org/abs/2407.01445: log_tau descends on tau mean_i log u_i + rho tau"""
+
+    def own(row, running):
+        s_p = math.fsum(row.positive_cosine) / len(row.positive_cosine)
+        h = [s - s_p for s in row.negative_cosine]
+        energy = [math.exp(x / tau) for x in h]
+        u = running.mean(row, math.fsum(energy) / len(h))
+        tilt = math.fsum(e / u * x / tau for e, x in zip(energy, h, strict=True)) / len(h)
+        return tau * (rho + math.log(u) - (2 if released else 1) * tilt)
+
+    return Map(lambda s: s / tau, lambda s: 1 / tau, None, own)
 
 
 def warm_up(share, tau, arrival):
@@ -264,7 +279,7 @@ def sogclr(row, positive, negative, running, weight):
     return value, [-share for _ in row.positives], weights
 
 
-OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr, "dcl": dcl, "dclw": dclw}
+OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr, "gcl": sogclr, "dcl": dcl, "dclw": dclw}
 
 
 def one_by_one(row, positive, compete):
@@ -317,7 +332,7 @@ def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigm
     each = [[next(pairs) for _ in row.positives] for row in rows]
     for row, weight, weights in zip(rows, von_mises_fisher(rows, sigma), each, strict=True):
         positive, negative = maps(row, aligned)
-        if positives == "mean" and objective != "sogclr":  # which averages their cosines as it is
+        if positives == "mean" and objective not in ("sogclr", "gcl"):  # which average their cosines as they are
             value, up, down = averaged(objective, row, positive, negative, running or Running(), weights)
         else:
             value, up, down = OBJECTIVES[objective](row, positive, negative, running or Running(), weight)
@@ -326,7 +341,12 @@ def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigm
             pull[row.anchor][j] += scale * c
             if j < len(lengths):
                 pull[j][row.anchor] += scale * c
-        if positive.by_log_tau and objective != "sogclr":  # whose weights are constants, and whose cosines are bare
+        if positive.own:
+            log_tau.append(scale * positive.own(row, running or Running()))
+        if positive.by_log_tau and objective not in (
+            "sogclr",
+            "gcl",
+        ):  # constant weights, bare cosines
             cosines, both = row.positive_cosine + row.negative_cosine, [positive] * len(up) + [negative] * len(down)
             for map_, s, c in zip(both, cosines, up + down, strict=True):
                 log_tau.append(scale * c / map_.slope(s) * map_.by_log_tau(s))

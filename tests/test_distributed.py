@@ -48,6 +48,7 @@ class Cell(NamedTuple):
     engine: str = "auto"
 
 
+OBJECTIVES = [name for name in OBJECTIVES if name != "gcl"]  # but for a factor it is "sogclr"
 SOME = ["dystress-cosine", "isogclr", "macl", "learnable"]
 GRID = [
     Cell(*cell)
@@ -59,6 +60,7 @@ GRID = [
             *itertools.product(SOME, OBJECTIVES, ["two", "both_ways"], ["unequal"], ["blockwise"]),
             *itertools.product(SOME, OBJECTIVES, ["three-one-by-one"], ["unequal"]),
             *itertools.product(["isogclr", "isogclr-released"], ["sogclr"], ["captions"], SIZES),
+            *itertools.product(["robust-global", "robust-global-means"], ["gcl"], ["two", "captions"], SIZES),
         ]
     )
 ]

@@ -67,6 +67,7 @@ def test_public_names_are_those_of_the_contract():
         "MixedMap",
         "ModelAware",
         "ProfiledMap",
+        "RobustGlobal",
         "Scaled",
         "StepSchedule",
         "Temperature",

@@ -15,8 +15,10 @@ from dystress_plugin.temperature import (
     CosineSchedule,
     DySTreSS,
     Individual,
+    Learnable,
     LogitMaps,
     ModelAware,
+    RobustGlobal,
     Scaled,
     Temperature,
     TemperatureFree,
@@ -42,7 +44,10 @@ PLAIN = {
         },
     ),
     "tempfree": (TemperatureFree, "ntxent", {"clamp": 1e-6}),
+    "clip": (Learnable, "ntxent", {"tau": 0.07, "tau_min": 0.01}),
+    "fastclip": (RobustGlobal, "gcl", {"tau": 0.07, "rho": None, "gamma": 1.0, "tau_min": 0.01, "released": False}),
 }
+ALONE = {"isogclr", "fastclip"}  # without suffix
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -54,8 +59,8 @@ def test_plain_methods_have_the_papers_temperature_objective_and_values(name):
 
 
 def test_methods_are_those_of_the_contract():
-    """Each but isogclr also with one suffix, for the objective or for the queue."""
-    suffixed = [f"{name}_{suffix}" for name in PLAIN if name != "isogclr" for suffix in ("dcl", "dclw", "moco")]
+    """Each but those with an objective of their own also with one suffix, for the objective or for the queue."""
+    suffixed = [f"{name}_{suffix}" for name in PLAIN if name not in ALONE for suffix in ("dcl", "dclw", "moco")]
     assert set(METHODS) == {*PLAIN, *suffixed}
 
 

@@ -9,6 +9,7 @@ from dystress_plugin.temperature.individual import Individual
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled
 from dystress_plugin.temperature.model_aware import ModelAware
 from dystress_plugin.temperature.profiles import ProfiledMap
+from dystress_plugin.temperature.robust_global import RobustGlobal
 from dystress_plugin.temperature.scalar import Constant, Learnable
 from dystress_plugin.temperature.schedules import CosineSchedule, StepSchedule
 from dystress_plugin.temperature.temperature_free import TemperatureFree
@@ -26,6 +27,7 @@ __all__ = [
     "MixedMap",
     "ModelAware",
     "ProfiledMap",
+    "RobustGlobal",
     "Scaled",
     "StepSchedule",
     "Temperature",

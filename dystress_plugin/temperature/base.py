@@ -69,6 +69,11 @@ class Temperature(nn.Module, ABC):
         return None
 
     @property
+    def table_lengths(self) -> tuple[int, ...]:
+        """Lengths of its tables of samples: of two where it keeps those of both sides."""
+        return () if self.num_samples is None else (self.num_samples,)
+
+    @property
     def has_learned(self) -> bool:
         """Whether its table of samples holds more than it started with."""
         return False
@@ -101,6 +106,19 @@ class Temperature(nn.Module, ABC):
         """Log of the running mean of the negatives' exponentials that SogCLR divides by, (rows,). Changes nothing.
 
         None where there is none, which means the batch's own.
+        """
+        return None
+
+    def own_loss(self, maps: LogitMaps, stats: RowStats, batch: Batch) -> Tensor | None:
+        """A term of every anchor's loss that trains the temperature's parameters, (rows,); None where the logits do.
+
+        Its value is zero and its gradient what they descend on: G (tau - sg[tau]) with G detached. With G = dL/dtau of
+        a loss L of the temperature's own, that is L's gradient, whatever the objective.
+
+        Args:
+            maps: what `prepare` returned for this batch.
+            stats: with `log_s`, where there is a running mean.
+            batch: as for `prepare`.
         """
         return None
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from dystress_plugin import distributed, tracing
+from dystress_plugin import tracing
 from dystress_plugin.checks import (
     check_at_least,
     check_between,
     check_fraction,
     check_positive,
     check_range,
-    plain,
     unknown_name,
 )
 from dystress_plugin.rows import RowStats
-from dystress_plugin.temperature.base import Batch, Temperature, given_index
+from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
+from dystress_plugin.temperature.tables import (
+    by_sample,
+    check_length,
+    checked_index,
+    keep_double,
+    log_mean,
+    moved_mean,
+    warn_of_reach,
+)
 
 
 class _Seen(NamedTuple):
@@ -141,11 +148,7 @@ class Individual(Temperature):
         return bool(self.visited.any())
 
     def resize(self, num_samples: int) -> None:
-        num_samples = plain(num_samples)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(f"num_samples={num_samples!r} must be an int, the size of the data set.")
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1, the size of the data set.")
+        num_samples = check_length(num_samples)
         device = self.tau.device if "tau" in self._buffers else None
 
         def table(value: float) -> Tensor:
@@ -172,7 +175,8 @@ class Individual(Temperature):
 
     @torch.no_grad()
     def update(self, stats: RowStats, batch: Batch) -> None:
-        self._check_rho(stats.num_negatives)
+        if not self._rho_checked and tracing.eager(stats.negative):
+            self._check_rho(stats.num_negatives)
         seen = self._seen(stats, batch)
         assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
         weight = torch.exp(seen.log_g - seen.log_s)
@@ -192,66 +196,27 @@ class Individual(Temperature):
         if self.released:
             counted = torch.logaddexp(log_sum, torch.zeros_like(tau)) - math.log(stats.num_negatives)
             first = math.log(self.gamma)
-        moved = torch.logaddexp(_log(1 - self.gamma) + self.log_s[index], _log(self.gamma) + counted)
-        return _Seen(index, tau, positive, log_g, torch.where(self.visited[index], moved, counted + first))
+        log_s = moved_mean(self.log_s[index], self.visited[index], counted, self.gamma, first)
+        return _Seen(index, tau, positive, log_g, log_s)
 
     def _check_rho(self, num_negatives: int) -> None:
-        if self._rho_checked:
-            return
         self._rho_checked = True
-        if self.rho >= (log_n := math.log(num_negatives)):
-            warnings.warn(
-                f"rho={self.rho} is at least log(n) = {log_n:.3f} for n={num_negatives} negatives: no "
-                f"weights over them are that far from uniform, so every temperature sinks to tau_min="
-                f"{self.tau_min}. Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch.",
-                stacklevel=2,
-            )
+        what = f"every temperature sinks to tau_min={self.tau_min}"
+        advice = "Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch."
+        warn_of_reach(self.rho, num_negatives, what, advice)
 
     def _write(self, index: Tensor, log_s: Tensor, gradient: Tensor, views: int) -> None:
-        images = index.view(views, -1)[0]
-        log_s = torch.logsumexp(log_s.view(views, -1), 0) - math.log(views)
         gradient = gradient.view(views, -1).mean(0).clamp(-self.clip, self.clip)
-
-        images, log_s, gradient = distributed.all_rows(images, log_s, gradient)
-        # Sorting makes the sums over duplicates run in one fixed order, on every device and every rank.
-        order = torch.argsort(images, stable=True)
-        images = images[order]
-        # Every occurrence gets what its sample does: how many samples there are is no shape a compiler could know.
-        sample = torch.cat([torch.zeros_like(images[:1]), (images[1:] != images[:-1]).long()]).cumsum(0)
-        counts = torch.zeros_like(sample).scatter_add_(0, sample, torch.ones_like(sample))
-
-        def per_sample(values: Tensor, reduce: str) -> Tensor:
-            # Unsafe only leaves out a check of the lengths, which waits for a GPU and which torch 2.1 cannot trace.
-            return torch.segment_reduce(values, reduce, lengths=counts, unsafe=True)[sample]
-
-        peak = per_sample(log_s[order], "max")
-        u = (1 - self.beta) * self.u[images] + self.beta * per_sample(gradient[order], "mean")
-        self.log_s[images] = peak + per_sample(torch.exp(log_s[order] - peak), "mean").log()
+        images, log_s, gradient = by_sample(index.view(views, -1)[0], log_mean(log_s, views), gradient)
+        u = (1 - self.beta) * self.u[images] + self.beta * gradient
+        self.log_s[images] = log_s
         self.u[images] = u
         self.tau[images] = (self.tau[images] - self.eta * u).clamp(self.tau_min, self.tau_max)
         self.visited[images] = True
 
     def _checked(self, index: Tensor | None) -> Tensor:
-        index = given_index(index, "Individual")
-        # On CUDA indexing itself fails, and looking would wait for the device.
-        if index.device.type == "cpu" and tracing.eager(index):
-            low, high = int(index.min()), int(index.max())
-            if low < 0 or high >= self.num_samples:
-                raise ValueError(
-                    f"index runs from {low} to {high}, but num_samples={self.num_samples} has tables for 0 to "
-                    f"{self.num_samples - 1}; pass num_samples=len(dataset)."
-                )
-        return index
+        return checked_index(index, self.num_samples, "Individual")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Individual:
-        # Follows a move to another device, but not .half() or precision="bf16-true", which would round the tables.
-        device = fn(torch.empty(0, device=self.tau.device)).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        for name in ("tau", "log_s", "u"):
-            self._buffers[name] = self._buffers[name].to(device, dtype)  # type: ignore[union-attr]
-        self.visited = self.visited.to(device)
+        keep_double(self, fn, "tau", "log_s", "u")
         return self
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf

@@ -149,10 +149,13 @@ class Scaled(LogitMap):
     Attributes:
         tau: the temperature.
         least: what it is never below; needed where it is a tensor.
+        trained: the same temperature with the graph of its parameters, where these learn by `Temperature.own_loss`
+            alone, and not by the logits.
     """
 
     tau: float | Tensor
     least: float | None = None
+    trained: Tensor | None = None
 
     def logit(self, cosine: Tensor) -> Tensor:
         return cosine / self._tau(cosine)

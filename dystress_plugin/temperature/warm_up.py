@@ -52,6 +52,10 @@ class WarmUp(Temperature):
         return self.temperature.num_samples
 
     @property
+    def table_lengths(self) -> tuple[int, ...]:
+        return self.temperature.table_lengths
+
+    @property
     def has_learned(self) -> bool:
         return self.temperature.has_learned
 
@@ -76,6 +80,11 @@ class WarmUp(Temperature):
 
     def running_mean(self, stats: RowStats, batch: Batch) -> Tensor | None:
         return self.temperature.running_mean(stats, batch) if self._has_arrived(batch) else None
+
+    def own_loss(self, maps: LogitMaps, stats: RowStats, batch: Batch) -> Tensor | None:
+        positive, negative = (map_.second for map_ in maps if isinstance(map_, MixedMap))
+        own = self.temperature.own_loss(LogitMaps(positive, negative), stats, batch)
+        return None if own is None else own * float(self._has_arrived(batch))
 
     def by_difference(self, batch: Batch) -> bool:
         return self.temperature.by_difference(batch) and self._has_arrived(batch)

@@ -100,6 +100,17 @@ def test_a_batch_larger_than_the_data_is_refused(method, folder, tmp_path):
         fit(tiny(method), folder, tmp_path, loader=DataLoader(dataset, batch_size=13, drop_last=True))
 
 
+@pytest.mark.parametrize("method", ["clip", "fastclip", "clip_moco"])
+def test_a_learned_temperature_is_trained_in_a_group_of_its_own(method, folder, tmp_path):
+    model = tiny(method)
+    before = model.criterion.temperature.log_tau.item()
+    trainer = fit(model, folder, tmp_path)
+    (own,) = [group for group in trainer.optimizers[0].param_groups if group["name"] == "temperature"]
+    assert own["params"] == [model.criterion.temperature.log_tau]
+    assert own["weight_decay"] == 0.0
+    assert model.criterion.temperature.log_tau.item() != before
+
+
 def test_every_method_of_the_table_is_there():
     assert modules.BENCHMARK_METHODS.keys() == METHODS.keys()
 

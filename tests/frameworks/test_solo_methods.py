@@ -167,6 +167,17 @@ def test_constant_temperature_is_the_loss_of_its_simclr(solo, crops):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["clip", "fastclip", "clip_moco"])
+def test_a_learned_temperature_is_trained_in_a_group_of_its_own(solo, method):
+    model = solo.METHODS[method](config(method, small_crops=0))
+    before = model.contrastive.temperature.log_tau.item()
+    trainer = fit(model)
+    (own,) = [group for group in trainer.optimizers[0].param_groups if group.get("name") == "temperature"]
+    assert own["params"] == [model.contrastive.temperature.log_tau]
+    assert own["weight_decay"] == 0.0
+    assert model.contrastive.temperature.log_tau.item() != before
+
+
 @pytest.mark.parametrize("method", ["dystress", "tempfree", "isogclr"])
 def test_multi_crop_trains(solo, method):
     logged = fit(solo.METHODS[method](config(method))).callback_metrics

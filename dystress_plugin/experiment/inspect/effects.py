@@ -113,6 +113,7 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
     return Effect(maps, weight, push, pull, measure(maps, weight, push, seen))
 
 
+@torch.no_grad()
 def measure(maps: LogitMaps, weight: Tensor, push: Tensor, seen: Similarities) -> dict[str, Any]:
     """The numbers that describe an effect; means over the anchors.
 

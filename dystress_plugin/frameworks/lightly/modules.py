@@ -152,6 +152,7 @@ def _parameter_groups(module: SimCLRModule | MoCoModule) -> list[dict[str, Any]]
         {"name": name, "params": decayed},
         {"name": f"{name}_no_weight_decay", "params": not_decayed, "weight_decay": 0.0},
         {"name": "online_classifier", "params": classifier, "weight_decay": 0.0},
+        *training.own_group(module.criterion),
     ]
 
 

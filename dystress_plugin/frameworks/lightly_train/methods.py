@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +51,12 @@ class ViewsMethod(host.SimCLR):
         epoch = training.clock(self, self.criterion.temperature, batch_idx)
         loss = training.contrast(self, self.criterion, z, batch_idx, index=index, epoch=epoch)
         return TrainingStepResult(loss=loss)
+
+    def trainable_modules(self) -> Any:
+        """Adds the loss where its temperature has parameters, which are not decayed."""
+        found: Any = super().trainable_modules()
+        own = [self.criterion] if any(True for _ in self.criterion.parameters()) else []
+        return replace(found, modules_no_weight_decay=[*found.modules_no_weight_decay, *own])
 
     def configure_callbacks(self) -> list[Any]:
         return diagnostics.callbacks(self.method_args.diagnostics_every_n_steps)

@@ -67,6 +67,12 @@ class AdaptiveTemperature(LightningModule):
         OmegaConf.resolve(cfg)
         return super().add_and_assert_specific_cfg(cfg)
 
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """Adds what the temperature trains."""
+        groups: list[dict[str, Any]] = super().learnable_params
+        return groups + training.own_group(self.contrastive)
+
     def configure_callbacks(self) -> list[Any]:
         """Adds ours, and the diagnostics where `method_kwargs` asks for them: main_pretrain.py takes no callbacks."""
         return [HowToResume(), *diagnostics.callbacks(self.cfg.method_kwargs.get(DIAGNOSTICS))]
