@@ -32,7 +32,14 @@ ENDS = {"[": "at least", "(": "above", "]": "at most", ")": "below"}
 
 
 def option(
-    default: Any, help_: str, interval: str = "", *, words: Sequence[str] = (), some: bool = False, once: bool = False
+    default: Any,
+    help_: str,
+    interval: str = "",
+    *,
+    words: Sequence[str] = (),
+    some: bool = False,
+    once: bool = False,
+    free: bool = False,
 ) -> Any:
     """A key and what it can have.
 
@@ -43,10 +50,11 @@ def option(
         words: all that a text can be.
         some: whether a list must have something.
         once: whether a list may have nothing twice.
+        free: whether a run that has begun may go on with another value, as it does not matter for what is trained.
     """
     numbers = [literal_eval(number) for number in interval[1:-1].split(", ") if interval]
     bounds = {ENDS[end]: number for end, number in zip(interval[:1] + interval[-1:], numbers, strict=True)}
-    metadata = {"help": help_, "words": words, "some": some, "once": once, "bounds": bounds}
+    metadata = {"help": help_, "words": words, "some": some, "once": once, "free": free, "bounds": bounds}
     # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)

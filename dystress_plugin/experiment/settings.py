@@ -41,12 +41,14 @@ class PretrainSettings:
     )
     labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
     val: str | None = option(None, "other data, with labels, for the accuracies; null: a part of data that is held out")
-    out: str | None = option(None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED")
+    out: str | None = option(
+        None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED", free=True
+    )
     epochs: int = option(20, "passes over the training images", "[1, 1_000_000]")
     seed: int = option(0, "number that weights, data order, augmentation and the long tail are drawn from", SEED)
 
-    data_root: str = option("datasets", "where cifar10 and cifar100 are")
-    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
+    data_root: str = option("datasets", "where cifar10 and cifar100 are", free=True)
+    download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there", free=True)
     long_tail: float | None = option(None, "keep fewer of each class: last class / first class, such as 0.01", "(0, 1]")
     long_tail_profile: str = option(
         "exponential", "how the classes' sizes fall; step: the second half is rare", words=("exponential", "step")
@@ -54,7 +56,7 @@ class PretrainSettings:
     indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
     image_size: int | None = option(None, "pixels of a view; null: digits 8, CIFAR 32, folders 224", "[1, 4096]")
     batch_size: int = option(256, "images per step and device; the rest of an epoch is dropped", "[2, 1_000_000]")
-    num_workers: int = option(0, "processes that load images; 0 loads in the training process", "[0, 1024]")
+    num_workers: int = option(0, "processes that load images; 0 loads in the training process", "[0, 1024]", free=True)
 
     backbone: str | None = option(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
     hidden_dim: int = option(512, "hidden width of the projection head", "[1, 65_536]")
@@ -92,17 +94,26 @@ class PretrainSettings:
     on_bad_image: str = option(
         "stop", "what to do before training about files in a folder that cannot be used", words=("stop", "skip")
     )
-    nan_guard: bool = option(True, "stop at the first loss or gradient that is not finite, and say what was there")
+    nan_guard: bool = option(
+        True, "stop at the first loss or gradient that is not finite, and say what was there", free=True
+    )
 
     knn_k: int = option(200, "neighbours of the weighted kNN; all images where there are fewer", "[1, 1_000_000_000]")
     knn_t: float = option(0.1, "temperature of the weighted kNN", "[0.02, 1_000_000]")
     protocols: list[str] = option(
-        [], "how the trained backbone is scored as well, into protocols.csv; as for `dystress report`", once=True
+        [],
+        "how the trained backbone is scored as well, into protocols.csv; as for `dystress report`",
+        once=True,
+        free=True,
     )
-    map: bool = option(False, "also a t-SNE map of the test images, into map.csv")
-    arm: str | None = option(None, "its name in a report; null: the method, and what differs from its defaults")
+    map: bool = option(False, "also a t-SNE map of the test images, into map.csv", free=True)
+    arm: str | None = option(
+        None, "its name in a report; null: the method, and what differs from its defaults", free=True
+    )
     family: str | None = option(
-        None, "the method whose fixed temperatures a report compares it with; null: simclr with its underscore's word"
+        None,
+        "the method whose fixed temperatures a report compares it with; null: simclr with its underscore's word",
+        free=True,
     )
     gather_distributed: bool = option(True, "compare with the batches of all devices")
 
@@ -111,15 +122,16 @@ class PretrainSettings:
     num_nodes: int = option(1, "machines; several need a launcher such as srun or torchrun", "[1, 10_000]")
     strategy: str = option("auto", "Lightning's strategy, such as ddp")
     precision: str = option("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
-    progress: bool = option(True, "show a progress bar")
+    progress: bool = option(True, "show a progress bar", free=True)
     diagnostics_every_n_steps: int | None = option(
         None,
         "steps between two samples of similarities and temperatures, into diagnostics.csv; null: 40 samples; 0: none",
         "[0, 1_000_000_000]",
+        free=True,
     )
-    wandb: str = option("off", "logging to wandb", words=("off", "offline", "online"))
-    wandb_project: str = option("dystress", "project in wandb")
-    tensorboard: bool = option(False, "write TensorBoard events to `out`")
+    wandb: str = option("off", "logging to wandb", words=("off", "offline", "online"), free=True)
+    wandb_project: str = option("dystress", "project in wandb", free=True)
+    tensorboard: bool = option(False, "write TensorBoard events to `out`", free=True)
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""

@@ -221,6 +221,7 @@ def test_compare_trains_scores_and_reports_and_only_what_is_missing(tiny, tmp_pa
     assert main(command(tiny, out=out, epochs=2)) == 2
     error = capsys.readouterr().err
     assert "holds a run with other settings: epochs=2 (there: 1)" in error
+    assert "its learning rate began to fall, on a cosine over all epochs=1. Choose another out." in error
     assert "runs failed" not in error  # said before anything was trained
 
 

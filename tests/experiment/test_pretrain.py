@@ -1,6 +1,7 @@
 import csv
 import importlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
 from dystress_plugin import training
+from dystress_plugin.experiment.pretrain import command as pretraining
 from dystress_plugin.experiment.pretrain.trainer import COLUMNS, SeedEveryEpoch
+from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.recipes import METHODS
 
 
@@ -25,6 +28,29 @@ def settings_of(method, tiny):
     if method.endswith("_moco"):
         settings["queue_size"] = 32
     return settings
+
+
+def interrupt(settings, epoch, monkeypatch):
+    """Runs until an epoch begins that it does not do any more."""
+    begin = SeedEveryEpoch.on_train_epoch_start
+
+    def power_cut(self, trainer, module):
+        if trainer.current_epoch == epoch:
+            raise SystemExit("power cut")
+        begin(self, trainer, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedEveryEpoch, "on_train_epoch_start", power_cut)
+        with pytest.raises(SystemExit, match="power cut"):
+            dystress("pretrain", settings)
+
+
+def assert_same_end(one, other):
+    """Checkpoints and tables of two runs are the same to the last bit."""
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other)]
+    assert states[0]["epoch"] == states[1]["epoch"]
+    assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
+    assert rows(one) == rows(other)
 
 
 FULL = [*(name for name in METHODS if "_" not in name), "dystress_moco"]
@@ -91,30 +117,79 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(method, t
     assert dystress("pretrain", whole) == 0
 
     cut = whole | {"out": tmp_path / "cut"}
-    on_train_epoch_start = SeedEveryEpoch.on_train_epoch_start
-
-    def power_cut(self, trainer, module):
-        if trainer.current_epoch == 2:
-            raise SystemExit("power cut")
-        on_train_epoch_start(self, trainer, module)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SeedEveryEpoch, "on_train_epoch_start", power_cut)
-        with pytest.raises(SystemExit):
-            dystress("pretrain", cut)
+    interrupt(cut, 2, monkeypatch)
     assert len(rows(cut["out"])) == 2
     assert dystress("pretrain", cut) == 0
 
-    assert rows(cut["out"]) == rows(whole["out"])
-    looks = [(run["out"] / "diagnostics.csv").read_text() for run in (cut, whole)]
-    assert looks[0] == looks[1]
-    assert looks[0].count("\n") == 1 + 4 * 5
-    states = [
-        torch.load(run["out"] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (cut, whole)
-    ]
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+    assert_same_end(cut["out"], whole["out"])
+    samples = [(run["out"] / "diagnostics.csv").read_text() for run in (cut, whole)]
+    assert samples[0] == samples[1]
+    assert samples[0].count("\n") == 1 + 4 * 5
+
+
+HARMLESS = {
+    **{"data_root": "elsewhere", "download": "true", "num_workers": 1, "nan_guard": "false", "progress": "true"},
+    **{"protocols": "[knn_1]", "map": "true", "arm": "x", "family": "simclr", "diagnostics_every_n_steps": 1},
+    **{"wandb": "offline", "wandb_project": "other", "tensorboard": "true"},
+}
+
+
+def test_a_run_goes_on_with_other_settings_that_are_free_and_with_others_spelled_otherwise(
+    tiny, tmp_path, monkeypatch, quick
+):
+    assert set(HARMLESS) | {"out"} == {f.name for f in fields(PretrainSettings) if f.metadata["free"]}
+    monkeypatch.chdir(tmp_path)
+    spelled = {"data": f"./{Path(tiny['data']).name}/", "precision": "32", "lr": "3e-1", "devices": "1"}
+    for name in ("whole", "cut"):
+        tiny |= {"out": tmp_path / name, "lr": 0.3}
+        if name == "whole":
+            assert dystress("pretrain", tiny) == 0
+        else:
+            interrupt(tiny, 1, monkeypatch)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    monkeypatch.setattr(pretraining, "score_run", lambda *args, **kwargs: None)  # of the protocols
+    assert dystress("pretrain", tiny | HARMLESS | spelled | {"out": tmp_path / "moved"}) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_run_in_its_warm_up_goes_on_to_more_epochs_as_if_it_had_been_asked_for_them(
+    tiny, tmp_path, monkeypatch, capsys, quick
+):
+    tiny |= {"warmup_epochs": 2, "method": "ts", "method_kwargs.period": 4}
+    assert dystress("pretrain", tiny | {"epochs": 5, "out": tmp_path / "whole"}) == 0
+    for done in (0, 1, 2):
+        settings = tiny | {"out": tmp_path / f"cut-{done}"}
+        interrupt(settings, done, monkeypatch)
+        capsys.readouterr()
+        assert dystress("pretrain", settings | {"epochs": 5}) == 0
+        assert f"dystress: out={settings['out']} goes on with epochs=5 (there: 3).\n" in capsys.readouterr().err
+        assert_same_end(tmp_path / "whole", settings["out"])
+        assert dystress("pretrain", settings) == 2  # and is a run of 5 epochs from now on
+        assert "epochs=3 (there: 5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "change", "reason"),
+    [
+        ({}, {"epochs": 5}, "After 0.3 epochs its learning rate began to fall, on a cosine over all epochs=3."),
+        ({"warmup_epochs": 2}, {"epochs": 5, "warmup_epochs": 3}, "Its learning rate was rising for warmup_epochs=2."),
+        ({"warmup_epochs": 2}, {"warmup_epochs": 1}, "Its learning rate was rising for warmup_epochs=2."),
+        ({"warmup_epochs": 1}, {"epochs": 1}, "1 epochs are done."),
+        (
+            {"warmup_epochs": 2, "method": "macl_moco", "queue_size": 16},
+            {"epochs": 5},
+            "The momentum of its keys' encoder was rising, on a cosine over all epochs=3.",
+        ),
+        ({"warmup_epochs": 2}, {"epochs": 5, "seed": 1}, "epochs=5 (there: 3), seed=1 (there: 0)."),
+        ({}, {"knn_k": 5}, "knn_k=5 (there: 200)."),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why(own, change, reason, tiny, monkeypatch, capsys, quick):
+    interrupt(tiny | own, 1, monkeypatch)
+    assert dystress("pretrain", tiny | own | change) == 2
+    said = capsys.readouterr().err
+    assert f"out={tiny['out']} holds a run with other settings: " in said
+    assert f"{reason} Choose another out.\n" in said
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny, tmp_path):

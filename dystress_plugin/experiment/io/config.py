@@ -16,18 +16,21 @@ from dystress_plugin.experiment.keys import PATHS, merged
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import RunSpec
 
+# Other words for the same.
+SAME = {"cuda": "gpu", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+
 # What a config stands for that is older than a key whose default is open.
 EARLIER = {"diagnostics_every_n_steps": 0}
 
 
 def comparable(spec: RunSpec) -> dict[str, Any]:
-    """What makes two runs the same: every setting as a plain value, paths in their one spelling; not where results go,
-    nor where CIFAR, which is the same everywhere, comes from, nor how the result is scored and called.
-    """
-    values = spec.flat()
-    for key in ("out", "data_root", "download", "protocols", "map", "arm", "family"):
-        del values[key]
-    return values | {key: values[key] and places.place(values[key]) for key in ("data", "val", "indices")}
+    """What makes two runs the same: every setting that is not free as a plain value, each in its one spelling."""
+    free = [f.name for f in fields(PretrainSettings) if f.metadata["free"]]
+    values = {key: value for key, value in spec.flat().items() if key not in free}
+    values |= {key: values[key] and places.place(values[key]) for key in ("data", "val", "indices")}
+    values |= {key: SAME.get(values[key], values[key]) for key in ("accelerator", "precision")}
+    listed = [device for device in values["devices"].split(",") if device.strip()]
+    return values | ({"devices": str(len(listed))} if "," in values["devices"] else {})
 
 
 def recorded(spec: RunSpec) -> dict[str, Any]:

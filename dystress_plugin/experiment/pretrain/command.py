@@ -92,6 +92,11 @@ def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, di
 
 def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunFolder) -> None:
     """Trains to the end, from the last checkpoint if there is one."""
+    last = folder.last if folder.last.exists() else None
+    if last is not None:
+        # Lightning does so as well, but after workers have begun to load what the loader would show first.
+        done = files.load(last, "a checkpoint", files.NO_CHECKPOINT)["epoch"] + 1
+        loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
     # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
     module = trainer.precision_plugin.convert_module(module)
     with warnings.catch_warnings():
@@ -99,7 +104,7 @@ def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunF
             warnings.filterwarnings("ignore", message)
         try:
             with processes(trainer):
-                trainer.fit(module, *loaders, ckpt_path=str(folder.last) if folder.last.exists() else None)
+                trainer.fit(module, *loaders, ckpt_path=last)
         except ValueError:
             if module.spec.logging.nan_guard:
                 NanGuard(folder.path).explain(trainer, module)

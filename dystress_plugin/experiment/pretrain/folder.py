@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -78,7 +79,10 @@ class RunFolder:
             _check_checkpoint(self.last, module)
         files.check_room(self.path, module, have=int(self.last.exists()))
         if self.config.exists():
-            return
+            changes = _differences(module.spec, read_config(self.config, module.spec))
+            if not changes:
+                return
+            print(f"dystress: out={self.path} goes on with {', '.join(changes.values())}.", file=sys.stderr)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             files.write_text(self.config, OmegaConf.to_yaml(_record(module.spec)))
@@ -89,7 +93,9 @@ class RunFolder:
 def check_settings(out: Path, spec: RunSpec) -> None:
     """Raises a ValueError if `out` holds another run than this."""
     if (config := out / "config.yaml").exists():
-        _check_same(comparable(spec), comparable(read_config(config, spec)), f"out={out} holds a run")
+        metrics = out / "metrics.csv"
+        done = metrics.read_text().count("\n") - 1 if metrics.exists() else 0
+        _check_same(spec, read_config(config, spec), max(0, done), f"out={out} holds a run")
         if spec.data.indices is not None:
             selection.check_unchanged(out, spec.data.indices)
 
@@ -104,10 +110,32 @@ def _record(spec: RunSpec) -> DictConfig:
     return record
 
 
-def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
-    different = [f"{key}={value} (there: {found.get(key)})" for key, value in wanted.items() if value != found.get(key)]
-    if different:
-        raise ValueError(f"{what} with other settings: {', '.join(different)}. Choose another out.")
+def _differences(wanted: RunSpec, found: RunSpec) -> dict[str, str]:
+    """By key, the settings in which two runs are not the same."""
+    there = comparable(found)
+    return {key: f"{key}={its} (there: {there[key]})" for key, its in comparable(wanted).items() if its != there[key]}
+
+
+def _check_same(wanted: RunSpec, found: RunSpec, done: int, what: str) -> None:
+    """Raises a ValueError if a run of which so many epochs are done cannot go on as the one that is wanted."""
+    different, reason = _differences(wanted, found), ""
+    if set(different) <= {"epochs", "warmup_epochs"} and not (reason := _tied_to_length(wanted, found, done)):
+        return
+    raise ValueError(f"{what} with other settings: {', '.join(different.values())}. {reason}Choose another out.")
+
+
+def _tied_to_length(wanted: RunSpec, found: RunSpec, done: int) -> str:
+    """Why the epochs that are done would have been others in a run of another length; nothing if they would not."""
+    warmup = found.optimizer.warmup_epochs
+    if done == 0 or not _differences(wanted, found):
+        return ""
+    if done > warmup:
+        return f"After {warmup:g} epochs its learning rate began to fall, on a cosine over all epochs={found.epochs}. "
+    if warmup != wanted.optimizer.warmup_epochs:
+        return f"Its learning rate was rising for warmup_epochs={warmup:g}. "
+    if found.queue is not None:
+        return f"The momentum of its keys' encoder was rising, on a cosine over all epochs={found.epochs}. "
+    return f"{done} epochs are done. " if done >= min(wanted.epochs, found.epochs) else ""
 
 
 def _check_checkpoint(last: Path, module: PretrainModule) -> None:
@@ -117,4 +145,4 @@ def _check_checkpoint(last: Path, module: PretrainModule) -> None:
         raise ValueError(f"{last} is no checkpoint of this command: it has no {missing[0]}. {files.NO_CHECKPOINT}")
     files.check_state(module, checkpoint["state_dict"], last, files.NO_CHECKPOINT)
     found = recorded_spec(checkpoint["settings"], last.parent.parent, module.spec)
-    _check_same(comparable(module.spec), comparable(found), f"{last} belongs to a run")
+    _check_same(module.spec, found, checkpoint["epoch"] + 1, f"{last} belongs to a run")

@@ -80,6 +80,10 @@ class PretrainModule(LightningModule, ABC):
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the loss compares, (batch, projection_dim) each."""
 
+    def on_train_start(self) -> None:
+        # Of a run that goes on to more epochs the checkpoint has the length that it had.
+        self.lr_schedulers().max_epochs = int(self.trainer.estimated_stepping_batches)  # type: ignore[union-attr]
+
     def on_fit_start(self) -> None:
         # Here and not where loggers are made: before all is resolved, and maybe in another process.
         for logger in self.trainer.loggers:
