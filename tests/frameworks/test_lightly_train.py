@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,24 @@ def test_a_queue_keeps_keys_of_a_momentum_encoder(pretrain):
 def test_diagnostics_are_written_on_request(pretrain, tmp_path):
     pretrain("dystress", method_args={"diagnostics_every_n_steps": 2})
     assert len(list(tmp_path.rglob("diagnostics.csv"))) == 1
+
+
+@pytest.mark.parametrize("method", ["dystress", "isogclr"])
+def test_a_last_batch_of_one_image_trains(pretrain, method):
+    rows, _ = pretrain(method, batch_size=IMAGES - 1, loader_args={"drop_last": False})
+    losses = [row["train_loss"] for row in rows]
+    assert len(losses) == 4
+    assert [loss == 0 for loss in losses] == [False, True, False, True]
+
+
+def test_a_batch_larger_than_the_data_is_cut_by_lightly_train_or_refused(pretrain):
+    try:
+        rows, _ = pretrain("dystress", batch_size=IMAGES + 1)
+    except ValueError as error:  # of versions that do not cut it
+        message = str(error)
+    else:
+        message = f"{len(rows)} steps"
+    assert re.match(f"2 steps|batch_size / devices={IMAGES + 1} makes no full batch of {IMAGES} training", message)
 
 
 def test_defaults_are_the_tables_and_lightly_trains(host):

@@ -66,7 +66,7 @@ class ViewsMethod(host.SimCLR):
         super().setup(stage)
         if stage != "fit":
             return
-        training.check_has_steps(self.trainer, "batch_size")
+        training.check_has_steps(self.trainer, "batch_size / devices")
         temperature = self.criterion.temperature
         if temperature.needs_index:
             self._sample_numbers = sample_numbers(self.trainer.train_dataloader.dataset)

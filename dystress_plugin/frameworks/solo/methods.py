@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -32,6 +33,12 @@ try:
 except ImportError as error:
     advice = ADVICE if error.name == "solo" else f"Install what it needs: {to_install('solo', error)}"
     raise ImportError(f"solo-learn cannot be imported ({error}).\n{advice}", name=error.name) from error
+
+
+def say(line: str) -> None:
+    """Prints a line on rank 0: Hydra, as solo-learn's configs set it up, leaves no logger that would be heard."""
+    if rank_zero_only.rank == 0:
+        print(line, file=sys.stderr)
 
 
 class AdaptiveTemperature(LightningModule):
@@ -62,7 +69,7 @@ class AdaptiveTemperature(LightningModule):
             given = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
         cfg.method_kwargs, notes = complete(cls.recipe, given, keys_of_others)
         for note in notes:
-            rank_zero_info(note)
+            say(note)
         # args.json is written unresolved; a name that is spelled out can be read there, and by older code.
         OmegaConf.resolve(cfg)
         return super().add_and_assert_specific_cfg(cfg)
@@ -147,7 +154,7 @@ class HowToResume(Callback):
             how = f"the same command goes on from {saved}"
         else:
             how = f"add '+resume_from_checkpoint=\"{saved}\"' to the command to go on"
-        rank_zero_info(f"Interrupted in epoch {trainer.current_epoch}: {how}.")
+        say(f"Interrupted in epoch {trainer.current_epoch}: {how}.")
 
 
 class TwoViews(AdaptiveTemperature, SimCLR):
