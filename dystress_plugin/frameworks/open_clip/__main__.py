@@ -1,0 +1,71 @@
+"""`python -m dystress_plugin.frameworks.open_clip method=isogclr -- ...`: open_clip's training with a method of ours.
+
+Before `--` stand the method and its parameters, `method_kwargs.tau_min=0.01`; after it the arguments of
+`python -m open_clip_train.main`, as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from dystress_plugin.checks import unknown_name
+from dystress_plugin.errors import needing
+from dystress_plugin.recipes import recipe
+
+with needing("open-clip"):
+    from omegaconf import OmegaConf
+
+USAGE = "python -m dystress_plugin.frameworks.open_clip method=NAME [method_kwargs.PARAMETER=VALUE ...] -- ARGUMENTS"
+KEYS = ("method", "method_kwargs")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\nusage: {USAGE}")
+        return 0
+    try:
+        keys, rest = _split(words)
+        method, settings = _settings(keys)
+        from dystress_plugin.frameworks.open_clip import ContrastiveClipLoss, program
+
+        program.train(ContrastiveClipLoss(method, **settings), rest)
+    except (ValueError, TypeError, ImportError) as error:
+        print(f"dystress: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The keys, and open_clip's arguments, which begin at `--` or at the first option."""
+    first = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    rest = words[first:]
+    return words[:first], rest[1:] if rest[:1] == ["--"] else rest
+
+
+def _settings(keys: list[str]) -> tuple[str, dict[str, Any]]:
+    """The method and its parameters.
+
+    Raises:
+        ValueError: for a key that there is not, a method without a name, or a parameter that it does not have.
+    """
+    for key in keys:
+        if "=" not in key:
+            raise ValueError(f"'{key}' is no key=value. Usage: {USAGE}")
+        if key.partition("=")[0].partition(".")[0] not in KEYS:
+            raise ValueError(unknown_name("key", key.partition("=")[0], KEYS))
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(keys))
+    if "method" not in given:
+        raise ValueError(f"No method is given. Usage: {USAGE}")
+    chosen = recipe(str(given["method"]))
+    if chosen.queue:
+        raise ValueError(f"method={chosen.name} keeps a queue, which images and texts have no place for: take another.")
+    settings = given.get("method_kwargs") or {}
+    chosen.check_names(settings)
+    return chosen.name, chosen.sized(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

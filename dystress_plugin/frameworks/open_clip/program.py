@@ -1,0 +1,242 @@
+"""open_clip's own training program with another loss: which of its functions are replaced, in 3.3 and in 4."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from dystress_plugin import distributed
+from dystress_plugin.errors import needing
+from dystress_plugin.frameworks.open_clip.loss import MAX_SCALE, ContrastiveClipLoss
+from dystress_plugin.metrics import temperature_summary
+from dystress_plugin.training import size_table, warn_of_concerns
+
+with needing("open-clip"):
+    from open_clip_train import data as open_clip_data
+    from open_clip_train import main as program
+    from open_clip_train.params import parse_args
+
+    from dystress_plugin.frameworks.open_clip import numbers
+
+TASKS = ("CLIPTask", "CLAPTask")
+STATE = "contrastive_loss"  # of the loss, in a checkpoint
+UNSIZED = 1  # a table's length before that of the data is known
+LOGGED = ("tau_positive_mean", "tau_negative_mean", "alignment", "uniformity")
+_logger = logging.getLogger(__name__)
+
+
+def train(loss: ContrastiveClipLoss, arguments: Sequence[str]) -> None:
+    """Runs `open_clip_train.main` with the arguments given, and the loss in the place of ClipLoss.
+
+    Raises:
+        ValueError: before anything is loaded, for arguments that do not go with the loss.
+    """
+    _check(parse_args(list(arguments)), loss)
+    with ExitStack() as replaced:
+        for name, function in _Training(loss).replacements.items():
+            replaced.enter_context(mock.patch.object(program, name, function))
+        program.main(list(arguments))
+
+
+def _check(args: Any, loss: ContrastiveClipLoss) -> None:
+    """A ValueError for what open_clip would do with another loss than ours, or to it."""
+    other = {"siglip": "--siglip", "distill": "--distill", "distill_model": "--distill-model", "genlip": "--genlip"}
+    for name, option in other.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{option} trains with a loss of its own: leave it out, or train without method=...")
+    if "coca" in args.model.lower():
+        raise ValueError(f"--model {args.model} has a loss for captions besides: choose a model of CLIP.")
+    if _has_state(loss) and args.accum_freq > 1:
+        raise ValueError(
+            f"--accum-freq {args.accum_freq} computes the loss of a batch {args.accum_freq} times, and this method "
+            "keeps state that moves each time: leave it out."
+        )
+    if _has_state(loss) and getattr(args, "fsdp", False) and getattr(args, "fsdp_checkpoint", "full") == "sharded":
+        raise ValueError("--fsdp-checkpoint sharded has no place for the state of this method: choose full.")
+    if args.local_loss or args.gather_with_grad:
+        _logger.warning("--local-loss and --gather-with-grad change nothing: the loss gathers itself, with gradient.")
+
+
+def _has_state(loss: ContrastiveClipLoss) -> bool:
+    return bool(list(loss.buffers()))
+
+
+class _Training:
+    """One run: what stands in the place of the program's functions, and what it remembers between them."""
+
+    def __init__(self, loss: ContrastiveClipLoss) -> None:
+        self.loss = loss
+        self.has_tasks = hasattr(program, "create_task")  # 4; 3.3 takes the loss by itself
+        names = ["get_data", "train_one_epoch"]
+        names += ["create_task", "save_checkpoint", "load_checkpoint"] if self.has_tasks else ["create_loss"]
+        self.original = {name: getattr(program, name) for name in names}
+        self.replacements: dict[str, Callable[..., Any]] = {name: getattr(self, name) for name in names}
+        self.resumed: dict[str, Any] | None = None  # the loss's state, until the length of its tables is known
+        self.begun = False
+        self.seen: tuple[Tensor, Tensor] | None = None  # the last batch
+        loss.register_forward_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, loss: nn.Module, _: Any, features: dict[str, Any], value: Any) -> None:
+        self.seen = (features["image_features"].detach(), features["text_features"].detach())
+
+    def create_loss(self, args: Any) -> ContrastiveClipLoss:
+        return self.loss.to(args.device)
+
+    def create_task(self, args: Any, *given: Any, **named: Any) -> Any:
+        task = self.original["create_task"](args, *given, **named)
+        if type(task).__name__ not in TASKS:
+            raise ValueError(f"--model {args.model} is trained as {type(task).__name__}, which has another loss.")
+        task.loss = self.loss.to(args.device)
+        return task
+
+    def get_data(self, *given: Any, **named: Any) -> Any:
+        with ExitStack() as replaced:
+            if self._has_table:
+                for name, other in (
+                    ("DataLoader", numbers.NumberedLoader),
+                    ("wds", numbers.KeyedWebdataset(open_clip_data.wds)),
+                ):
+                    replaced.enter_context(mock.patch.object(open_clip_data, name, other))
+            data = self.original["get_data"](*given, **named)
+        if "train" in data:
+            loader = data["train"].dataloader
+            sides = self._size_tables(loader) if self._has_table else None
+            data["train"].dataloader = _Batches(loader, self.loss, sides)
+        return data
+
+    @property
+    def _has_table(self) -> bool:
+        return any(temperature.num_samples is not None for temperature in self.loss.criterion.temperatures)
+
+    def _size_tables(self, loader: Any) -> tuple[Tensor, Tensor] | None:
+        """Gives tables without a length that of the data; returns what `numbers.of_sides` does."""
+        sides = numbers.of_sides(loader)
+        rows = getattr(loader, "rows", None)
+        found = [int(side.max()) + 1 for side in sides] if sides else [rows, rows]
+        for temperature, wanted in zip(self.loss.criterion.temperatures, found, strict=False):
+            length = temperature.num_samples
+            if wanted is None and length == UNSIZED:
+                raise ValueError(
+                    "A webdataset does not tell its largest key: set method_kwargs.num_samples to one more than that."
+                )
+            if wanted is not None and length is not None and UNSIZED < length < wanted:
+                raise ValueError(
+                    f"method_kwargs.num_samples is {length}, and the data have {wanted} samples: leave it out."
+                )
+            if wanted is not None and length == UNSIZED:
+                size_table(temperature, wanted)
+        return sides
+
+    def train_one_epoch(self, *given: Any, **named: Any) -> Any:
+        bound = inspect.signature(self.original["train_one_epoch"]).bind(*given, **named).arguments
+        args, state, batches = bound["args"], bound.get("state"), bound["data"]["train"].dataloader
+        batches.epoch = state.epoch if state else bound["epoch"]
+        if not self.begun:
+            self._begin(args, batches.epoch)
+        result = self.original["train_one_epoch"](*given, **named)
+        model = state.task.trainable_module if state else bound["model"]
+        self._end_epoch(model, args, batches.epoch, bound.get("tb_writer"))
+        return result
+
+    def _begin(self, args: Any, epoch: int) -> None:
+        self.begun = True
+        warn_of_concerns(self.loss.criterion.temperature, args.epochs, _logger.warning)
+        if not (epoch and _has_state(self.loss)):
+            return
+        beside = _beside(Path(args.resume).parent, epoch)
+        state = self.resumed
+        if state is None and beside.exists():
+            state = torch.load(beside, map_location="cpu", weights_only=True)
+        if state is None:
+            raise ValueError(
+                f"--resume {args.resume} has no state of this method: it was trained without, or {beside.name} is "
+                "missing beside it."
+            )
+        self.loss.load_state_dict(state)
+
+    @torch.no_grad()
+    def _end_epoch(self, model: nn.Module, args: Any, epoch: int, writer: Any) -> None:
+        """Logs the temperatures, writes their mean into the model's scale, saves what 3.3's checkpoint cannot hold."""
+        if self.seen is None:
+            return
+        loss, index = self.loss, self.loss.index
+        found = temperature_summary(loss.criterion, *self.seen, index=index, epoch=loss.epoch)
+        means = {name: float(distributed.mean_over_ranks(found[name].reshape(1))) for name in LOGGED}
+        if program.is_master(args):
+            _logger.info(f"Train Epoch: {epoch} " + " ".join(f"{name}: {value:.4g}" for name, value in means.items()))
+            for name, value in means.items():
+                if writer is not None:
+                    writer.add_scalar(f"train/{name}", value, epoch)
+            if args.wandb:
+                program.wandb.log({f"train/{name}": value for name, value in means.items()}, commit=False)
+        if not loss.trains_scale:
+            tau = (means["tau_positive_mean"] + means["tau_negative_mean"]) / 2
+            _scale_of(model).fill_(min(max(-math.log(tau), 0.0), MAX_SCALE))
+        if _has_state(loss) and args.save_logs and not self.has_tasks:
+            _save_beside(Path(args.checkpoint_path), epoch + 1, loss.state_dict())
+
+    def save_checkpoint(self, *given: Any, **named: Any) -> Any:
+        checkpoint = self.original["save_checkpoint"](*given, **named)
+        return {**checkpoint, STATE: self.loss.state_dict()} if _has_state(self.loss) else checkpoint
+
+    def load_checkpoint(self, task: Any, path: str, *given: Any, **named: Any) -> Any:
+        from open_clip_train.file_utils import pt_load
+
+        self.resumed = pt_load(path, map_location="cpu").get(STATE)
+        return self.original["load_checkpoint"](task, path, *given, **named)
+
+
+class _Batches:
+    """The training data, which tells the loss the number of every sample, and the epoch."""
+
+    def __init__(self, loader: Any, loss: ContrastiveClipLoss, sides: tuple[Tensor, Tensor] | None) -> None:
+        self._loader = loader
+        self._loss = loss
+        self._sides = sides
+        self.epoch = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        loss = self._loss
+        for step, batch in enumerate(self._loader):
+            batch, rows = numbers.split(batch)
+            loss.index = rows if rows is None or self._sides is None else (self._sides[0][rows], self._sides[1][rows])
+            loss.epoch = loss.criterion.temperature.clock(self.epoch, step, self._loader.num_batches)
+            yield batch
+
+
+def _scale_of(model: nn.Module) -> Tensor:
+    return next(p for name, p in model.named_parameters() if name.rpartition(".")[2] == "logit_scale")
+
+
+def _beside(folder: Path, epoch: int) -> Path:
+    # Not .pt: `--resume latest` takes the last of those.
+    return folder / f"loss_epoch_{epoch}.pth"
+
+
+def _save_beside(folder: Path, epoch: int, state: dict[str, Any]) -> None:
+    """Writes the loss's state for the checkpoint of an epoch, and removes those whose checkpoint is gone.
+
+    The last two stay in any case: this one's checkpoint is written after it, and a run may end in between.
+    """
+    path = _beside(folder, epoch)
+    torch.save(state, partial := path.with_suffix(".tmp"))
+    partial.replace(path)
+    for old in folder.glob("loss_epoch_*.pth"):
+        number = int(old.stem.rpartition("_")[2])
+        if number < epoch - 1 and not (folder / f"epoch_{number}.pt").exists():
+            old.unlink()
