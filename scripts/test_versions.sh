@@ -5,13 +5,13 @@
 #
 # Without the first argument both. FOLDER keeps the environments (a temporary one by default; 7 GB, as an old torch
 # comes with its CUDA libraries). EXTRAS are those of pyproject.toml whose tests are run, one after another (by default
-# "lightly cli sentences lightly-train"; the losses are tested with lightly). The oldest are the lower bounds in
+# "lightly cli sentences open-clip lightly-train"; the losses are tested with lightly). The oldest are the lower bounds in
 # pyproject.toml and nowhere else. PYTHON is the interpreter, 3.11 for the oldest torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ages="${1:-oldest newest}"
 folder="${2:-$(mktemp -d)}"
-extras="${3:-lightly cli sentences lightly-train}"
+extras="${3:-lightly cli sentences open-clip lightly-train}"
 export OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 unset SOLO_LEARN_HOME LIGHTLY_HOME # no clones: their tests are skipped
 
@@ -26,8 +26,9 @@ tests() { # EXTRA
         lightly) echo "${lightly[@]}" ;;
         cli) echo tests/experiment/test_pretrain.py ;;
         sentences) echo tests/frameworks/test_sentence_transformers.py ;;
+        open-clip) echo tests/frameworks/test_open_clip.py ;;
         lightly-train) echo tests/frameworks/test_lightly_train.py ;;
-        *) echo "$1 must be lightly, cli, sentences or lightly-train." >&2 && return 1 ;;
+        *) echo "$1 must be lightly, cli, sentences, open-clip or lightly-train." >&2 && return 1 ;;
     esac
 }
 

@@ -31,7 +31,8 @@ A method is a point of the grid temperature × objective × layout. Every row wo
 `num_samples=`. *command* is `dystress pretrain method=name`, *solo-learn* its own `main_pretrain.py ... method=name`.
 *lightly: criterion* is a class in `dystress_plugin.frameworks.lightly`, which with `memory_bank_size` compares with a
 queue; *lightly: module* is a LightningModule in `dystress_plugin.frameworks.lightly.modules`. *sentences* is
-`ContrastiveSentenceLoss(model, "name")` in `dystress_plugin.frameworks.sentence_transformers`, *LightlyTrain*
+`ContrastiveSentenceLoss(model, "name")` in `dystress_plugin.frameworks.sentence_transformers`, *open_clip* its own
+training after `python -m dystress_plugin.frameworks.open_clip method=name --`, *LightlyTrain*
 `lightly_train.pretrain(method="name")` after `import dystress_plugin.frameworks.lightly_train`. *paper* is the
 temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxiv.org/abs/2110.06848), the queue from
 [MoCo, 2020](https://arxiv.org/abs/1911.05722). Other combinations are made from their parts:
@@ -50,7 +51,7 @@ def table():
     lightly_train = _served_by("lightly_train")
     columns = (
         *("method", "temperature", "objective", "layout", "paper", "defaults"),
-        *("command", "solo-learn", "lightly: criterion", "lightly: module", "sentences", "LightlyTrain"),
+        *("command", "solo-learn", "lightly: criterion", "lightly: module", "sentences", "open_clip", "LightlyTrain"),
         "implemented in",
     )
     rows = [columns, ["---"] * len(columns)]
@@ -70,7 +71,7 @@ def table():
                 "its own" if recipe.name in HOSTS_OWN else _mark(recipe.queue in solo),
                 criteria.get((recipe.temperature, recipe.objective), "–"),
                 f"`{module['model'].__name__}`" if module else "–",
-                _mark(not recipe.queue),
+                *[_mark(not recipe.queue)] * 2,
                 "its own" if recipe.name in HOSTS_OWN else _mark(recipe.queue in lightly_train),
                 ", ".join(_link(file) for file in _files(recipe)),
             ]
