@@ -193,9 +193,12 @@ def test_a_temperature_for_every_image_resumes_and_gives_way_to_a_new_run(pretra
 
 def test_a_third_partys_table_and_warm_up(host, warm, pretrain, monkeypatch):
     from dystress_plugin.frameworks.lightly_train import methods
+    from dystress_plugin.training import method_class
 
     for name, recipe in warm.items():
-        monkeypatch.setitem(host.helpers._method_name_to_cls.ours, name, methods._class(recipe))
+        body = {"recipe": recipe, "args": methods.args_class(recipe)}
+        cls = method_class(recipe, methods.BASES[recipe.queue], methods.__name__, body)
+        monkeypatch.setitem(host.helpers._method_name_to_cls.ours, name, cls)
     for name in ("warm_isogclr", "warm_isogclr_moco"):
         _, state = pretrain(name, method_args={"epochs": 1.0})
         assert state["criterion.temperature.temperature.visited"].tolist() == [True] * IMAGES
