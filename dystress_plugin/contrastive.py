@@ -252,6 +252,8 @@ class ContrastiveLoss(nn.Module):
 
         Its backward pass takes part in what other ranks, whose batches may have more images, do in theirs.
         """
+        for number, view in enumerate(views):
+            check_view(number, view, views[0])
         first = views[0]
         parameters: list[dict[str, Tensor]] = [dict(own.named_parameters()) for own in self.temperatures]
         if self.training and torch.is_grad_enabled():

@@ -167,6 +167,12 @@ def test_a_batch_of_one_image_is_0_as_lightlys(build, context, dtype):
         loss.loss(*z, **context)
 
 
+@pytest.mark.parametrize("other", [torch.zeros(2, 5), torch.zeros(1, 4), torch.zeros(1, 5).int(), [[0.0] * 5]])
+def test_a_batch_of_one_image_is_checked_as_any_other(other):
+    with pytest.raises((ValueError, TypeError), match="View 1 "):
+        DySTreSSLoss()(torch.zeros(1, 5), other)
+
+
 def test_a_batch_of_one_image_has_negatives_in_a_memory_bank():
     assert MACLLoss(memory_bank_size=(16, 5))(*views(1)) > 0
 
