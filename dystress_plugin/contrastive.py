@@ -198,6 +198,8 @@ class ContrastiveLoss(nn.Module):
 
     def _value(self, units: Tensor, indices: Indices, epoch: float | None, *, learns: bool) -> Tensor:
         with torch.autocast(units.device.type, enabled=False):
+            for number, temperature in enumerate(self.temperatures if learns else ()):
+                temperature.begin(units[0 if self._in_views or number else 1])
             stats, sides, each, own = self._row_stats(units, indices, epoch)
             one_by_one = self.positives == "mean"
             terms = _one_by_one(stats, *each, self._objective.competing) if one_by_one else stats
@@ -295,6 +297,7 @@ class ContrastiveLoss(nn.Module):
                 views=views,
                 mean=distributed.mean_over_ranks if gather else torch.mean,
                 layout="queue" if self.queue is not None else self.layout,
+                anchors=torch.cat([block.anchors for block in own]).detach(),
             )
             rows = slice(start, start + len(positive_cosine))
             sides.append(_Side(temperature, own, rows, batch))
@@ -336,6 +339,7 @@ class ContrastiveLoss(nn.Module):
             positive_cosine=_over_positives(torch.mean, positive_cosine),
             negative_cosine=torch.cat(negative_cosines) if negative_cosines else None,
             num_negatives=sides[0].blocks[0].num_negatives,
+            positive_logit=_over_positives(torch.mean, positive_logit),
             mean=sides[0].batch.mean,
         )
         stats = _with_running_means(stats, sides)
@@ -439,6 +443,11 @@ class ContrastiveLoss(nn.Module):
             raise ValueError("A batch of one image has no negatives; use at least two images, or a queue.")
 
     @property
+    def _in_views(self) -> bool:
+        """Whether anchors are compared with those of their own kind, and not with another side or keys."""
+        return self.layout == "views" and self.queue is None
+
+    @property
     def _counts_negatives(self) -> bool:
         return self._objective.needs_negative_cosine or any(own.needs_negative_cosine for own in self.temperatures)
 
@@ -530,6 +539,7 @@ def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool)
         negative_cosine=repeated(stats.negative_cosine),
         log_s=repeated(stats.log_s),
         difference=repeated(stats.difference),
+        positive_logit=logit.flatten(),
     )
 
 

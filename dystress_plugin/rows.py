@@ -26,6 +26,7 @@ class RowStats:
             own mean.
         difference: for which anchors SogCLR is of the negatives' cosines less the positive's, weights and loss alike;
             None is for none.
+        positive_logit: mean logit of i's positives, as far as something reads it.
         mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
     """
 
@@ -36,6 +37,7 @@ class RowStats:
     num_negatives: int
     log_s: Tensor | None = None
     difference: Tensor | None = None
+    positive_logit: Tensor | None = None
     mean: Callable[[Tensor], Tensor] = torch.mean
 
     def rows(self, rows: slice) -> RowStats:

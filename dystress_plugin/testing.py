@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, multiprocessing
@@ -30,6 +30,7 @@ IMAGES, DIM, TILE = 6, 5, 5  # a tile of five rows cuts a batch unevenly
 EPOCHS = (0.0, 12.5, 500.0)  # the first, one within a schedule, one beyond most
 EXACT = 1e-9  # of float64
 Build = Callable[[], Temperature]
+_T = TypeVar("_T")
 
 
 class ContractError(AssertionError):
@@ -61,8 +62,9 @@ def check_temperature(temperature: Temperature | Build, *, distributed: bool = T
     first = build() if callable(build) else None
     if not isinstance(first, Temperature):
         raise TypeError(f"temperature={temperature!r} must be a Temperature, or a function that builds one.")
+    build = partial(_seeded, build)
     name = type(first).__name__
-    checks = [_declarations, _graph, _maps, _trace, _order, _copies, _table, _engines, _single_precision]
+    checks = [_declarations, _graph, _maps, _trace, _own_loss, _order, _copies, _table, _engines, _single_precision]
     if distributed and (list(first.buffers()) or list(first.parameters())):
         checks.append(_ranks)
     with warnings.catch_warnings():
@@ -90,6 +92,13 @@ def _require(condition: bool, where: str, what: str, remedy: str) -> None:
 
 
 # What temperatures are tried on
+
+
+def _seeded(function: Callable[[], _T], seed: int = 0) -> _T:
+    """What a function returns that may draw random numbers, as dropout does; without a trace in the generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return function()
 
 
 def _views(images: int = IMAGES, number: int = 2, seed: int = 0) -> list[Tensor]:
@@ -132,8 +141,9 @@ def _see(
     positive_cosine = torch.cat([block.positive_cosine for block in blocks])
     views = len(positive_cosine) // units.shape[1]
     index = index.repeat(views) if index is not None else None
-    batch = Batch(positive_cosine.detach(), index, epoch, views, torch.mean)
-    maps = temperature.prepare(batch)
+    anchors = torch.cat([block.anchors for block in blocks]).detach()
+    batch = Batch(positive_cosine.detach(), index, epoch, views, torch.mean, layout, anchors)
+    maps = _seeded(lambda: temperature.prepare(batch))
     parts = [
         dense.negative_stats(
             block.anchors, block.candidates, block.excluded, maps.negative.rows(rows), want_cosine=with_cosine
@@ -142,6 +152,7 @@ def _see(
     ]
     stats = RowStats(
         positive=maps.positive.logit(positive_cosine).logsumexp(1),
+        positive_logit=maps.positive.logit(positive_cosine).mean(1),
         negative=torch.cat([part.negative for part in parts]),
         positive_cosine=positive_cosine.mean(1),
         negative_cosine=torch.cat([part.negative_cosine for part in parts]) if with_cosine else None,  # type: ignore[misc]
@@ -171,7 +182,7 @@ def _train(
     for step, seed in enumerate(seeds):
         views = [view.requires_grad_() for view in _views(images, seed=seed)]
         index = _index(temperature, images, seed) if temperature.needs_index else None
-        value = loss(*views, index=index, epoch=EPOCHS[1] + step)
+        value = _seeded(partial(loss, *views, index=index, epoch=EPOCHS[1] + step), step)
         gradients = torch.autograd.grad(value, [*views, *parameters], allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients[len(views) :], strict=True):
@@ -250,6 +261,19 @@ def _graph(build: Build, name: str) -> None:
         f"{name}.update",
         "keeps the graph of a batch in its state",
         "Decorate it with torch.no_grad()",
+    )
+
+
+def _own_loss(build: Build, name: str) -> None:
+    """A loss of its own is worth nothing."""
+    temperature = _trained(build)
+    seen = _see(temperature, _units(), index=_index(temperature))
+    found = temperature.own_loss(seen.maps, seen.stats, seen.batch)
+    _require(
+        found is None or (found.shape == seen.stats.negative.shape and not bool(found.any())),
+        f"{name}.own_loss",
+        "is neither None nor a zero a row",
+        "Return G * (tau - tau.detach()), (rows,), with G detached",
     )
 
 
@@ -389,7 +413,7 @@ def _trace(build: Build, name: str) -> None:
         _same(_future(_trained(build)), _future(_trained(build))),
         name,
         "gives different results for the same batches",
-        "Draw nothing at random, and read no clock",
+        "Draw nothing but from torch's own generator, and read no clock",
     )
 
     def prepare(temperature: Temperature) -> None:

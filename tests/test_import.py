@@ -70,6 +70,7 @@ def test_public_names_are_those_of_the_contract():
         "RobustGlobal",
         "Scaled",
         "StepSchedule",
+        "TempNet",
         "Temperature",
         "TemperatureFree",
         "WarmUp",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from grid import CASES, assert_close, build
 
-from dystress_plugin.temperature import Individual, WarmUp
+from dystress_plugin.temperature import Individual, TempNet, WarmUp
 from dystress_plugin.testing import ContractError, check_temperature
 
 THIRD_PARTY = str(Path(__file__).parent / "third_party")
@@ -33,6 +33,11 @@ def test_our_own_temperatures_keep_the_contract(name):
 
 def test_a_temperature_with_a_table_within_another_keeps_the_contract():
     check_temperature(lambda: WarmUp(Individual(50), epochs=10), distributed=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gamma": 0.6, "num_samples": 50}])
+def test_a_network_with_dropout_keeps_the_contract_on_two_ranks_too(settings):
+    check_temperature(lambda: TempNet(5, **settings), distributed=bool(settings))
 
 
 def test_a_third_partys_table_with_a_schedule_keeps_the_contract_on_two_ranks_too(theirs):

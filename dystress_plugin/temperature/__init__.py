@@ -12,6 +12,7 @@ from dystress_plugin.temperature.profiles import ProfiledMap
 from dystress_plugin.temperature.robust_global import RobustGlobal
 from dystress_plugin.temperature.scalar import Constant, Learnable
 from dystress_plugin.temperature.schedules import CosineSchedule, StepSchedule
+from dystress_plugin.temperature.temp_net import TempNet
 from dystress_plugin.temperature.temperature_free import TemperatureFree
 from dystress_plugin.temperature.warm_up import WarmUp
 
@@ -30,6 +31,7 @@ __all__ = [
     "RobustGlobal",
     "Scaled",
     "StepSchedule",
+    "TempNet",
     "Temperature",
     "TemperatureFree",
     "WarmUp",

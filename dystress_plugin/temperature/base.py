@@ -29,6 +29,7 @@ class Batch:
         views: how many consecutive blocks of `rows / views` anchors show the same images.
         mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
         layout: the loss's, by name.
+        anchors: (rows, dim) of length 1, detached.
     """
 
     positive_cosine: Tensor
@@ -37,6 +38,7 @@ class Batch:
     views: int
     mean: Callable[[Tensor], Tensor]
     layout: str = "views"
+    anchors: Tensor | None = None
 
 
 class Temperature(nn.Module, ABC):
@@ -89,6 +91,13 @@ class Temperature(nn.Module, ABC):
     def concerns(self, epochs: float) -> list[str]:
         """What a training of so many epochs should be warned of, a sentence each."""
         return []
+
+    def begin(self, opposite: Tensor) -> None:
+        """Sees what anchors are compared with, (batch, dim) of this rank, before a batch that is learned from.
+
+        For parameters that start from the first batch; on every rank alike.
+        """
+        return
 
     @abstractmethod
     def prepare(self, batch: Batch) -> LogitMaps:

@@ -132,19 +132,13 @@ class RobustGlobal(LearnedScalar):
         if not self.needs_index:
             return None
         log_u = torch.cat([log_u for _, _, log_u in self._moved(stats, batch)])
-        return tracing.read((log_u + self._offset(stats)).to(stats.negative.dtype))
+        return tracing.read((log_u + positive_logit(stats)).to(stats.negative.dtype))
 
     def own_loss(self, maps: LogitMaps, stats: RowStats, batch: Batch) -> Tensor:
         assert isinstance(maps.negative, Scaled)  # as `prepare` gives it; narrows the types
-        assert stats.negative_cosine is not None
         assert maps.negative.trained is not None
-        trained = maps.negative.trained
-        tau, positive = trained.detach(), stats.positive_cosine.detach()
-        log_g = stats.negative.detach() - math.log(stats.num_negatives)
-        log_s = log_g if stats.log_s is None else stats.log_s
-        pull = torch.exp(log_g - log_s) * (stats.negative_cosine.detach() - positive) / tau
-        gradient = self.rho + log_s - positive / tau - (2 if self.released else 1) * pull
-        return gradient * (trained - tau)
+        tau = maps.negative.trained
+        return robust_gradient(stats, tau.detach(), self.rho, 2 if self.released else 1) * (tau - tau.detach())
 
     @torch.no_grad()
     def update(self, stats: RowStats, batch: Batch) -> None:
@@ -159,18 +153,28 @@ class RobustGlobal(LearnedScalar):
 
     def _moved(self, stats: RowStats, batch: Batch) -> list[tuple[RunningMeans, Tensor, Tensor]]:
         """Of every side its means, its samples, and the logarithms of where the batch moves these, (rows,)."""
-        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - self._offset(stats)
+        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - positive_logit(stats)
         index, gamma = given_index(batch.index, "RobustGlobal"), self.gamma_at(batch.epoch)
         sides = batch.views if batch.layout == "both_ways" else 1
         each = zip(self.means, index.chunk(sides), log_g.chunk(sides), strict=False)  # the second for two sides
         return [(means, own, means.moved(own, log_g, gamma)) for means, own, log_g in each]  # type: ignore[operator, misc]
 
-    def _offset(self, stats: RowStats) -> Tensor:
-        """s_p / tau: what is subtracted from every logit."""
-        tau = self._held().to(stats.negative.dtype).exp()
-        return stats.positive_cosine.detach().double() / tau.double()
-
     def extra_repr(self) -> str:
         own = {"tau": f"{math.exp(float(self.log_tau.detach())):.4g}", "rho": self.rho, "gamma": self.gamma}
         own |= {"gamma_epochs": self.gamma_epochs, "num_samples": self.num_samples, "tau_min": self.tau_min}
         return ", ".join(f"{name}={value}" for name, value in own.items()) + f", released={self.released}"
+
+
+def positive_logit(stats: RowStats) -> Tensor:
+    """s_p / tau, which exp(h / tau) has less than exp(s / tau) in its exponent; in double."""
+    assert stats.positive_logit is not None  # a loss always gives it; narrows the type
+    return stats.positive_logit.detach().double()
+
+
+def robust_gradient(stats: RowStats, tau: Tensor, rho: float, times: int = 1) -> Tensor:
+    """log u_i + rho - times sum_j w_j h_j / tau of every anchor, see `RobustGlobal`; detached."""
+    assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
+    log_g = stats.negative.detach() - math.log(stats.num_negatives)
+    log_s = log_g if stats.log_s is None else stats.log_s
+    h = stats.negative_cosine.detach() - stats.positive_cosine.detach()
+    return log_s - positive_logit(stats).to(log_s.dtype) + rho - times * torch.exp(log_g - log_s) * h / tau

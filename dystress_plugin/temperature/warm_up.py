@@ -69,6 +69,9 @@ class WarmUp(Temperature):
         )
         return ([own] if epochs <= self.epochs else []) + self.temperature.concerns(epochs)
 
+    def begin(self, opposite: Tensor) -> None:
+        self.temperature.begin(opposite)
+
     def prepare(self, batch: Batch) -> LogitMaps:
         share = min(1.0, given_epoch(batch.epoch, "WarmUp") / self.epochs)
         maps = self.temperature.prepare(batch)

@@ -101,6 +101,7 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
     weight = torch.softmax(logits.detach(), dim=1)
     stats = RowStats(
         positive=torch.logsumexp(maps.positive.logit(positive), dim=1),
+        positive_logit=maps.positive.logit(positive).mean(dim=1),
         negative=torch.logsumexp(logits, dim=1),
         positive_cosine=positive.mean(dim=1),
         negative_cosine=(weight * negative).sum(dim=1),
