@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,9 +60,9 @@ def name_of(data: str) -> str:
     return next((part for part in reversed(Path(first).parts[1:]) if not glob.has_magic(part)), "images")
 
 
-def check_outside(out: Path, data: str) -> None:
-    """Raises a ValueError where results would become images: `out` is the folder of images, or lies in it."""
-    for folder in _folders(data):
+def check_outside(out: Path, *named: str | None) -> None:
+    """Raises a ValueError where results would become images: `out` is a folder of images, or lies in one."""
+    for folder in _folders(named):
         if _inside(out, folder):
             there = Path(os.path.realpath(folder)).parent / "runs" / Path(os.path.realpath(out)).name
             raise ValueError(
@@ -71,16 +71,17 @@ def check_outside(out: Path, data: str) -> None:
             )
 
 
-def check_apart(out: Path, data: str) -> None:
-    """`check_outside`, and a ValueError as well where the folder of images lies in `out`."""
-    check_outside(out, data)
-    for folder in _folders(data):
+def check_apart(out: Path, *named: str | None) -> None:
+    """`check_outside`, and a ValueError as well where a folder of images lies in `out`."""
+    check_outside(out, *named)
+    for folder in _folders(named):
         if _inside(folder, out):
             raise ValueError(f"data={folder} lies in out={out}, a folder for results alone. Choose another out.")
 
 
-def _folders(data: str) -> list[str]:
-    return [] if data in NAMED else [path for source in sources(data) for path in (matches(source) or [source])]
+def _folders(named: Sequence[str | None]) -> list[str]:
+    values = (data for data in named if data is not None and data not in NAMED)
+    return [path for data in values for source in sources(data) for path in (matches(source) or [source])]
 
 
 def _inside(inner: str | Path, outer: str | Path) -> bool:

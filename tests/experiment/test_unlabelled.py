@@ -73,7 +73,7 @@ def test_images_without_labels_are_all_trained_on(names, value, labels, expected
     assert sorted(data.test.files) == sorted(data.train.files)
     said = capsys.readouterr().err
     assert said.startswith(
-        f"dystress: data={name}: {len(expected)} images without labels, none held out; no accuracies"
+        f"dystress: data={name}: {len(expected)} images without labels, none held out; kNN and linear probe"
     )
     assert said.count("\n") == 1
     assert ("no images: 1 .txt" in said) == ("README.txt" in names)
@@ -84,7 +84,7 @@ def test_images_without_labels_are_all_trained_on(names, value, labels, expected
 def test_two_folders_with_images_are_classes_as_ever(images, capsys):
     data = load_folder(images)
     assert (data.num_classes, len(data.train.labels), len(data.test.labels)) == (3, 18, 6)
-    assert "3 class folders, of which a quarter of every class is held out for accuracies." in capsys.readouterr().err
+    assert "3 class folders; for accuracies a quarter of every class is held out." in capsys.readouterr().err
     assert load_folder(images, labels=True).classes == data.classes
     assert len(load_folder(images, labels=False).train.labels) == 24
 
@@ -161,6 +161,9 @@ def test_a_list_is_one_name_from_everywhere(tmp_path, monkeypatch):
             places.check_apart(Path(out), "[a,c]")
     with pytest.raises(ValueError, match="a folder for results alone"):
         places.check_apart(Path("."), "[a,c]")
+    with pytest.raises(ValueError, match="out=c/x lies in data=c"):
+        places.check_apart(Path("c/x"), "digits", "c")
+    places.check_apart(Path("b"), "[a,c]", None)
 
 
 def test_any_named_data_set_is_trained_on_without_labels():
@@ -268,7 +271,7 @@ def test_a_run_without_labels_measures_what_needs_none(flat, images, tiny, tmp_p
     given = tiny | {"data": flat, "epochs": 2, "map": "true", "protocols": "[linear]"}
     assert dystress("pretrain", given) == 0
     printed = capsys.readouterr()
-    assert "24 images without labels, none held out; no accuracies" in printed.err
+    assert "24 images without labels, none held out; kNN and linear probe" in printed.err
     assert "effective rank" in printed.out
     assert "accuracy" not in printed.out
     with (out / "metrics.csv").open() as file:

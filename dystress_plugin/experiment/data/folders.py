@@ -95,9 +95,10 @@ class Layout:
             loose += [name for name in os.listdir(self.folder) if pictures.is_picture(str(self.folder / name))]
         elif self.labelled:
             classes = len({name for name, _ in found} - {""})
-            told = f"{classes} class folders, of which a quarter of every class is held out for accuracies"
+            told = f"{classes} class folders; for accuracies a quarter of every class is held out"
         else:
-            told = f"{len(images):,} images without labels, none held out; no accuracies but of val=FOLDER with classes"
+            left_out = "kNN and linear probe, which need classes, are left out (val=FOLDER has some for them)"
+            told = f"{len(images):,} images without labels, none held out; {left_out}"
         if self.unused:
             told += f"; not used: {', '.join(self.unused)}"
         if self.labelled and loose:

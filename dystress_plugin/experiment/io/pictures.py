@@ -55,6 +55,15 @@ def is_picture(file: str) -> bool:
     if named or name.startswith("."):  # hidden ones by name alone, as torchvision has it
         return named
     try:
+        return _is_told(file, os.stat(file).st_mtime_ns)
+    except OSError:
+        return False
+
+
+@functools.cache
+def _is_told(file: str, _changed: int) -> bool:
+    """Whether a file's content is an image's; remembered, as whoever lists files asks again."""
+    try:
         with opened(file) as picture:
             return picture.format not in TOLD_ALONE
     except Exception:  # as in `read`

@@ -48,7 +48,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     out = output_folder(settings)
     with resumable(out) as progress:
         files.check_place(out)
-        places.check_apart(out, settings.data)
+        places.check_apart(out, settings.data, settings.val)
         trainer = make_trainer(settings, out)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():

@@ -104,6 +104,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     tail = f", long tail {d.long_tail:g} ({d.long_tail_profile})" if d.long_tail is not None else ""
     return {
         "data": d.name + tail + (f", indices {d.indices}" if d.indices else ""),
+        **({"accuracies": f"of {d.val}"} if d.val else {}),
         "backbone": f"{s.model.backbone}, {s.model.image_size} px",
         "epochs": str(s.epochs),
         "batch": str(d.batch_size),
