@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ SMALL_IMAGE = 64  # pixels, up to which a ResNet keeps the resolution of its inp
 # What torchvision's builders are to be told, by how the name begins; timm's fixed sizes tell themselves.
 NO_SECOND_HEAD = {"aux_logits": False, "init_weights": True}
 TORCHVISION_SETTINGS = {"googlenet": NO_SECOND_HEAD, "inception_v3": NO_SECOND_HEAD}
-TORCHVISION_SIZES = {"vit_": "image_size", "maxvit_": "input_size"}
+TORCHVISION_SIZES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "vit_": lambda size: {"image_size": size},
+    "maxvit_": lambda size: {"input_size": (size, size)},
+}
+
+HEADS = ("fc", "classifier", "head", "heads")  # what torchvision calls its classifiers
+STEM = ("conv1", "maxpool")  # of ResNets
 
 
 def backbone_name(name: str | None, data: str) -> str:
@@ -70,86 +77,61 @@ def library(name: str) -> str:
 
 def build(name: str, image_size: int, of: str) -> nn.Module:
     """The network of this name in a library, for a size of images, without its classifier."""
-    backbone = _of_torchvision(name, image_size) if of == "torchvision" else _of_timm(name, image_size)
-    for part, replaced in _stem(backbone, image_size).items():
-        setattr(backbone, part, replaced)
+    backbone = _whole(name, image_size, of)
+    for part, layer in _replaced(backbone, image_size, of).items():
+        setattr(backbone, part, layer)
     return backbone
 
 
 def code(name: str, image_size: int, of: str, load: str) -> list[str]:
     """Lines of Python that make the same network without this package; `load` gives its state dict."""
-    if of == "torchvision":
-        settings, heads = _torchvision_settings(name, image_size), _heads(_whole(name, image_size))
-        made = f"torchvision.models.{name}(weights=None{_text(settings)})"
-    else:
-        heads = {}
-        made = f'timm.create_model("{name}", num_classes=0{_text(_timm_settings(name, image_size))})'
-    lines = ["import torch", f"import {of}", f"model = {made}"]
-    if stem := _stem(build(name, image_size, of), image_size):
+    settings = ", ".join(f"{key}={value!r}" for key, value in _settings(name, image_size, of).items())
+    made = f"models.{name}({settings})" if of == "torchvision" else f'create_model("{name}", {settings})'
+    lines = ["import torch", f"import {of}", f"model = {of}.{made}"]
+    replaced = _replaced(_whole(name, image_size, of), image_size, of)
+    if stem := [part for part in replaced if part in STEM]:
         why = f"up to {SMALL_IMAGE} pixels a ResNet shrinks no image in its stem"
         lines.append(f"# {' and '.join(stem)} are not {of}'s own: {why}")
-    lines += [f"model.{part} = {_source(layer)}" for part, layer in (stem | heads).items()]
+    lines += [f"model.{part} = {_source(layer)}" for part, layer in replaced.items()]
     return [*lines, f"model.load_state_dict({load})", "model.eval()"]
 
 
-def _of_torchvision(name: str, image_size: int) -> nn.Module:
-    backbone = _whole(name, image_size)
-    for part, head in _heads(backbone).items():
-        setattr(backbone, part, head)
-    return backbone
-
-
-def _whole(name: str, image_size: int) -> nn.Module:
-    """A network of torchvision, with its classifier."""
+def _whole(name: str, image_size: int, of: str) -> nn.Module:
+    import timm
     from torchvision import models
 
-    whole: nn.Module = models.get_model(name, weights=None, **_torchvision_settings(name, image_size))
+    make = models.get_model if of == "torchvision" else timm.create_model
+    whole: nn.Module = make(name, **_settings(name, image_size, of))
     return whole
 
 
-def _torchvision_settings(name: str, image_size: int) -> dict[str, Any]:
-    settings: dict[str, Any] = dict(TORCHVISION_SETTINGS.get(name, {}))
-    for start, key in TORCHVISION_SIZES.items():
-        if name.startswith(start):
-            settings[key] = image_size if key == "image_size" else (image_size, image_size)
-    return settings
-
-
-def _heads(backbone: nn.Module) -> dict[str, nn.Module]:
-    """What stands for the classifiers of a network of torchvision: nothing, or what is pooled in them."""
-    found: dict[str, nn.Module] = {}
-    for head in ("fc", "classifier", "head", "heads"):
-        if hasattr(backbone, head):
-            pools = [part for part in getattr(backbone, head).modules() if isinstance(part, nn.AdaptiveAvgPool2d)]
-            found[head] = nn.Sequential(*pools, nn.Flatten()) if pools else nn.Identity()
-    return found
-
-
-def _of_timm(name: str, image_size: int) -> nn.Module:
+def _settings(name: str, image_size: int, of: str) -> dict[str, Any]:
+    """What the library is told beside the name."""
     import timm
 
-    backbone: nn.Module = timm.create_model(name, num_classes=0, **_timm_settings(name, image_size))
-    return backbone
-
-
-def _timm_settings(name: str, image_size: int) -> dict[str, Any]:
-    import timm
-
+    if of == "torchvision":
+        sizes = (make(image_size) for start, make in TORCHVISION_SIZES.items() if name.startswith(start))
+        return {"weights": None} | TORCHVISION_SETTINGS.get(name, {}) | next(sizes, {})
     cfg = timm.models.get_pretrained_cfg(name)
     # The ways that timm's other networks take any size are not the same; those of one size all have this setting.
-    return {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+    return {"num_classes": 0} | ({"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {})
 
 
-def _stem(backbone: nn.Module, image_size: int) -> dict[str, nn.Module]:
-    """The layers that a ResNet, of either library and of any make, gets for small images; none for others."""
-    width = getattr(getattr(backbone, "bn1", None), "num_features", None)
-    if image_size > SMALL_IMAGE or width is None or not (hasattr(backbone, "conv1") and hasattr(backbone, "maxpool")):
-        return {}
-    return {"conv1": nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False), "maxpool": nn.Identity()}
+def _replaced(whole: nn.Module, image_size: int, of: str) -> dict[str, nn.Module]:
+    """The layers that stand for others: of a ResNet's stem for small images, and for torchvision's classifiers.
 
-
-def _text(settings: dict[str, Any]) -> str:
-    return "".join(f", {key}={value!r}" for key, value in settings.items())
+    A ResNet may be of either library and of any make. Of a classifier is left what is pooled in it.
+    """
+    found: dict[str, nn.Module] = {}
+    width = getattr(getattr(whole, "bn1", None), "num_features", None)
+    if image_size <= SMALL_IMAGE and width is not None and all(hasattr(whole, part) for part in STEM):
+        stem = (nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False), nn.Identity())
+        found |= dict(zip(STEM, stem, strict=True))
+    for head in HEADS if of == "torchvision" else ():
+        if hasattr(whole, head):
+            pools = [part for part in getattr(whole, head).modules() if isinstance(part, nn.AdaptiveAvgPool2d)]
+            found[head] = nn.Sequential(*pools, nn.Flatten()) if pools else nn.Identity()
+    return found
 
 
 def _source(layer: nn.Module) -> str:

@@ -326,6 +326,22 @@ def test_other_data_with_labels_is_evaluated_on(flat, images, tiny, capsys):
     assert f"val={images} has other images than this run began with" in capsys.readouterr().err
 
 
+def test_a_run_is_not_gone_on_with_where_its_images_are_read_otherwise_now(flat, tiny, capsys, quick):
+    given = tiny | {"data": flat, "epochs": 1}
+    assert dystress("pretrain", given) == 0
+    Path(tiny["out"], "summary.json").unlink()
+    for name in "ab":
+        (flat / name).mkdir()
+    for number, file in enumerate(sorted(flat.glob("*.png"))):
+        file.rename(flat / "ab"[number % 2] / file.name)
+    capsys.readouterr()
+    assert dystress("pretrain", given) == 2
+    assert "is read as class folders, but was read as images without labels when this run began" in (
+        capsys.readouterr().err
+    )
+    assert dystress("pretrain", given | {"labels": "false"}) == 2  # other names
+
+
 def test_other_data_without_labels_cannot_be_evaluated_on(flat, images, tiny, capsys):
     assert dystress("pretrain", tiny | {"val": flat}) == 2
     assert "has no class folders" in capsys.readouterr().err

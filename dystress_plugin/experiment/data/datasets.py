@@ -1,4 +1,4 @@
-"""Images with labels: scikit-learn's digits, CIFAR, or a folder; all or a long-tailed part of them."""
+"""Images, with labels or without: scikit-learn's digits, CIFAR, or folders; all or a long-tailed part of them."""
 
 from __future__ import annotations
 

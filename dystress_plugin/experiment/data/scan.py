@@ -146,7 +146,8 @@ def scan_folder(
     before = read(out, key)
     begun = before if (out / "config.yaml").exists() else None
     if begun is not None and not begun.reads(layout):
-        then = ", ".join(begun.splits or []) or "otherwise, by version 0.1.0 or before folders were added"
+        before_that = "otherwise, by version 0.1.0 or before folders were added"
+        then = ", ".join(begun.splits or []) or (before_that if begun.labelled else "images without labels")
         raise ValueError(
             f"{key}={folder} is read as {layout.read_as}, but was read as {then} when this run began. Choose another "
             "out."

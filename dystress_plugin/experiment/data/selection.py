@@ -37,11 +37,8 @@ def class_sizes(largest: int, classes: int, ratio: float, profile: str = "expone
     Args:
         largest: images of the most frequent class.
         classes: number of classes.
-        ratio: size of the last class over that of the first, in (0, 1].
-        profile: "exponential" or "step".
-
-    Raises:
-        ValueError: for a ratio outside of (0, 1] or an unknown profile.
+        ratio: size of the last class over that of the first, in (0, 1]; else a ValueError.
+        profile: "exponential" or "step"; else a ValueError.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"long_tail={ratio} must lie in (0, 1]: the last class's share of the first's size.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dystress_plugin.experiment.backbone import build, code, library
 from dystress_plugin.experiment.data.datasets import normalize_of
@@ -58,20 +58,16 @@ def _code(spec: RunSpec, to: str, file: Path, *, as_safetensors: bool) -> list[s
     return [*lines, *code(name, size, to, load)]
 
 
+@torch.no_grad()
 def _check_fits(spec: RunSpec, backbone: nn.Module, to: str) -> None:
     """Raises a ValueError unless the other library has the same network, by name, tensors and what it computes."""
     name, size = spec.model.backbone, spec.model.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         other = build(name, size, to)
         other.load_state_dict(backbone.state_dict())
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(_features(other, images), _features(backbone, images))
+        features, expected = (network.eval()(images).flatten(1) for network in (other, backbone))
+        torch.testing.assert_close(features, expected)
     except Exception:  # a name that it has not, other tensors, or others' features
         own = library(name)
         raise ValueError(f"to={to} has no network that backbone={name} fits, which is {own}'s: to={own}.") from None
-
-
-@torch.no_grad()
-def _features(backbone: nn.Module, images: Tensor) -> Tensor:
-    features: Tensor = backbone.eval()(images)
-    return features.flatten(1)

@@ -31,11 +31,8 @@ from dystress_plugin.metrics import effective_rank
 TABLE, MAP = "protocols.csv", "map.csv"
 
 UNTRAINED = "untrained_"  # before the names of the files that are of the backbone before training
-
 UNTRAINED_TOP1 = "untrained.json"
-
 UNTRAINED_TABLE = f"{UNTRAINED}{TABLE}"
-
 UNTRAINED_FILES = (UNTRAINED_TOP1, UNTRAINED_TABLE, f"{UNTRAINED}{MAP}")
 
 # The settings that the scores of the untrained backbone depend on.
@@ -45,7 +42,6 @@ OF_THE_START = (
 )
 
 MAP_IMAGES = 1000
-
 MAP_COLUMNS = ("x", "y", "class", "name")
 
 
