@@ -82,7 +82,7 @@ def _evaluate(tokens: Sequence[str]) -> None:
 
 def _embed(tokens: Sequence[str]) -> None:
     settings = parse(EmbedSettings, tokens)
-    from dystress_plugin.experiment.evaluate.embed import embed
+    from dystress_plugin.experiment.evaluate.command import embed
 
     _print(embed(settings))
 

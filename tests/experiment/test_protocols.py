@@ -1,6 +1,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from dystress_plugin.cli import main
 from dystress_plugin.experiment.evaluate import protocols, scores
 from dystress_plugin.experiment.evaluate.protocols import Features, balanced, groups, protocol
-from dystress_plugin.experiment.evaluate.scores import score, score_run, score_untrained
+from dystress_plugin.experiment.evaluate.scores import score, score_run
 from dystress_plugin.experiment.io.config import read_config
 
 
@@ -125,7 +126,7 @@ def test_the_scores_of_a_run_agree_with_its_summary_and_are_computed_once(tiny, 
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     kept = {}
-    for prefix, function in (("", score_run), ("untrained_", score_untrained)):
+    for prefix, function in (("", score_run), ("untrained_", partial(score_run, untrained=True))):
         found = function(run, ["weighted_knn", "linear"], with_map=True)
         whole = {s.protocol: s.value for s in found if s.group == "all"}
         assert whole["weighted_knn"] == pytest.approx(summary[f"{prefix}knn_top1"])

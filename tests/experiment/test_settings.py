@@ -10,7 +10,6 @@ from dystress_plugin.cli import main
 from dystress_plugin.experiment.compare import command as compare
 from dystress_plugin.experiment.data import export, selection
 from dystress_plugin.experiment.evaluate import command as evaluate
-from dystress_plugin.experiment.evaluate import embed
 from dystress_plugin.experiment.evaluate import export as hand_on
 from dystress_plugin.experiment.inspect import command as inspect
 from dystress_plugin.experiment.io.config import read_config
@@ -46,7 +45,7 @@ ENTRIES = {
     "evaluate": evaluate.evaluate_run,
     "long-tail": export.write_long_tail,
     "inspect": inspect.inspect_temperatures,
-    "embed": embed.embed,
+    "embed": evaluate.embed,
     "export": hand_on.export,
 }
 KEYS = [

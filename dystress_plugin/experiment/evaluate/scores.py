@@ -205,23 +205,27 @@ def pool_for(spec: RunSpec, names: Iterable[str], load: Callable[[], Data]) -> I
     return load().train if cut and any(protocol(name).few_labels for name in names) else None
 
 
-def score_run(run: Path, names: Sequence[str], *, with_map: bool = False) -> list[Score]:
+def score_run(run: Path, names: Sequence[str], *, with_map: bool = False, untrained: bool = False) -> list[Score]:
     """Scores the backbone of a finished run by what it has not been scored by: `protocols.csv`, `map.csv`.
 
     Args:
         run: a folder of `dystress pretrain`.
         names: protocols; those that are in `protocols.csv` already are not computed again.
         with_map: also a t-SNE map of the features of up to 1000 test images.
+        untrained: the backbone that it started from instead: `untrained_protocols.csv`, `untrained_map.csv`.
 
     Raises:
         ValueError: for an unknown protocol, or a folder without a finished run.
     """
-    return _complete(run, "", names, with_map)
-
-
-def score_untrained(run: Path, names: Sequence[str], *, with_map: bool = False) -> list[Score]:
-    """The same of the backbone that a run started from: `untrained_protocols.csv` and `untrained_map.csv`."""
-    return _complete(run, UNTRAINED, names, with_map)
+    for name in names:
+        protocol(name)
+    prefix = UNTRAINED if untrained else ""
+    if _missing(run, prefix, names, with_map):
+        with alone(run, wait=True):
+            if missing := _missing(run, prefix, names, with_map):  # another report may have scored it meanwhile
+                _add(run, prefix, missing)
+    found = read(run / f"{prefix}{TABLE}") if names and is_labelled(run) else []
+    return [each for name in names for each in found if each.protocol == name]
 
 
 def untrained_backbone(settings: RunSpec) -> nn.Module:
@@ -270,18 +274,6 @@ def _missing(run: Path, prefix: str, names: Iterable[str], with_map: bool) -> li
     there = {each.protocol for each in read(table)} if _current(table, prefix) else set()
     missing = [name for name in names if name not in there]
     return [*missing, MAP] if with_map and not _current(map_, prefix) else missing
-
-
-def _complete(run: Path, prefix: str, names: Sequence[str], with_map: bool) -> list[Score]:
-    for name in names:
-        protocol(name)
-    table = run / f"{prefix}{TABLE}"
-    if _missing(run, prefix, names, with_map):
-        with alone(run, wait=True):
-            if missing := _missing(run, prefix, names, with_map):  # another report may have scored it meanwhile
-                _add(run, prefix, missing)
-    found = read(table) if names and is_labelled(run) else []
-    return [each for name in names for each in found if each.protocol == name]
 
 
 def _add(run: Path, prefix: str, missing: Sequence[str]) -> None:

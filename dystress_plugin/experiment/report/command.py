@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
-from dystress_plugin.experiment.evaluate.scores import is_labelled, score_run, score_untrained
+from dystress_plugin.experiment.evaluate.scores import is_labelled, score_run
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
@@ -94,4 +94,4 @@ def _score_missing(runs: Sequence[Run], names: Sequence[str]) -> None:
         own_first = min(other.settings.seed for other in runs if other.name == run.name)
         score_run(run.folder, names, with_map=run.settings.seed == own_first)
     for run in one_per(runs, lambda run: run.settings.seed):
-        score_untrained(run.folder, names, with_map=run.settings.seed == first_seed)
+        score_run(run.folder, names, with_map=run.settings.seed == first_seed, untrained=True)
