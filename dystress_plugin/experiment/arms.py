@@ -44,4 +44,5 @@ def check(methods: Sequence[str], method_kwargs: Mapping[str, Mapping[str, Any]]
         recipe.check_names(own)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # which the one that is trained with will give
-            loss_in_batch(recipe.name, own)
+            # The length of a table is checked where the data are known.
+            loss_in_batch(recipe.name, {name: own[name] for name in recipe.choices if name in own})
