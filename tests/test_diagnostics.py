@@ -279,7 +279,7 @@ def test_any_lightning_module_is_sampled(pl, tmp_path):
     rows = table(tmp_path / "x.csv")
     assert [row["step"] for row in rows[::4]] == ["0", "2", "4", "6", "8"]
     assert [row["epoch"] for row in rows[::4]] == ["0", "0", "1", "2", "2"]
-    assert {row["loss"] for row in rows} == {"criteria.0"}
+    assert {row["loss_name"] for row in rows} == {"criteria.0"}
     for number, row in enumerate(rows):
         values = module.expected[int(row["step"])][number % 4]
         assert int(row["count"]) == len(values)
@@ -417,5 +417,5 @@ def test_a_wrapped_criterion_is_found(tmp_path):
     with Recorder(criterion, tmp_path / "x.csv") as recorder:
         criterion.loss(*batch())
         recorder.step()
-    assert {row["loss"] for row in table(tmp_path / "x.csv")} == {"loss"}
+    assert {row["loss_name"] for row in table(tmp_path / "x.csv")} == {"loss"}
     assert [float(row["max"]) for row in table(tmp_path / "x.csv")[1::2]] == [pytest.approx(0.2)] * 2

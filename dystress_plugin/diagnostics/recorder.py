@@ -19,7 +19,7 @@ from dystress_plugin.diagnostics.summary import BINS, MAX_IMAGES, Summary, summa
 
 EVERY_N_STEPS = 50
 COLUMNS = (
-    *("step", "epoch", "loss", "pairs", "quantity", "count", "mean", "min", "max", "bin_low", "bin_high"),
+    *("step", "epoch", "loss_name", "pairs", "quantity", "count", "mean", "min", "max", "bin_low", "bin_high"),
     *(f"bin_{number}" for number in range(BINS)),
 )
 

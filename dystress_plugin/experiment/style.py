@@ -15,6 +15,10 @@ POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
 # Methods, in the order in which the table has their temperatures; all are seen on white and on black.
 COLORS = ("#2f8fd6", "#d6456b", "#9a5fd0", "#a08a18", "#79b52e", "#a8684a")
 
+# Histograms that lie on each other; as two transparent ones they would be of a third colour.
+SOLID: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.35}
+OUTLINE: dict[str, Any] = {"histtype": "step", "linewidth": 1.6}
+
 GREY = "#8a8a8a"  # fixed temperatures, what others are compared with, and an untrained network
 
 DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))

@@ -344,10 +344,10 @@ def test_a_damaged_record_is_named(name, content, ended, capsys):
 def test_a_config_that_is_older_than_a_key_has_its_default(ended):
     config = Path(ended["out"], "config.yaml")
     content = OmegaConf.load(config)
-    del content.settings["nan_guard"]
+    del content.settings["gather_distributed"]
     OmegaConf.save(content, config)
     assert dystress("pretrain", ended) == 0
-    assert dystress("pretrain", ended | {"nan_guard": "false"}) == 2
+    assert dystress("pretrain", ended | {"gather_distributed": "false"}) == 2
 
 
 def test_what_an_interruption_leaves_before_the_config_is_no_other_run(tiny, quick):

@@ -1,16 +1,19 @@
 import math
 import re
 import statistics
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from dystress_plugin.experiment.arms import family_of
 from dystress_plugin.experiment.report import command, figures, records
 from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence
 from dystress_plugin.experiment.report.page import spread
 from dystress_plugin.experiment.settings import ReportSettings
+from dystress_plugin.experiment.style import styles
 
 
 def row(name, seed, value, protocol="linear", group="all", method=None):
@@ -141,6 +144,43 @@ def test_a_map_is_labelled_with_the_names_of_the_classes_whatever_they_contain(t
         "5 $ and $ 6",
         "a class with a name lon…",
     ]
+
+
+def words_of(picture):
+    return re.findall(r"<text[^>]*>([^<]*)</text>", picture.svg)
+
+
+def diagnostics_of(path, steps):
+    """A table of so many steps, each with one histogram of positives and one of negatives."""
+    rows = [
+        {"step": step, "pairs": pairs, "quantity": "similarity", "mean": 0.1, "bin_low": -1, "bin_high": 1}
+        | {f"bin_{number}": 1 + number for number in range(4)}
+        for step in steps
+        for pairs in ("positive", "negative")
+    ]
+    path.write_text(pd.DataFrame(rows).to_csv(index=False))
+    return path
+
+
+def test_one_sample_of_diagnostics_is_drawn_as_one_and_several_over_the_steps(tmp_path):
+    with mpl.rc_context(figures.STYLE | {"svg.fonttype": "none"}):
+        one = figures._histograms(diagnostics_of(tmp_path / "one.csv", [7]), "similarity", "TS")
+        two = figures._histograms(diagnostics_of(tmp_path / "two.csv", [0, 7]), "similarity", "TS")
+    assert one.alt == "TS: histograms of the similarity at training step 7"
+    assert "TS, training step 7" in words_of(one)
+    assert not {"training step", "share of pairs (%)"} & set(words_of(one))
+    assert two.alt == "TS: histograms of the similarity over training"
+    assert {"training step", "share of pairs (%)"} <= set(words_of(two))
+
+
+def test_a_reports_curves_begin_with_epoch_0_as_its_tables_do(tmp_path, monkeypatch):
+    axes = Figure().subplots()
+    monkeypatch.setattr(figures, "_picture", lambda draw, *rest: draw(axes))
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n0,3\n1,2\n")
+    arms = {"a": [SimpleNamespace(folder=tmp_path)]}
+    figures._curves(arms, "loss", "loss", "loss (nats)", styles({"a": "ts"}, {"a": "TS"}))
+    assert list(axes.lines[0].get_xdata()) == [0, 1]
+    assert axes.get_xlabel() == "epoch (the first is 0)"
 
 
 def test_a_map_without_names_is_labelled_with_the_numbers(tmp_path):

@@ -1,6 +1,67 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from dystress_plugin import ContrastiveLoss
 from dystress_plugin.experiment import style
+from dystress_plugin.experiment.inspect import effects
+from dystress_plugin.experiment.inspect.figures import draw
+from dystress_plugin.experiment.pretrain.figures import curves
+from dystress_plugin.experiment.pretrain.trainer import COLUMNS
 from dystress_plugin.experiment.style import styles
 from dystress_plugin.recipes import METHODS
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, by the name of their file."""
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.update({Path(path).stem: figure}))
+    return figures
+
+
+def colors_of(axes):
+    """Of its lines and areas."""
+    return {to_hex(line.get_color()) for line in axes.lines} | {to_hex(each.get_facecolor()) for each in axes.patches}
+
+
+def test_a_run_s_curves_are_of_the_colours_of_pairs_without_a_band_and_begin_with_epoch_0(tmp_path, drawn):
+    rows = [[epoch, 4.0, 50.0, 9.0, 0.15, 0.1, 0.2, 0.12, 0.1, 0.2, 0.5, -3.0] for epoch in range(3)]
+    (tmp_path / "metrics.csv").write_text(pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+    curves(tmp_path / "metrics.csv", tmp_path / "curves.png", "X", "#000000")
+    loss, _, tau, _ = drawn["curves"].axes
+    assert colors_of(loss) == {"#000000"}
+    assert colors_of(tau) == {style.POSITIVE, style.NEGATIVE}
+    assert len(tau.lines) == 6
+    assert not tau.collections
+    assert all(list(line.get_xdata()) == [0, 1, 2] for axes in drawn["curves"].axes for line in axes.lines)
+    assert "the first is 0" in tau.get_xlabel()
+
+
+@pytest.mark.filterwarnings("ignore:tau_max/tau_min")
+def test_colours_of_an_inspection_are_those_of_methods_and_of_negatives(tmp_path, drawn):
+    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    seen = effects.similarities(z, z + 0.1, index=torch.arange(12), epoch=0.0)
+    methods = {"steep": "dystress", "macl": "macl", "isogclr": "isogclr", "tau": "simclr"}
+    settings = {"steep": {"tau_max": 1.0}, "isogclr": {"num_samples": 12}}
+    losses = {name: ContrastiveLoss(method, **settings.get(name, {})) for name, method in methods.items()}
+    found = {name: effects.effect(loss, seen) for name, loss in losses.items()}
+    assert found["steep"].measures["falling"]
+    arms = styles(methods, {name: name for name in methods})
+    draw(found, arms, seen, tmp_path, "title")
+    own = {arm.color for arm in arms.values()}
+    left, right = drawn["temperatures"].axes
+    assert colors_of(left) == colors_of(right) == own
+    thick = {to_hex(line.get_color()) for line in right.lines if line.get_linewidth() > 2}
+    assert thick == {arms["steep"].color}
+    for name in ("weights", "gradients"):
+        assert set().union(*map(colors_of, drawn[name].axes)) - {"#000000"} == own | {style.NEGATIVE}, name
+    (axes,) = drawn["similarities"].axes
+    assert [patch.get_fill() for patch in axes.patches] == [True, False]
 
 
 def test_a_method_has_one_colour_in_every_figure_and_pairs_have_others():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dystress_plugin.experiment.inspect.effects import Effect, Similarities, on_grid, relative_weight
-from dystress_plugin.experiment.style import NEGATIVE, PNG, POSITIVE, Style
+from dystress_plugin.experiment.style import NEGATIVE, OUTLINE, PNG, POSITIVE, SOLID, Style
 
 BINS = 60
 
@@ -51,10 +51,12 @@ def draw(effects: Effects, style: Styles, seen: Similarities, folder: Path, titl
 
 def _similarities(figure: Figure, _effects: Effects, _style: Styles, seen: Similarities) -> None:
     axes = figure.subplots()
-    options: dict[str, Any] = {"bins": BINS, "range": (-1, 1), "density": True, "alpha": 0.45}
-    for cosine, color, name in ((seen.negative, NEGATIVE, "negative"), (seen.positive, POSITIVE, "positive")):
+    for cosine, color, shape, name in (
+        (seen.negative, NEGATIVE, SOLID, "negative"),
+        (seen.positive, POSITIVE, OUTLINE, "positive"),
+    ):
         label = f"{name} pairs: mean {float(cosine.mean()):.2f}"
-        axes.hist(cosine.flatten().numpy(), color=color, label=label, **options)
+        axes.hist(cosine.flatten().numpy(), bins=BINS, range=(-1, 1), density=True, color=color, label=label, **shape)
     axes.set(xlim=(-1, 1), xlabel=COSINE, ylabel="density of pairs (per unit of cosine)")
     axes.legend(frameon=False)
     figure.suptitle("Similarities")
@@ -134,4 +136,4 @@ def _binned(cosine: Tensor, strength: Tensor, bins: int, *, density: bool = Fals
 
 
 def _legend(figure: Figure, axes: Any) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dystress_plugin.experiment.pretrain.module import PretrainModule
-from dystress_plugin.experiment.style import NEGATIVE, PNG, POSITIVE
+from dystress_plugin.experiment.style import NEGATIVE, OUTLINE, PNG, POSITIVE, SOLID
 from dystress_plugin.metrics import some_pairs
 
 # Title and axis of what is measured after every epoch, with labels and without.
@@ -37,15 +37,15 @@ def curves(metrics: Path, path: Path, title: str, color: str) -> None:
         measure = "knn_top1" if "knn_top1" in column else "effective_rank"
         quality.plot(epoch, column[measure], color=color)
         quality.set(title=QUALITY[measure][0], ylabel=QUALITY[measure][1])
-        for pairs, its in (("positive", POSITIVE), ("negative", NEGATIVE)):
-            low, high = column[f"tau_{pairs}_min"], column[f"tau_{pairs}_max"]
-            tau.plot(epoch, column[f"tau_{pairs}_mean"], color=its, label=f"{pairs} pairs: mean, least to most")
-            tau.fill_between(epoch, low, high, color=its, alpha=0.2, linewidth=0)
-        tau.set(title="Temperature", xlabel="epoch", ylabel="temperature", ylim=(0, None))
+        for pairs, its, start in (("positive", POSITIVE, 0), ("negative", NEGATIVE, 2)):
+            tau.plot(epoch, column[f"tau_{pairs}_mean"], color=its, label=f"{pairs} pairs: mean, least and most")
+            for end in ("min", "max"):  # no band: where two lie on each other they would be of a third colour
+                tau.plot(epoch, column[f"tau_{pairs}_{end}"], color=its, linestyle=(start, (1, 3)), linewidth=1)
+        tau.set(title="Temperature", xlabel="epoch (the first is 0)", ylabel="temperature", ylim=(0, None))
         tau.legend(frameon=False, fontsize=8)
         shape.plot(epoch, column["alignment"], color=POSITIVE, label="alignment (mean cosine of positives)")
         shape.plot(epoch, column["uniformity"], color=NEGATIVE, label="uniformity (log mean potential)")
-        shape.set(title="Embedding", xlabel="epoch", ylabel="value")
+        shape.set(title="Embedding", xlabel="epoch (the first is 0)", ylabel="value")
         shape.legend(frameon=False, fontsize=8)
         for axes in (tau, shape):
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -68,15 +68,15 @@ def profile(module: PretrainModule, views: list[Tensor], index: Tensor, epoch: i
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         density = figure.subplots()
         temperature = density.twinx()
-        for cosine, tau, color, label in (
-            (pairs.negative_cosine, pairs.negative_tau, NEGATIVE, "negative pairs"),
-            (pairs.positive_cosine, pairs.positive_tau, POSITIVE, "positive pairs"),
+        for cosine, tau, color, shape, label in (
+            (pairs.negative_cosine, pairs.negative_tau, NEGATIVE, SOLID, "negative pairs"),
+            (pairs.positive_cosine, pairs.positive_tau, POSITIVE, OUTLINE, "positive pairs"),
         ):
-            density.hist(cosine.cpu(), bins=80, range=(-1, 1), density=True, color=color, alpha=0.35, label=label)
+            density.hist(cosine.cpu(), bins=80, range=(-1, 1), density=True, color=color, label=label, **shape)
             chosen = torch.randperm(len(cosine), generator=torch.Generator().manual_seed(0))[:3000]
             temperature.scatter(cosine.cpu()[chosen], tau.cpu()[chosen], s=6, color=color, linewidths=0)
         highest = max(float(pairs.negative_tau.max()), float(pairs.positive_tau.max()))
-        density.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="density of pairs (bars)")
+        density.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="density of pairs (areas)")
         temperature.set(ylabel="temperature (dots)", ylim=(0, 1.25 * highest))
         temperature.spines["right"].set_visible(True)
         temperature.grid(visible=False)

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.style import COMMON, Style
+from dystress_plugin.experiment.style import COMMON, NEGATIVE, POSITIVE, Style
 
 if TYPE_CHECKING:
     from dystress_plugin.experiment.report.differences import Difference
@@ -111,14 +112,14 @@ def _curves(
             curves = [pd.read_csv(run.folder / "metrics.csv")[column] for run in mine]
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
-            epochs, mean = np.arange(1, length + 1), values.mean(0)
+            epochs, mean = np.arange(length), values.mean(0)
             marker = "o" if length < 3 else "none"  # which a line of one epoch needs
             its = style[name]
             axes.plot(epochs, mean, label=its.title, marker=marker, **its.of_line)
             if len(values) > 1:
                 spread = values.std(0, ddof=1)
                 axes.fill_between(epochs, mean - spread, mean + spread, color=its.color, alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel="epochs trained", ylabel=label)
+        axes.set(title=title, xlabel="epoch (the first is 0)", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend_below(axes)
 
@@ -148,7 +149,7 @@ def _classes(rows: pd.DataFrame, name: str, style: Mapping[str, Style]) -> Pictu
 
 
 def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
-    """Shares of the pairs over training, positives above negatives."""
+    """Shares of the pairs over training, positives above negatives; of a single sample as bars."""
     if not table.exists():
         return None
     lines = pd.read_csv(table)
@@ -156,13 +157,16 @@ def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
     if lines.empty:
         return None
     edges = np.linspace(lines["bin_low"].min(), lines["bin_high"].max() * 1.02, 41)
+    if lines["step"].nunique() == 1:
+        text = f"{title}: histograms of the {quantity} at training step {lines['step'].iloc[0]}"
+        return _picture(partial(_bars, lines=lines, edges=edges, title=title), text, (SIZE[0], 3.9), panels=2)
 
     def draw(axes: Sequence[Axes]) -> None:
         for panel, pairs in zip(axes, ("positive", "negative"), strict=True):
             mine = lines[lines["pairs"] == pairs]
             steps = mine["step"].tolist()
             shares = np.array([_rebinned(line, edges) for _, line in mine.iterrows()]).T
-            width = steps[1] - steps[0] if len(steps) > 1 else 1
+            width = steps[1] - steps[0]
             panel.grid(visible=False)
             mesh = panel.pcolormesh(
                 [*steps, steps[-1] + width], edges, 100 * shares, cmap="viridis", vmin=0, rasterized=True
@@ -177,6 +181,15 @@ def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _picture(draw, f"{title}: histograms of the {quantity} over training", (SIZE[0], 3.9), panels=2)
+
+
+def _bars(axes: Sequence[Axes], lines: pd.DataFrame, edges: np.ndarray, title: str) -> None:
+    for panel, (_, line), color in zip(axes, lines.iterrows(), (POSITIVE, NEGATIVE), strict=True):
+        panel.stairs(100 * _rebinned(line, edges), edges, fill=True, color=color)
+        panel.axvline(line["mean"], color=TEXT, linewidth=1)
+        panel.set_ylabel(f"share of\n{line['pairs']}s (%)")
+    axes[0].set_title(f"{title}, training step {line['step']}")
+    axes[-1].set_xlabel(line["quantity"])
 
 
 def _rebinned(line: pd.Series, edges: np.ndarray) -> np.ndarray:
