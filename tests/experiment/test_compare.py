@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dystress_plugin.cli import main
@@ -373,3 +375,27 @@ def test_keys_are_divided_into_those_of_the_comparison_and_of_its_runs():
     settings, common = parse_compare(["methods=[macl]", "epochs=3", "out=x", "method_kwargs.macl.alpha=1"])
     assert (settings.methods, settings.out, settings.method_kwargs) == (["macl"], "x", {"macl": {"alpha": 1}})
     assert (common.epochs, common.out, common.method_kwargs) == (3, None, {})
+
+
+def test_images_without_labels_are_compared_by_what_needs_none(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "Workers", InProcess)
+    monkeypatch.setattr(cost, "_measure", lambda arms: {arm: [1.0] * 5 for arm in arms})
+    (tmp_path / "flat").mkdir()
+    for number, file in enumerate(sorted(Path(tiny["data"]).glob("*/*.png"))):
+        shutil.copy(file, tmp_path / "flat" / f"{number}.png")
+    out = tmp_path / "cmp"
+    given = {"data": tmp_path / "flat", "out": out, "seeds": "[0]"}
+    assert main(command(tiny, **given)) == 0
+    rows = pd.read_csv(out / "results.csv")
+    assert set(rows["name"]) == {"simclr", "dystress", "constant-0.2", "untrained"}
+    assert set(rows["protocol"]) == {"effective_rank", "loss", "alignment", "uniformity"}
+    for name in ("simclr", "dystress", "constant-0.2"):
+        summary = json.loads((out / "runs" / f"{name}-0" / "summary.json").read_text())
+        mine = rows[rows["name"] == name].set_index("protocol")["value"]
+        assert mine.to_dict() == pytest.approx({each: summary[each] for each in mine.index})
+    text = "".join(Page((out / "report.html").read_text()).text)
+    assert "The images have no labels, so that there are no accuracies" in text
+    assert "accuracy in %" not in text
+    assert "best constant" not in text
+    monkeypatch.setattr(InProcess, "train", lambda self, run: pytest.fail("trained again"))
+    assert main(command(tiny, **given)) == 0

@@ -61,7 +61,7 @@ def test_data_sets_and_their_transforms_arrive_as_they_were(images):
 
 def test_the_scan_of_a_folder_arrives_as_it_was(images):
     faults = images_module._Faults(str(images), ["class0/0.png", "nothing.png"])
-    assert sent(faults)[0] == faults[0] == ("class0/0.png", "")
+    assert sent(faults)[0] == faults[0] == ("class0/0.png", "", False)
 
 
 @pytest.mark.parametrize("method", METHODS)
