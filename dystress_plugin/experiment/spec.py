@@ -51,7 +51,7 @@ class DataSpec:
             name=data or self.name,
             data_root=data_root or self.data_root,
             download=download,
-            labels=self.labels if own else labels,
+            labels=self.labels if own and labels is None else labels,
             val=self.val if own else None,
             long_tail=self.long_tail if own else None,
             indices=self.indices if own else None,

@@ -320,6 +320,13 @@ def test_other_data_with_labels_is_evaluated_on(flat, images, tiny, capsys):
     (images / "class1" / "bad.png").unlink()
     assert dystress("evaluate", {"checkpoint": tiny["out"], "accelerator": "cpu", "data": images}) == 0
     assert json.loads(capsys.readouterr().out) == own
+    for out, labels in ((tiny["out"] + "2", "false"), (tiny["out"] + "3", "null")):  # the same images, without and with
+        assert dystress("pretrain", tiny | {"data": images, "epochs": 1, "labels": labels, "out": out}) == 0
+        capsys.readouterr()
+        assert dystress("evaluate", {"checkpoint": out, "accelerator": "cpu", "labels": "true"}) == 0
+        assert set(json.loads(capsys.readouterr().out)) == set(own)
+        assert dystress("evaluate", {"checkpoint": out, "accelerator": "cpu", "labels": "false"}) == 0
+        assert set(json.loads(capsys.readouterr().out)) == {"effective_rank"}
     (images / "class1" / "0.png").unlink()
     Path(tiny["out"], "summary.json").unlink()
     assert dystress("pretrain", given) == 2

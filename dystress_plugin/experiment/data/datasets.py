@@ -236,7 +236,7 @@ def load_for_run(
         data: None for its own, which also has other spellings, or another place if it was moved.
         data_root: None for its own.
         download: None for its own.
-        labels: of other data, as for `folders.read`.
+        labels: as for `folders.read`; None for its own: as in training.
         whole: its own before a long tail was cut.
         without: files of other data to leave out, as for `load_for`.
 

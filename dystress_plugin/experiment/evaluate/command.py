@@ -34,7 +34,7 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     device = torch_device(settings.accelerator)
     run = Path(settings.checkpoint)
     trained, backbone = trained_backbone(run)
-    shown = load_for_run(run, trained, data=settings.data, data_root=settings.data_root, download=settings.download)
+    shown = load_for_run(run, trained, **_asked(settings))
     its = replace(shown.spec.data, batch_size=settings.batch_size, num_workers=settings.num_workers)
     features = features_of(backbone, shown.data, spec=replace(trained, data=its), device=device)
     return score_features(features, EvaluationSpec(settings.knn_k, settings.knn_t, protocols=[], map=False)).top1
@@ -57,8 +57,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     device = torch_device(settings.accelerator)
     trained, backbone = trained_backbone(run)
     own = settings.data is None or places.same(settings.data, trained.data.name)
-    given = {name: getattr(settings, name) for name in ("data", "labels", "data_root", "download")}
-    found = load_for_run(run, trained, whole=True, without=None if own else _bad(settings), **given)
+    found = load_for_run(run, trained, whole=True, without=None if own else _bad(settings), **_asked(settings))
     images, names = _everything(found.data)
     views = Views(images, plain_transform(trained.model.image_size, found.data.normalize))
     loader = DataLoader(views, settings.batch_size, num_workers=settings.num_workers)
@@ -70,6 +69,10 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     np.savez(buffer, **content)
     files.write(out, buffer.getvalue())
     return {"out": str(out)} | {name: list(array.shape) for name, array in content.items()}
+
+
+def _asked(settings: EvaluateSettings | EmbedSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("data", "labels", "data_root", "download")}
 
 
 def _everything(data: Data) -> tuple[Images, np.ndarray]:
