@@ -53,11 +53,7 @@ def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
 
 
 def library(name: str) -> str:
-    """Which library a backbone is from: torchvision, if it has the name, or timm.
-
-    Raises:
-        ValueError: for a name that neither knows.
-    """
+    """Which library a backbone is from: torchvision, if it has the name, or timm; a ValueError if neither has."""
     import timm
     from torchvision import models
 

@@ -31,11 +31,7 @@ PROCESSES_PER_CORE = 8  # beyond, they would only wait for each other, and take 
 
 
 def torch_device(accelerator: str) -> str:
-    """The device for one that evaluates: the first GPU, where there is one and it may be.
-
-    Raises:
-        ValueError: for an accelerator that is not there.
-    """
+    """The device for one that evaluates: the first GPU, where there is one and it may be."""
     there = _accelerators()
     _check_accelerator(accelerator, there)
     if accelerator != "cpu" and there["cuda"]:

@@ -71,11 +71,7 @@ class Scan:
 
 
 def read(out: Path, key: str = "data") -> Scan | None:
-    """The scan that is kept in a run's folder, None if there is none.
-
-    Raises:
-        ValueError: for a file that holds something else.
-    """
+    """The scan that is kept in a run's folder, None if there is none; a ValueError for a file with something else."""
     record = out / RECORDS[key]
     if not record.exists():
         return None
@@ -169,11 +165,7 @@ def scan_folder(
 
 
 def bad_files(data: str, labels: bool | None, *, on_bad_image: str, num_workers: int, progress: bool) -> frozenset[str]:
-    """What `scan_folder` would leave out of images that no run is of, of which nothing is kept.
-
-    Raises:
-        ValueError: with "stop" for files that cannot be used; as `folders.read`.
-    """
+    """What `scan_folder` would leave out of images that no run is of, with its errors; nothing is kept."""
     layout = folders.read(data, labels)
     folders.say(layout)
     states, unlisted = _files(layout)

@@ -88,11 +88,7 @@ def load(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
 
 def load_state(module: nn.Module, path: Path, remedy: str) -> None:
-    """Loads the state dict in a file into a module.
-
-    Raises:
-        ValueError: for a file as in `load`, or one whose names or shapes are not the module's.
-    """
+    """Loads the state dict in a file into a module, with the errors of `load` and `check_state`."""
     state = load(path, "a state dict", remedy)
     check_state(module, state, path, remedy)
     module.load_state_dict(state)

@@ -79,11 +79,7 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
 
 
 def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, dict[str, Scan]]:
-    """The run that settings ask for, its data, and what was found in folders of images.
-
-    Raises:
-        ValueError: for data, batches or settings that do not fit.
-    """
+    """The run that settings ask for, its data, and what was found in folders of images."""
     found = scan_images(settings, output_folder(settings))
     data = data_module.load_for(part(DataSpec, settings), settings.seed, without=left_out(found))
     check_batch(settings, data, devices)
