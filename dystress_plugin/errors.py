@@ -35,7 +35,7 @@ def needing(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if PACKAGE in str(error):  # said already
+        if "pip install" in str(error):  # said already
             raise
         raise ImportError(
             f"{first_line(error)}\nInstall what it needs: {to_install(extra, error)}", name=error.name
@@ -50,9 +50,10 @@ def to_install(extra: str, lacking: ImportError | str = "") -> str:
         lacking: its error, or the last line of that; an extra that has the missing package takes the place of one that
             has not.
     """
-    name = re.search(r"No module named '(\w+)", str(lacking))
-    module = (lacking.name if isinstance(lacking, ImportError) else name and name[1]) or ""
-    extra = _extra_with(_DISTRIBUTIONS.get(module.partition(".")[0], module.partition(".")[0]), extra)
+    named = re.search(r"No module named '(\w+)", str(lacking))
+    path = lacking.name if isinstance(lacking, ImportError) else named and named[1]
+    module = (path or "").partition(".")[0]
+    extra = _extra_with(_DISTRIBUTIONS.get(module, module), extra)
     clone = Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").is_file():
         return f'pip install -e "{clone}[{extra}]"'

@@ -96,10 +96,12 @@ def check_has_steps(trainer: Any, batch_size: str) -> None:
         return
     loader = trainer.train_dataloader
     size, images = getattr(loader, "batch_size", None), len(getattr(loader, "dataset", ()))
-    share = f" over {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    most, processes = images // trainer.world_size, trainer.world_size
     raise ValueError(
-        f"{batch_size}={size} makes no full batch of {images} training images{share}, and the rest of an epoch is left "
-        f"out: training would have no step. Set it to at most {images // trainer.world_size}."
+        f"{batch_size}={size} makes no full batch of {images} training images"
+        + (f" in {processes} processes" if processes > 1 else "")
+        + ", and the rest of an epoch is left out: training would have no step. "
+        + (f"Set it to at most {most}." if most else "It needs more images, or fewer processes.")
     )
 
 
