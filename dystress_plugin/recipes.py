@@ -26,9 +26,11 @@ from dystress_plugin.temperature import (
     RobustGlobal,
     Temperature,
     TemperatureFree,
+    TempNet,
 )
 
-TABLE = "num_samples"  # by contract the parameter of every temperature that keeps a table of samples
+# By contract the parameter of every temperature that keeps a table of samples, or has a network for embeddings.
+TABLE, DIM = "num_samples", "dim"
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,25 @@ class Recipe:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """The parameters that are a matter of choice: all but the length of a table, which the data decide."""
-        return {name: default for name, default in self.parameters.items() if name != TABLE}
+        """The parameters that are a matter of choice: all but the lengths of a table and of embeddings, see `sized`."""
+        return {name: default for name, default in self.parameters.items() if name not in (TABLE, DIM)}
 
     def table_length(self, settings: Mapping[str, Any]) -> int | None:
         """The length of its table according to the settings; None if they leave it open, or it keeps none."""
         return settings.get(TABLE) if self.keeps_table else None
 
-    def sized(self, settings: Mapping[str, Any], num_samples: int = 1) -> dict[str, Any]:
-        """The settings with the length of the table, where it keeps one and they leave it open.
+    def sized(self, settings: Mapping[str, Any], num_samples: int = 1, dim: int = 128) -> dict[str, Any]:
+        """The settings with the lengths of the table and of embeddings, where it has them and they leave them open.
 
         Args:
             settings: parameters of the method.
             num_samples: length of the table; 1 for hosts that learn it later, see `Temperature.resize`.
+            dim: numbers in an embedding.
         """
-        opened = self.keeps_table and settings.get(TABLE) is None
-        return {**settings, TABLE: num_samples} if opened else dict(settings)
+        own = inspect.signature(self.temperature).parameters
+        lengths = {TABLE: num_samples, DIM: dim}
+        opened = {name: n for name, n in lengths.items() if name in own and settings.get(name) is None}
+        return {**settings, **opened}
 
     def check_names(self, settings: Iterable[str], known: Collection[str] | None = None) -> None:
         """A ValueError at a parameter that the method, or what is `known` of it, does not have, with the nearest."""
@@ -151,7 +156,8 @@ _BASES = (
 )
 _CLIP = Recipe("clip", "CLIP", Learnable, "ntxent", "CLIP, 2021", "https://arxiv.org/abs/2103.00020")
 _FASTCLIP = Recipe("fastclip", "FastCLIP", RobustGlobal, "gcl", "FastCLIP, 2024", "https://arxiv.org/abs/2407.01445")
-# Its objective is its own, and its published form has no queue; the same holds for FastCLIP.
+_TEMPNET = Recipe("tempnet", "TempNet", TempNet, "sogclr", "TempNet, 2024", "https://arxiv.org/abs/2404.04575")
+# Its objective is its own, and its published form has no queue; the same holds for FastCLIP and TempNet.
 _ISOGCLR = Recipe(
     "isogclr",
     "iSogCLR",
@@ -165,7 +171,7 @@ _ISOGCLR = Recipe(
 GROUP = "dystress_plugin.methods"
 
 METHODS: dict[str, Recipe]  # `__getattr__` has it
-_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP)}
+_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP, _TEMPNET)}
 _TABLE |= {recipe.name: recipe for base in (*_BASES, _CLIP) for recipe in _variants(base)[1:]}
 _BY = dict.fromkeys(_TABLE, "dystress_plugin")
 _FOLLOWERS: list[Callable[[Recipe], None]] = []
@@ -215,7 +221,7 @@ def register(recipe: Recipe, *, variants: bool = False) -> Recipe:
        `prepare(batch)` returns `LogitMaps`; their maps are mostly `Scaled(tau)`, tau a number or a (rows, 1) tensor.
        State goes into buffers or parameters and moves in `update` alone; where ranks learn of images of their own,
        from those of all, `dystress_plugin.distributed.all_rows`. The constructor names its parameters, with defaults;
-       the length of a table of samples is `num_samples`, and has none.
+       the length of a table of samples is `num_samples`, that of embeddings `dim`, and they have none.
     2. Let a test of yours call `dystress_plugin.testing.check_temperature(YourTemperature())`.
     3. Describe the method, in the same module:
 

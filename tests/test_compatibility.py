@@ -21,13 +21,14 @@ every_method = pytest.mark.parametrize("name", [*dp.recipes.METHODS, *EXTRA])
 def fresh(name, **settings):
     if name in EXTRA:
         return EXTRA[name]()
-    needs = {"num_samples": 8} if name == "isogclr" else {"queue_size": (5, 4)} if name.endswith("_moco") else {}
-    torch.manual_seed(0)  # for the queue's keys
-    return ContrastiveLoss(name, **needs, **settings)
+    needs = {"queue_size": (5, 4)} if name.endswith("_moco") else {}
+    torch.manual_seed(0)  # for the queue's keys, and a network
+    return ContrastiveLoss(name, **needs, **dp.recipes.METHODS[name].sized(settings, 8, 4))
 
 
 def step(loss, seed):
     """The loss of a batch, whose gradient moves a parameter of the loss, if there is one."""
+    torch.manual_seed(seed)  # for dropout
     value = loss(*trained_on(embeddings(4, 4, seed=seed)), index=(torch.arange(4) + seed) % 8, epoch=EPOCH)
     if list(loss.parameters()):
         for parameter, gradient in zip(

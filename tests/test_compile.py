@@ -49,9 +49,10 @@ def loss_of(name, layout, engine):
     own = {"queue_size": (KEYS, DIM)} if layout == "queue" else {"layout": layout}
     if name in OTHERS:
         return ContrastiveLoss(OTHERS[name](), engine=engine, **own)
-    if name == "isogclr":
-        own["num_samples"] = SAMPLES
-    return ContrastiveLoss(name, engine=engine, **own)
+    loss = ContrastiveLoss(name, engine=engine, **recipes.METHODS[name].sized(own, SAMPLES, DIM))
+    for temperature in loss.temperatures:
+        temperature.eval()  # without dropout, which draws other masks in a graph
+    return loss
 
 
 class Training(torch.nn.Module):

@@ -308,8 +308,8 @@ def test_an_objective_of_ones_own_has_its_parameters_and_is_pickled():
 
 @pytest.mark.parametrize("name", dp.recipes.METHODS)
 def test_every_method_can_be_named_and_trains(name):
-    needs = {"num_samples": 10} if name == "isogclr" else {"queue_size": (6, 3)} if name.endswith("_moco") else {}
-    loss = ContrastiveLoss(name, **needs)
+    needs = {"queue_size": (6, 3)} if name.endswith("_moco") else {}
+    loss = ContrastiveLoss(name, **needs, **dp.recipes.METHODS[name].sized({}, 10, 3))
     assert (loss.queue is not None) == name.endswith("_moco")
     views = [view.requires_grad_() for view in embeddings(4, 3)]
     loss(*views, index=torch.arange(4), epoch=0).backward()

@@ -22,6 +22,7 @@ from dystress_plugin.temperature import (
     Scaled,
     Temperature,
     TemperatureFree,
+    TempNet,
 )
 
 PLAIN = {
@@ -46,8 +47,9 @@ PLAIN = {
     "tempfree": (TemperatureFree, "ntxent", {"clamp": 1e-6}),
     "clip": (Learnable, "ntxent", {"tau": 0.07, "tau_min": 0.01}),
     "fastclip": (RobustGlobal, "gcl", {"tau": 0.07, "rho": None, "gamma": 1.0, "tau_min": 0.01, "released": False}),
+    "tempnet": (TempNet, "sogclr", {"rho": None, "gamma": 1.0, "tau_min": 0.005, "tau_max": 0.05}),
 }
-ALONE = {"isogclr", "fastclip"}  # without suffix
+ALONE = {"isogclr", "fastclip", "tempnet"}  # without suffix
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -91,7 +93,7 @@ def test_every_recipe_builds_from_its_own_parameters(name):
         key: 5 if value is inspect.Parameter.empty else value for key, value in METHODS[name].parameters.items()
     }
     queue_size = (8, 3) if METHODS[name].queue else None
-    needed = {"num_samples": 5} if name == "isogclr" else {}
+    needed = {key: 5 for key, value in METHODS[name].parameters.items() if value is inspect.Parameter.empty}
     built, plain = (ContrastiveLoss(name, queue_size=queue_size, **own) for own in (parameters, needed))
     assert repr(built) == repr(plain)
     assert type(built.temperature) is METHODS[name].temperature

@@ -22,17 +22,17 @@ def family_of(method: str) -> str:
     return named if named in recipes.METHODS else "simclr"
 
 
-def loss_in_batch(method: str, settings: Mapping[str, Any], num_samples: int = 1) -> ContrastiveLoss:
+def loss_in_batch(method: str, settings: Mapping[str, Any], *lengths: int) -> ContrastiveLoss:
     """Of a method, with or without a queue, for the negatives of a batch.
 
     Args:
         method: its name.
         settings: parameters of its temperature and objective.
-        num_samples: length of a table that the settings leave open.
+        *lengths: of a table and of embeddings, where the settings leave them open, see `Recipe.sized`.
     """
     recipe = recipes.recipe(method)
     objective = {name: settings[name] for name in OBJECTIVES[recipe.objective].parameters if name in settings}
-    own = {name: value for name, value in recipe.sized(settings, num_samples).items() if name not in objective}
+    own = {name: value for name, value in recipe.sized(settings, *lengths).items() if name not in objective}
     return ContrastiveLoss(recipe.build_temperature(**own), objective=recipe.objective, **objective)
 
 

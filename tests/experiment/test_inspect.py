@@ -28,7 +28,9 @@ def pairs(z0, z1, epoch=0.0):
 def loss_of(method, **settings):
     if "num_samples" in METHODS[method].parameters:
         settings["num_samples"] = IMAGES
-    return ContrastiveLoss(method, **settings)
+    if "dim" in METHODS[method].parameters:
+        settings["dim"] = 5
+    return ContrastiveLoss(method, **settings).eval()
 
 
 def test_similarities_are_those_of_every_anchor_with_the_other_images():

@@ -27,6 +27,9 @@ def test_every_parameter_gets_its_default(name):
     if "num_samples" in settings:
         assert settings["num_samples"] is None
         settings["num_samples"] = 3
+    if "dim" in settings:
+        assert settings["dim"] is None
+        settings["dim"] = 2
     ContrastiveLoss(name, queue_size=(4, 2) if recipe.queue else None, **settings)
     assert complete(recipe, filled) == (filled, [])
 

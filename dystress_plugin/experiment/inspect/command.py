@@ -218,7 +218,7 @@ def _losses(settings: InspectSettings, seen: Sample) -> dict[str, tuple[str, Con
             continue
         recipe, word = recipes.recipe(method_of(name)), name.partition("-")[2]
         title = f"{recipe.title} ({word})" if word else recipe.title
-        losses[title] = recipe.name, loss_in_batch(recipe.name, own, seen.samples)
+        losses[title] = recipe.name, loss_in_batch(recipe.name, own, seen.samples, seen.z[0].shape[1])
     if not losses:
         raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
     return losses

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.diagnostics import summaries
+from dystress_plugin.embeddings import normalize
 from dystress_plugin.engine import RowStats
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import Constant
@@ -33,6 +34,7 @@ class Similarities(NamedTuple):
         images: how many images the anchors show, view by view.
         numbers: (images,) int64, of the images among the training images.
         epoch: 0 first.
+        anchors: (anchors, dim) of length 1.
     """
 
     positive: Tensor
@@ -40,12 +42,14 @@ class Similarities(NamedTuple):
     images: int
     numbers: Tensor
     epoch: float
+    anchors: Tensor
 
     @property
     def batch(self) -> Batch:
         """As a temperature sees it."""
         views = len(self.positive) // self.images
-        return Batch(self.positive, self.numbers.repeat(views), self.epoch, views, torch.mean)
+        index = self.numbers.repeat(views)
+        return Batch(self.positive, index, self.epoch, views, torch.mean, anchors=self.anchors)
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,11 @@ def similarities(z0: Tensor, z1: Tensor, *, index: Tensor, epoch: float) -> Simi
         index: as for the loss.
         epoch: as for the loss.
     """
-    pairs = ContrastiveLoss(Constant(1.0)).pairs(z0.double(), z1.double())
+    z = z0.double(), z1.double()
+    pairs = ContrastiveLoss(Constant(1.0)).pairs(*z)
     positive = pairs.positive_cosine[:, None]
-    return Similarities(positive, pairs.negative_cosine.view(len(positive), -1), len(z0), index, epoch)
+    negative = pairs.negative_cosine.view(len(positive), -1)
+    return Similarities(positive, negative, len(z0), index, epoch, normalize(torch.cat(z)))
 
 
 def describe(z0: Tensor, z1: Tensor) -> dict[str, dict[str, float]]:
@@ -95,7 +101,8 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
         seen: the pairs.
     """
     batch = seen.batch
-    maps = loss.temperature.prepare(batch)
+    with torch.no_grad():
+        maps = loss.temperature.prepare(batch)
     positive, negative = (cosine.detach().requires_grad_() for cosine in (seen.positive, seen.negative))
     logits = maps.negative.logit(negative)
     weight = torch.softmax(logits.detach(), dim=1)

@@ -73,7 +73,7 @@ def _parameters(settings: PretrainSettings, recipe: recipes.Recipe, images: int)
     """Every parameter of the method, the size of a table among them."""
     recipe.check_names(settings.method_kwargs)
     own = {n: None if default is inspect.Parameter.empty else default for n, default in recipe.parameters.items()}
-    own = recipe.sized(own | settings.method_kwargs, images)
+    own = recipe.sized(own | settings.method_kwargs, images, settings.projection_dim)
     if (given := recipe.table_length(own)) not in (None, images):
         raise ValueError(f"num_samples={given} must be that of the training images, {images}; leave it out.")
     return own

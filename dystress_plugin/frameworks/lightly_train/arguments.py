@@ -39,7 +39,8 @@ class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type
         Raises:
             ValueError: for a parameter out of its range.
         """
-        settings = self.recipe.sized({name: getattr(self, name) for name in self.recipe.choices})
+        own = {name: getattr(self, name) for name in self.recipe.choices}
+        settings = self.recipe.sized(own, dim=self.output_dim)
         return ContrastiveLoss(self.recipe.name, gather_distributed=True, **settings, **more)
 
     @property

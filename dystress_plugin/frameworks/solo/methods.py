@@ -55,7 +55,7 @@ class AdaptiveTemperature(LightningModule):
         settings = loss_settings(self.recipe, OmegaConf.to_container(cfg.method_kwargs))
         self._num_samples = self.recipe.table_length(settings)
         # A table has one entry until setup() or a checkpoint knows better.
-        settings = self.recipe.sized(settings)
+        settings = self.recipe.sized(settings, dim=cfg.method_kwargs.proj_output_dim)
         self.contrastive = ContrastiveLoss(
             self.recipe.name, queue_size=_queue_size(cfg), gather_distributed=True, **settings
         )
