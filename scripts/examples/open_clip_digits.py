@@ -31,11 +31,12 @@ MODEL = {
 SETTINGS = {
     "simclr": ["method_kwargs.tau=0.07"],
     "dystress": ["method_kwargs.tau_min=0.01", "method_kwargs.tau_max=0.04"],
-    "isogclr": ["method_kwargs.rho=3", "method_kwargs.tau_init=0.03"],
+    "isogclr": ["method_kwargs.rho=2", "method_kwargs.tau_init=0.03"],
+    "fastclip": ["method_kwargs.rho=2"],
 }
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--methods", nargs="+", default=["clip", "simclr", "dystress", "isogclr"])
+parser.add_argument("--methods", nargs="+", default=["clip", "simclr", "dystress", "isogclr", "fastclip"])
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--batch-size", type=int, default=64)
@@ -104,6 +105,7 @@ for method in args.methods:
             words = [f"method={method}", *SETTINGS.get(method, []), "--"]
             for key, value in options.items():
                 words += [f"--{key}", str(value)]
+            logging.getLogger().handlers.clear()  # of the run before
             if main(words):
                 raise SystemExit(f"{name} could not be trained.")
         rows.append((method, seed, *scores(checkpoint)))

@@ -174,7 +174,8 @@ def checkpoint(folder, version, name, epoch):
     saved = torch.load(there / f"epoch_{epoch}.pt", weights_only=False)
     beside = there / f"loss_epoch_{epoch}.pth"
     weights = {key.removeprefix("module."): value for key, value in saved["state_dict"].items()}
-    return weights, torch.load(beside) if beside.exists() else saved.get("contrastive_loss")
+    state = torch.load(beside, weights_only=True) if beside.exists() else saved.get("contrastive_loss", {})
+    return weights, state.get("loss")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

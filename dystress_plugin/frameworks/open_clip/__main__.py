@@ -1,7 +1,7 @@
 """`python -m dystress_plugin.frameworks.open_clip method=isogclr -- ...`: open_clip's training with a method of ours.
 
-Before `--` stand the method and its parameters, `method_kwargs.tau_min=0.01`; after it the arguments of
-`python -m open_clip_train.main`, as they are.
+Before `--` stand the method and its parameters, `method_kwargs.tau_min=0.01`, and `temperature_lr=3e-5` for networks of
+temperatures (Adam); after it the arguments of `python -m open_clip_train.main`, as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from dystress_plugin.checks import unknown_name
+from dystress_plugin.checks import check_positive, unknown_name
 from dystress_plugin.errors import needing
 from dystress_plugin.recipes import recipe
 
@@ -17,7 +17,7 @@ with needing("open-clip"):
     from omegaconf import OmegaConf
 
 USAGE = "python -m dystress_plugin.frameworks.open_clip method=NAME [method_kwargs.PARAMETER=VALUE ...] -- ARGUMENTS"
-KEYS = ("method", "method_kwargs")
+KEYS = ("method", "method_kwargs", "temperature_lr")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,10 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         keys, rest = _split(words)
-        method, settings = _settings(keys)
-        from dystress_plugin.frameworks.open_clip import ContrastiveClipLoss, program
+        given = _given(keys)
+        from dystress_plugin.frameworks.open_clip import program
 
-        program.train(ContrastiveClipLoss(method, **settings), rest)
+        program.train(arguments=rest, **given)
     except (ValueError, TypeError, ImportError) as error:
         print(f"dystress: {error}", file=sys.stderr)
         return 2
@@ -45,8 +45,8 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:first], rest[1:] if rest[:1] == ["--"] else rest
 
 
-def _settings(keys: list[str]) -> tuple[str, dict[str, Any]]:
-    """The method and its parameters.
+def _given(keys: list[str]) -> dict[str, Any]:
+    """What `program.train` takes.
 
     Raises:
         ValueError: for a key that there is not, a method without a name, or a parameter that it does not have.
@@ -59,12 +59,12 @@ def _settings(keys: list[str]) -> tuple[str, dict[str, Any]]:
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(keys))
     if "method" not in given:
         raise ValueError(f"No method is given. Usage: {USAGE}")
-    chosen = recipe(str(given["method"]))
-    if chosen.queue:
-        raise ValueError(f"method={chosen.name} keeps a queue, which images and texts have no place for: take another.")
-    settings = given.get("method_kwargs") or {}
-    chosen.check_names(settings)
-    return chosen.name, chosen.sized(settings)
+    method, settings = recipe(str(given["method"])), given.get("method_kwargs") or {}
+    if method.queue:
+        raise ValueError(f"method={method.name} keeps a queue, which images and texts have no place for: take another.")
+    method.check_names(settings)
+    rate = {"lr": check_positive("temperature_lr", given["temperature_lr"])} if "temperature_lr" in given else {}
+    return {"method": method, "settings": settings, **rate}
 
 
 if __name__ == "__main__":

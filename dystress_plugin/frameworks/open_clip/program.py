@@ -18,9 +18,11 @@ from dystress_plugin import distributed
 from dystress_plugin.errors import needing
 from dystress_plugin.frameworks.open_clip.loss import MAX_SCALE, ContrastiveClipLoss
 from dystress_plugin.metrics import temperature_summary
-from dystress_plugin.training import size_table, warn_of_concerns
+from dystress_plugin.recipes import Recipe
+from dystress_plugin.training import warn_of_concerns
 
 with needing("open-clip"):
+    import open_clip
     from open_clip_train import data as open_clip_data
     from open_clip_train import main as program
     from open_clip_train.params import parse_args
@@ -29,20 +31,33 @@ with needing("open-clip"):
 
 TASKS = ("CLIPTask", "CLAPTask")
 STATE = "contrastive_loss"  # of the loss, in a checkpoint
+LR = 3e-5  # TempNet's, 2024, https://arxiv.org/abs/2404.04575
+SCALED = ("amp", "fp16", "pure_fp16")  # precisions with a GradScaler
 UNSIZED = 1  # a table's length before that of the data is known
 LOGGED = ("tau_positive_mean", "tau_negative_mean", "alignment", "uniformity")
 _logger = logging.getLogger(__name__)
 
 
-def train(loss: ContrastiveClipLoss, arguments: Sequence[str]) -> None:
-    """Runs `open_clip_train.main` with the arguments given, and the loss in the place of ClipLoss.
+def train(method: Recipe, settings: dict[str, Any], arguments: Sequence[str], *, lr: float = LR) -> None:
+    """Runs `open_clip_train.main` with the arguments given, and a method's loss in the place of ClipLoss.
+
+    Args:
+        method: the method.
+        settings: its parameters; the length of tables, and of embeddings, may be left out.
+        arguments: open_clip's.
+        lr: learning rate of what the temperature learns beside the model's scale, by Adam.
 
     Raises:
-        ValueError: before anything is loaded, for arguments that do not go with the loss.
+        ValueError: before anything is loaded, for arguments or settings that do not go with each other.
     """
-    _check(parse_args(list(arguments)), loss)
+    args = parse_args(list(arguments))
+    settings = method.sized(settings, UNSIZED)
+    if "dim" in method.parameters and (model := open_clip.get_model_config(args.model)):
+        settings = {"dim": model["embed_dim"], **settings}
+    loss = ContrastiveClipLoss(method.name, **settings)
+    _check(args, loss)
     with ExitStack() as replaced:
-        for name, function in _Training(loss).replacements.items():
+        for name, function in _Training(loss, lr).replacements.items():
             replaced.enter_context(mock.patch.object(program, name, function))
         program.main(list(arguments))
 
@@ -62,19 +77,30 @@ def _check(args: Any, loss: ContrastiveClipLoss) -> None:
         )
     if _has_state(loss) and getattr(args, "fsdp", False) and getattr(args, "fsdp_checkpoint", "full") == "sharded":
         raise ValueError("--fsdp-checkpoint sharded has no place for the state of this method: choose full.")
+    if _trained(loss) and args.precision in SCALED:
+        raise ValueError(
+            f"--precision {args.precision} scales gradients, and this method has an optimizer of its own: choose "
+            "amp_bf16 or fp32."
+        )
     if args.local_loss or args.gather_with_grad:
         _logger.warning("--local-loss and --gather-with-grad change nothing: the loss gathers itself, with gradient.")
 
 
 def _has_state(loss: ContrastiveClipLoss) -> bool:
-    return bool(list(loss.buffers()))
+    return bool(list(loss.buffers()) or _trained(loss))
+
+
+def _trained(loss: ContrastiveClipLoss) -> list[nn.Parameter]:
+    return [parameter for parameter in loss.parameters() if parameter.requires_grad]
 
 
 class _Training:
     """One run: what stands in the place of the program's functions, and what it remembers between them."""
 
-    def __init__(self, loss: ContrastiveClipLoss) -> None:
+    def __init__(self, loss: ContrastiveClipLoss, lr: float) -> None:
         self.loss = loss
+        # open_clip builds its own before it knows the loss, and gives every group the same rate.
+        self.optimizer = torch.optim.Adam(_trained(loss), lr=lr) if _trained(loss) else None
         self.has_tasks = hasattr(program, "create_task")  # 4; 3.3 takes the loss by itself
         names = ["get_data", "train_one_epoch"]
         names += ["create_task", "save_checkpoint", "load_checkpoint"] if self.has_tasks else ["create_loss"]
@@ -110,7 +136,7 @@ class _Training:
         if "train" in data:
             loader = data["train"].dataloader
             sides = self._size_tables(loader) if self._has_table else None
-            data["train"].dataloader = _Batches(loader, self.loss, sides)
+            data["train"].dataloader = _Batches(loader, self.loss, sides, self.optimizer)
         return data
 
     @property
@@ -120,20 +146,24 @@ class _Training:
     def _size_tables(self, loader: Any) -> tuple[Tensor, Tensor] | None:
         """Gives tables without a length that of the data; returns what `numbers.of_sides` does."""
         sides = numbers.of_sides(loader)
-        rows = getattr(loader, "rows", None)
+        rows: int | None = getattr(loader, "rows", None)
+        temperatures = self.loss.criterion.temperatures
+        unsized = any(UNSIZED in temperature.table_lengths for temperature in temperatures)
+        if rows is None:
+            if unsized:
+                raise ValueError("A webdataset hides its largest key: set method_kwargs.num_samples to one more.")
+            return None
         found = [int(side.max()) + 1 for side in sides] if sides else [rows, rows]
-        for temperature, wanted in zip(self.loss.criterion.temperatures, found, strict=False):
-            length = temperature.num_samples
-            if wanted is None and length == UNSIZED:
+        # A table for each side, of two temperatures or within one.
+        of_each = [found] if len(temperatures) == 1 else [[length] for length in found]
+        for temperature, wanted in zip(temperatures, of_each, strict=True):
+            there, most = max(temperature.table_lengths), max(wanted)
+            if unsized:
+                temperature.resize(wanted if len(wanted) > 1 else most)  # type: ignore[arg-type]  # where it holds two
+            elif there < most:
                 raise ValueError(
-                    "A webdataset does not tell its largest key: set method_kwargs.num_samples to one more than that."
+                    f"method_kwargs.num_samples is {there}, and the data have {most} samples: leave it out."
                 )
-            if wanted is not None and length is not None and UNSIZED < length < wanted:
-                raise ValueError(
-                    f"method_kwargs.num_samples is {length}, and the data have {wanted} samples: leave it out."
-                )
-            if wanted is not None and length == UNSIZED:
-                size_table(temperature, wanted)
         return sides
 
     def train_one_epoch(self, *given: Any, **named: Any) -> Any:
@@ -161,7 +191,13 @@ class _Training:
                 f"--resume {args.resume} has no state of this method: it was trained without, or {beside.name} is "
                 "missing beside it."
             )
-        self.loss.load_state_dict(state)
+        self.loss.load_state_dict(state["loss"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _state(self) -> dict[str, Any]:
+        own = {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
+        return {"loss": self.loss.state_dict(), **own}
 
     @torch.no_grad()
     def _end_epoch(self, model: nn.Module, args: Any, epoch: int, writer: Any) -> None:
@@ -182,11 +218,11 @@ class _Training:
             tau = (means["tau_positive_mean"] + means["tau_negative_mean"]) / 2
             _scale_of(model).fill_(min(max(-math.log(tau), 0.0), MAX_SCALE))
         if _has_state(loss) and args.save_logs and not self.has_tasks:
-            _save_beside(Path(args.checkpoint_path), epoch + 1, loss.state_dict())
+            _save_beside(Path(args.checkpoint_path), epoch + 1, self._state())
 
     def save_checkpoint(self, *given: Any, **named: Any) -> Any:
         checkpoint = self.original["save_checkpoint"](*given, **named)
-        return {**checkpoint, STATE: self.loss.state_dict()} if _has_state(self.loss) else checkpoint
+        return {**checkpoint, STATE: self._state()} if _has_state(self.loss) else checkpoint
 
     def load_checkpoint(self, task: Any, path: str, *given: Any, **named: Any) -> Any:
         from open_clip_train.file_utils import pt_load
@@ -196,12 +232,22 @@ class _Training:
 
 
 class _Batches:
-    """The training data, which tells the loss the number of every sample, and the epoch."""
+    """The training data, which tells the loss the number of every sample, and the epoch.
 
-    def __init__(self, loader: Any, loss: ContrastiveClipLoss, sides: tuple[Tensor, Tensor] | None) -> None:
+    What the temperature learns is moved after each batch.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        loss: ContrastiveClipLoss,
+        sides: tuple[Tensor, Tensor] | None,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
         self._loader = loader
         self._loss = loss
         self._sides = sides
+        self._optimizer = optimizer
         self.epoch = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -217,6 +263,9 @@ class _Batches:
             loss.index = rows if rows is None or self._sides is None else (self._sides[0][rows], self._sides[1][rows])
             loss.epoch = loss.criterion.temperature.clock(self.epoch, step, self._loader.num_batches)
             yield batch
+            if self._optimizer is not None:
+                self._optimizer.step()
+                self._optimizer.zero_grad()
 
 
 def _scale_of(model: nn.Module) -> Tensor:
