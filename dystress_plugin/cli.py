@@ -18,10 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         from dystress_plugin.experiment.commands import parser
+        from dystress_plugin.experiment.io.config import with_files
 
         parsed, _ = parser().parse_known_args(given)
         # Not as parsed: of `--key value`, another library's style, it would be another token that is refused.
-        parsed.run(given[1:])
+        parsed.run(with_files(given[1:]))
     except ImportError as error:
         needed = f"The command needs more than torch: {to_install('cli', error)} ({error})."
         print(f"dystress: {needed}", file=sys.stderr)

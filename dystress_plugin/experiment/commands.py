@@ -26,6 +26,11 @@ from dystress_plugin.experiment.settings import (
 )
 from dystress_plugin.experiment.terminal import columns, summary_table
 
+WRITTEN = (
+    "Settings are written key=value. config=FILE stands for those in a YAML file, such as a run's own config.yaml; "
+    "later ones win."
+)
+
 ELSEWHERE = {
     "method": "methods=[...]",
     "seed": "seeds=[...]",
@@ -38,8 +43,7 @@ ELSEWHERE = {
 def parser() -> argparse.ArgumentParser:
     """Of the command line; `run` is what a subcommand calls with `settings`, its tokens."""
     whole = argparse.ArgumentParser(
-        "dystress",
-        description="Contrastive pretraining with adaptive temperatures. Settings are written key=value.",
+        "dystress", description=f"Contrastive pretraining with adaptive temperatures. {WRITTEN}"
     )
     whole.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
     commands = whole.add_subparsers(required=True, metavar=f"{{methods,{','.join(COMMANDS)}}}")
@@ -48,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=help_,
-            description=f"dystress {name}: {help_}.",
+            description=f"dystress {name}: {help_}. {WRITTEN}",
             epilog=f"keys and their defaults:\n{describe(structure)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -108,7 +112,10 @@ def _inspect(tokens: Sequence[str]) -> None:
     report = command.inspect_temperatures(settings)
     print("\n".join([report["network"], "", *columns(command.table(report)), ""]))
     print("\n".join(found["advice"] for found in report["temperatures"].values()))
-    _name_figures(command.output_folder(settings))
+    _name_figures(Path(report["settings"]["out"]))
+    print(f"\n{report['try_first']}")
+    if "command" in report:
+        print(report["command"])
 
 
 def _compare(tokens: Sequence[str]) -> None:
@@ -118,7 +125,7 @@ def _compare(tokens: Sequence[str]) -> None:
     if settings.plan:
         print("\n".join(shell_plan(settings, common)))
     else:
-        _print(compare(settings, common, command_line(tokens)))
+        _show(compare(settings, common, command_line(tokens)))
 
 
 def parse_compare(tokens: Sequence[str]) -> tuple[CompareSettings, PretrainSettings]:
@@ -147,11 +154,24 @@ def _report(tokens: Sequence[str]) -> None:
     settings.runs += folders
     from dystress_plugin.experiment.report.command import report
 
-    _print(report(settings))
+    _show(report(settings))
 
 
 def _print(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
+
+
+def _show(paths: dict[str, str]) -> None:
+    """The scores of a comparison, and where the rest of it is."""
+    import pandas as pd
+
+    from dystress_plugin.experiment.report.page import summary
+
+    scores = pd.read_csv(paths["results"], keep_default_na=False)
+    protocols = list(scores["protocol"].unique())
+    rows = [(name, *(its.get(each, "–") for each in protocols)) for name, its in summary(scores, "all").items()]
+    print("\n".join(columns([("", *protocols), *rows])))
+    print("\n".join(f"{what}: {path}" for what, path in paths.items()))
 
 
 def _name_figures(folder: Path) -> None:

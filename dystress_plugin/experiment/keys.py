@@ -7,7 +7,7 @@ import operator
 import os
 import re
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -40,6 +40,7 @@ def option(
     some: bool = False,
     once: bool = False,
     free: bool = False,
+    auto: Callable[[], int] | None = None,
 ) -> Any:
     """A key and what it can have.
 
@@ -50,11 +51,12 @@ def option(
         words: all that a text can be.
         some: whether a list must have something.
         once: whether a list may have nothing twice.
+        auto: what the word auto stands for.
         free: whether a run that has begun may go on with another value, as it does not matter for what is trained.
     """
     numbers = [literal_eval(number) for number in interval[1:-1].split(", ") if interval]
     bounds = {ENDS[end]: number for end, number in zip(interval[:1] + interval[-1:], numbers, strict=True)}
-    metadata = {"help": help_, "words": words, "some": some, "once": once, "free": free, "bounds": bounds}
+    metadata = {"help": help_, "words": words, "some": some, "once": once, "free": free, "auto": auto, "bounds": bounds}
     # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
@@ -80,6 +82,8 @@ def read(structure: type[T], tokens: Sequence[str]) -> T:
     known = [f.name for f in fields(structure)]  # type: ignore[arg-type]
     texts = [name for name, hint in get_type_hints(structure).items() if hint in (str, str | None)]
     check_keys(tokens, known)
+    autos = {f.name: f.metadata["auto"] for f in fields(structure) if f.metadata["auto"]}  # type: ignore[arg-type]
+    tokens = [_without_auto(token, autos) for token in tokens]
     settings: T = merged(structure, *(_parsed(token, texts) for token in tokens))
     return settings
 
@@ -193,6 +197,11 @@ def _check_value(f: Field[Any], value: Any) -> None:
 def range_of(f: Field[Any]) -> str:
     """What numbers a key can be, in words; nothing where it is none."""
     return " and ".join(f"{name} {bound:,}" for name, bound in f.metadata["bounds"].items())
+
+
+def _without_auto(token: str, autos: Mapping[str, Callable[[], int]]) -> str:
+    key, _, value = token.partition("=")
+    return f"{key}={autos[key]()}" if key in autos and value == "auto" else token
 
 
 def _parsed(token: str, texts: Sequence[str]) -> Any:

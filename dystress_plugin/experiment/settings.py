@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 
 SEED = f"[0, {2**32 - 1}]"  # NumPy's, and so Lightning's
+
+
+def spare_cores() -> int:
+    """All cores but one that this process may use, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores - 1)
 
 
 @dataclass
@@ -56,7 +63,13 @@ class PretrainSettings:
     indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
     image_size: int | None = option(None, "pixels of a view; null: digits 8, CIFAR 32, folders 224", "[1, 4096]")
     batch_size: int = option(256, "images per step and device; the rest of an epoch is dropped", "[2, 1_000_000]")
-    num_workers: int = option(0, "processes that load images; 0 loads in the training process", "[0, 1024]", free=True)
+    num_workers: int = option(
+        0,
+        "processes that load images, a number or auto; 0 loads in the training process",
+        "[0, 1024]",
+        free=True,
+        auto=spare_cores,
+    )
 
     backbone: str | None = option(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
     hidden_dim: int = option(512, "hidden width of the projection head", "[1, 65_536]")
@@ -156,7 +169,7 @@ class EvaluateSettings:
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
     batch_size: int = option(512, "images per step", "[1, 1_000_000]")
-    num_workers: int = option(0, "processes that load images", "[0, 1024]")
+    num_workers: int = option(0, "processes that load images, a number or auto", "[0, 1024]", auto=spare_cores)
     knn_k: int = option(200, "neighbours of the weighted kNN; all images where there are fewer", "[1, 1_000_000_000]")
     knn_t: float = option(0.1, "temperature of the weighted kNN", "[0.02, 1_000_000]")
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
@@ -176,7 +189,7 @@ class EmbedSettings:
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
     on_bad_image: str = option("stop", "what to do about files in a folder that cannot be used", words=("stop", "skip"))
     batch_size: int = option(512, "images per step", "[1, 1_000_000]")
-    num_workers: int = option(0, "processes that load images", "[0, 1024]")
+    num_workers: int = option(0, "processes that load images, a number or auto", "[0, 1024]", auto=spare_cores)
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
     progress: bool = option(True, "show a progress bar")
 
@@ -302,7 +315,7 @@ class InspectSettings:
     )
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
-    num_workers: int = option(0, "processes that load images", "[0, 1024]")
+    num_workers: int = option(0, "processes that load images, a number or auto", "[0, 1024]", auto=spare_cores)
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -214,7 +215,19 @@ def test_compare_trains_scores_and_reports_and_only_what_is_missing(tiny, tmp_pa
         (out / name).unlink()
     protocols = "protocols=[weighted_knn,knn_1]"
     assert main(["report", *map(str, (out / "runs").iterdir()), protocols]) == 0
-    assert json.loads(capsys.readouterr().out)["report"] == str(out / "report.html")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2:] == [f"results: {out / 'results.csv'}", f"report: {out / 'report.html'}"]
+    assert printed[0].split() == ["weighted_knn", "knn_1"]
+    table = {line.split("  ")[0]: line.split("  ") for line in printed[1:-2]}
+    assert list(table) == ["dystress", "simclr", "constant-0.2", "untrained"]
+    for arm, (_, *cells) in table.items():
+        for protocol, cell in zip(("weighted_knn", "knn_1"), filter(None, cells), strict=True):
+            its = [
+                float(row["value"])
+                for row in rows
+                if (row["name"], row["protocol"], row["group"]) == (arm, protocol, "all")
+            ]
+            assert cell.strip() == f"{statistics.mean(its):.2f} ± {statistics.stdev(its):.2f}"
     assert {name: (out / name).read_text() for name in before} == before
     # Beside each other, a run and what is no run.
     assert main(["report", str(out), f"out={tmp_path / 'else'}", protocols]) == 0
@@ -358,7 +371,7 @@ def test_jobs_are_processes_that_a_killed_comparison_leaves_and_the_next_one_wai
         # Once, by the first command's process.
         log = (out / "logs" / f"simclr-{seed}.log").read_text()
         assert log.count("top-1 accuracy") == 1
-    assert Path(json.loads(second.stdout)["report"]).exists()
+    assert Path(second.stdout.splitlines()[-1].removeprefix("report: ")).exists()
 
 
 def test_several_jobs_share_the_cores_and_the_gpus(tmp_path, monkeypatch):

@@ -170,6 +170,9 @@ def test_an_untrained_network_is_inspected(images, tmp_path, capsys):
     assert "of 16" in printed
     assert "constant 0.1 is what the others are compared with" in printed
     assert printed.count("figure: ") == 5
+    assert report["try_first"] in printed.splitlines()
+    assert ("command" in report) == report["try_first"].startswith("Try first: ")
+    assert printed.endswith(f"{report.get('command', report['try_first'])}\n")
     # Every anchor's own constant agrees with iSogCLR before its first update.
     same = [report["temperatures"][name]["effective_negatives"] for name in ("constant 0.1", "iSogCLR")]
     assert same[0] == pytest.approx(same[1])
@@ -203,10 +206,13 @@ def test_a_run_is_inspected_with_its_own_temperatures(tiny, tmp_path):
     fresh = json.loads(Path(tiny["out"], "inspect", "inspect.json").read_text())
     assert fresh["epoch"] == 0
     assert fresh["alignment"] != report["alignment"]
-    # Again: its own results may be replaced.
+    # Again, in another place: what is there stays.
     assert inspect(**options, methods="[]") == 0
-    again = json.loads(Path(tiny["out"], "inspect", "inspect.json").read_text())
+    again = json.loads(Path(tiny["out"], "inspect-2", "inspect.json").read_text())
     assert again["alignment"] == report["alignment"]
+    assert again["settings"]["out"] == f"{tiny['out']}/inspect-2"
+    assert json.loads(Path(tiny["out"], "inspect", "inspect.json").read_text()) == fresh
+    assert inspect(**options, methods="[]", out=out) == 2
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -231,7 +237,7 @@ def test_a_run_with_a_queue_shows_the_network_that_is_trained(tiny):
         ({"images": 1}, "images=1 must be at least 2"),
         ({"checkpoint": "nowhere"}, "holds no run of `dystress pretrain`"),
         ({"data": "nowhere"}, "is neither a folder nor one of"),
-        ({"out": "full"}, "out=full is not empty and holds no results of this command"),
+        ({"out": "full"}, "out=full is not empty. Choose another out."),
     ],
 )
 def test_bad_settings_write_nothing(settings, message, images, tmp_path, capsys, monkeypatch):
@@ -243,6 +249,27 @@ def test_bad_settings_write_nothing(settings, message, images, tmp_path, capsys,
     assert inspect(**base | settings) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "images"]
+
+
+def test_what_to_try_first_is_balanced_keeps_the_order_and_differs_most():
+    def of(hard, effective, falling=()):
+        return {"hardest_1_percent": hard, "effective_negatives": effective, "falling": list(falling)}
+
+    reference = of(10.0, 20.0)
+    sharp, flat, wrong, near = of(90.0, 2.0), of(1.0, 80.0), of(60.0, 30.0, [[0.5, 0.6]]), of(14.0, 15.0)
+    candidates = {"sharp": sharp, "flat": flat, "wrong": wrong, "near": near, "far": of(4.0, 40.0)}
+    first = effects.first_to_try(candidates, reference, "now", 100)
+    assert first.name == "far"
+    assert "Try first: far." in first.sentence
+    assert "the most similar 1 % get 4 % of the push instead of 10 %" in first.sentence
+    del candidates["far"]
+    assert effects.first_to_try(candidates, reference, "now", 100).name == "near"
+    del candidates["near"]
+    candidates["same"] = of(10.4, 20.0)
+    for left in (candidates, {}):
+        nothing = effects.first_to_try(left, reference, "now", 100)
+        assert nothing.name is None
+        assert nothing.sentence.startswith("Nothing to try first: ")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
 from dystress_plugin import training
+from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.pretrain import command as pretraining
 from dystress_plugin.experiment.pretrain.trainer import COLUMNS, SeedEveryEpoch
 from dystress_plugin.experiment.settings import PretrainSettings
@@ -208,6 +209,25 @@ def test_a_finished_run_is_shown_again_and_not_repeated(tiny, capsys):
     first = capsys.readouterr().out
     assert dystress("pretrain", tiny | {"epochs": 1}) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_runs_own_config_is_the_run_and_with_keys_after_it_another(tiny, tmp_path, capsys, quick):
+    settings = tiny | {"epochs": 1, "method": "macl", "method_kwargs.tau": 0.2}
+    assert dystress("pretrain", settings) == 0
+    config = {"config": f"{tiny['out']}/config.yaml"}
+    first = capsys.readouterr().out
+    assert dystress("pretrain", config) == 0
+    assert capsys.readouterr().out == first  # it has finished
+    assert dystress("pretrain", config | {"seed": 3}) == 2
+    assert "seed=3 (there: 0)" in capsys.readouterr().err
+    assert (
+        dystress("pretrain", config | {"seed": 3, "method": "ts", "method_kwargs.period": 1, "out": tmp_path / "x"})
+        == 0
+    )
+    found = read_config(tmp_path / "x" / "config.yaml")
+    assert (found.method, found.seed, found.epochs, found.method_kwargs["period"]) == ("ts", 3, 1, 1)
+    assert found.model == read_config(Path(config["config"])).model
+    assert "alpha" not in found.method_kwargs
 
 
 def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, capsys):

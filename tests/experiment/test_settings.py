@@ -2,17 +2,19 @@ import math
 import os
 import typing
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from dystress_plugin.cli import main
+from dystress_plugin.experiment.commands import parse_compare
 from dystress_plugin.experiment.compare import command as compare
 from dystress_plugin.experiment.data import export, selection
 from dystress_plugin.experiment.evaluate import command as evaluate
 from dystress_plugin.experiment.evaluate import export as hand_on
 from dystress_plugin.experiment.inspect import command as inspect
-from dystress_plugin.experiment.io.config import read_config
+from dystress_plugin.experiment.io.config import read_config, with_files
 from dystress_plugin.experiment.keys import describe, parse, range_of
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.pretrain import module
@@ -145,6 +147,51 @@ def test_a_parameter_of_one_of_several_methods_is_told_whose_it_is(command, caps
 def test_a_folder_without_a_key_is_told_which(command, key, tmp_path, capsys):
     assert main([command, str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"dystress: '{tmp_path}' is no setting; write {key}={tmp_path}\n"
+
+
+def test_auto_workers_are_the_cores_that_can_be_used_but_one(monkeypatch):
+    for cores, workers in ((1, 0), (2, 1), (9, 8), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        for structure, given in COMMANDS.values():
+            if "num_workers" in structure.__dataclass_fields__:
+                assert parse(structure, [*given, "num_workers=auto"]).num_workers == workers
+    for token in ("epochs=auto", "num_workers=automatic"):
+        with pytest.raises(ValueError, match=token.split("=")[0]):
+            parse(PretrainSettings, [token])
+
+
+def test_a_file_has_keys_and_those_after_it_win(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("method: macl\nepochs: 7\ndata: 'a #1'\nlr: null\nmethod_kwargs: {tau: 0.2, alpha: 1}\n")
+    settings = parse(PretrainSettings, with_files(["epochs=3", f"config={file}", "method_kwargs.tau=0.3", "seed=4"]))
+    expected = PretrainSettings("macl", {"tau": 0.3, "alpha": 1}, "a #1", epochs=7, seed=4)
+    assert settings == expected
+    assert parse(PretrainSettings, with_files([f"config={file}", "epochs=3", "data=digits"])).epochs == 3
+    other = parse(PretrainSettings, with_files([f"config={file}", "method=ts"]))  # without another method's parameters
+    assert (other.method, other.method_kwargs, other.epochs) == ("ts", {}, 7)
+    file.write_text("methods: [macl, ts]\nepochs: 5\n")
+    settings, common = parse_compare(with_files([f"config={file}"]))
+    assert (settings.methods, common.epochs) == (["macl", "ts"], 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("epoch: 3", "Unknown key 'epoch'. Did you mean 'epochs'?"),
+        ("epochs: many", "epochs: Value 'many'"),
+        ("tau_max: 1", "Unknown key 'tau_max'. Did you mean 'method_kwargs.tau_max'"),
+        ("[1]", "config=x.yaml holds no keys."),
+        ("a: [", "config=x.yaml cannot be read: "),
+        (None, "config=x.yaml cannot be read: [Errno 2] No such file"),
+        ("settings: {epochs: 0}", "x.yaml is no config.yaml of `dystress pretrain`, or is damaged: epochs=0 must be"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(content, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("x.yaml").write_text(content)
+    assert main(["pretrain", "config=x.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(f"dystress: {said}")
 
 
 def test_a_missing_required_key_is_named():

@@ -192,5 +192,7 @@ def test_knn_on_the_cpu(one_process):
 
 
 def test_umap_on_the_cpu(one_process):
-    run(one_process, "-m", LAUNCHER, "umap", "--cpu", *evaluation(one_process, "macl_moco"))
+    shown = run(one_process, "-m", LAUNCHER, "umap", "--cpu", *evaluation(one_process, "macl_moco"))
+    for split in ("train", "val"):
+        assert f"figure: {one_process / f'im100_{split}_umap.pdf'}" in str(shown)
     assert (one_process / "im100_val_umap.pdf").stat().st_size > 0

@@ -67,7 +67,7 @@ def compare(settings: CompareSettings, common: PretrainSettings, command: str = 
         finished = [output_folder(run) for run in runs if _finished(run) and output_folder(run).name not in failures]
         if not finished:
             raise ValueError(f"All {len(runs)} runs failed: {_lines(failures)}")
-        paths = write_report(finished, out, settings.protocols, failures, measure_cost=True)
+        paths = write_report(finished, out, settings.protocols, failures, measure_cost=True, progress=settings.progress)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries them again, and {paths['report']} "
@@ -145,7 +145,7 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
 
 def _lay_untrained(settings: CompareSettings, runs: Sequence[PretrainSettings], prepared: Prepared) -> None:
     """Scores what the runs of a seed start from, once, and puts the scores into the folders of those not begun."""
-    for seed in settings.seeds:
+    for seed in tqdm(settings.seeds, "scoring the start", unit="seed", disable=None if settings.progress else True):
         its = [run for run in runs if run.seed == seed]
         new = [run for run in its if not (output_folder(run) / "config.yaml").exists()]
         if not new:

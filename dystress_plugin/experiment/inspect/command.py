@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +49,7 @@ class Sample(NamedTuple):
         z: two views, (images, dim) each.
         numbers: (images,) int64, of the images among the training images.
         samples: how many training images there are.
+        data: as for `dystress pretrain`.
         run: method and loss of the run that the network is from; None where it is from no run, or shows other data.
         epoch: 0 first.
     """
@@ -55,6 +58,7 @@ class Sample(NamedTuple):
     z: Sequence[Tensor]
     numbers: Tensor
     samples: int
+    data: str
     run: tuple[str, ContrastiveLoss] | None
     epoch: float
 
@@ -66,14 +70,15 @@ def inspect_temperatures(settings: InspectSettings) -> dict[str, Any]:
         ValueError: for a checkpoint, data, methods or an output folder that do not fit.
     """
     settings = checked(settings)
-    out = output_folder(settings)
+    out = _new_folder(settings)
+    settings = replace(settings, out=str(out))
     with lock.alone(out):
         return _inspect(settings, out)
 
 
 def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
-    if {path.name for path in out.iterdir()} - {lock.NAME} and not (out / "inspect.json").exists():
-        raise ValueError(f"out={out} is not empty and holds no results of this command. Choose another out.")
+    if _holds_files(out):
+        raise ValueError(f"out={out} is not empty. Choose another out.")
     seen = _sample(settings, out)
     losses = _losses(settings, seen)
     pairs = effects.similarities(*seen.z, index=seen.numbers, epoch=seen.epoch)
@@ -96,16 +101,29 @@ def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
             for name, its in found.items()
         },
     }
+    methods = {name: method for name, (method, _) in losses.items() if method != FIXED and name != reference}
+    first = effects.first_to_try({name: found[name].measures for name in methods}, against, reference, negatives)
+    report["try_first"] = first.sentence
+    if first.name is not None:
+        report["command"] = shlex.join(["dystress", "compare", f"methods=[{methods[first.name]}]", f"data={seen.data}"])
     style = styles({name: method for name, (method, _) in losses.items()}, {name: name for name in losses})
     figures.draw(found, style, pairs, out, f"{seen.name}, {pairs.images} images in two views")
     (out / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def output_folder(settings: InspectSettings) -> Path:
-    """Where the results go."""
-    inside = f"{settings.checkpoint}/inspect" if settings.checkpoint else None
-    return Path(settings.out or inside or f"runs/inspect-{places.name_of(settings.data or 'digits')}")
+def _new_folder(settings: InspectSettings) -> Path:
+    """Where the results go: as asked, else the first place of its kind that holds none."""
+    if settings.out is not None:
+        return Path(settings.out)
+    start = f"{settings.checkpoint}/inspect" if settings.checkpoint else None
+    start = start or f"runs/inspect-{places.name_of(settings.data or 'digits')}"
+    names = (f"{start}-{number}" if number > 1 else start for number in itertools.count(1))
+    return next(folder for folder in map(Path, names) if not _holds_files(folder))
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != lock.NAME for path in folder.iterdir())
 
 
 def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -143,6 +161,7 @@ def _sample(settings: InspectSettings, out: Path) -> Sample:
         z=z,
         numbers=index,
         samples=len(data.train.labels),
+        data=spec.data.name,
         run=(spec.method, module.loss) if run and own else None,
         epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else spec.epochs - 1),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from dystress_plugin.temperature.base import Batch
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps
 
 HARDEST = {"hardest_1_percent": 0.01, "hardest_10_percent": 0.1}  # of an anchor's negatives
+
+BALANCED = (0.05, 0.5)  # of the negatives are effective: below, a few decide; above, nearly all count alike
 
 SHUFFLES = 16  # of the candidates, to compare each with another one
 
@@ -236,6 +239,44 @@ def advice(title: str, measures: dict[str, Any], reference: dict[str, Any], name
             f"({name}: {before:.0f} %), and {number:.0f} of {negatives} negatives are effective ({number_before:.0f})"
         )
     return f"{start} {middle}{_order(measures)}."
+
+
+class First(NamedTuple):
+    """What to try first: its name, None for nothing, and why, a sentence."""
+
+    name: str | None
+    sentence: str
+
+
+def first_to_try(
+    candidates: Mapping[str, dict[str, Any]], reference: dict[str, Any], name: str, negatives: int
+) -> First:
+    """By a rule of thumb: of what neither a few negatives nor all decide, what changes the push on the hardest most.
+
+    Args:
+        candidates: the measures of the effects to choose from.
+        reference: as for `advice`.
+        name: as for `advice`.
+        negatives: as for `advice`.
+    """
+    low, high = BALANCED
+    balanced = f"keeps the order of similarities with {low:.0%} to {high:.0%} of the negatives effective"
+    likely = {
+        title: its
+        for title, its in candidates.items()
+        if not its["falling"] and low <= its["effective_negatives"] / negatives <= high
+    }
+    hard = {title: its["hardest_1_percent"] for title, its in likely.items()}
+    before = reference["hardest_1_percent"]
+    best = max(hard, key=lambda title: abs(hard[title] - before), default=None)
+    if best is None or abs(hard[best] - before) < 1:
+        return First(None, f"Nothing to try first: no other method here {balanced} and differs from {name}.")
+    return First(
+        best,
+        f"Try first: {best}. Of what {balanced}, it differs most from {name}: the most similar "
+        f"1 % get {hard[best]:.0f} % of the push instead of {before:.0f} %. Whether that helps, only training "
+        "shows.",
+    )
 
 
 def _order(measures: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from dystress_plugin.experiment import places
 from dystress_plugin.experiment.keys import PATHS, merged
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import RunSpec
+
+OF_THE_METHOD = ("method_kwargs", "queue_size", "momentum_encoder")
 
 # Other words for the same.
 SAME = {"cuda": "gpu", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
@@ -89,6 +93,39 @@ def _way(start: str, path: str) -> str:
 def _paths(values: dict[str, Any]) -> dict[str, str]:
     """The settings that are paths."""
     return {key: values[key] for key in PATHS if values.get(key) is not None and values[key] not in places.NAMED}
+
+
+def with_files(tokens: Sequence[str]) -> list[str]:
+    """Command line tokens with what a file says in the place of `config=FILE`: a run's own, or any YAML of keys.
+
+    Raises:
+        ValueError: for a file that is not there or holds no keys.
+    """
+    written: list[str] = []
+    for number, token in enumerate(tokens):
+        key, _, name = token.partition("=")
+        if key != "config" or not name:
+            written.append(token)
+            continue
+        values = _keys_in(Path(name).expanduser())
+        method = [its.removeprefix("method=") for its in tokens[number:] if its.startswith("method=")]
+        if method and method[-1] != values.get("method"):  # whose parameters those in the file are
+            values = {key: value for key, value in values.items() if key not in OF_THE_METHOD}
+        # JSON is YAML, which all but text is read as.
+        written += [f"{key}={its if isinstance(its, str) else json.dumps(its)}" for key, its in values.items()]
+    return written
+
+
+def _keys_in(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeError) as error:
+        raise ValueError(f"config={path} cannot be read: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config={path} holds no keys.")
+    if not isinstance(values.get("settings"), dict):
+        return {str(key): value for key, value in values.items()}
+    return {key: value for key, value in read_config(path).flat().items() if value is not None}
 
 
 def read_config(path: Path, given: RunSpec | None = None) -> RunSpec:

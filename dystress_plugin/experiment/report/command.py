@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
 from dystress_plugin.experiment.evaluate.scores import is_labelled, score_run
 from dystress_plugin.experiment.io import files
@@ -54,6 +56,7 @@ def write(
     failures: Mapping[str, str] | None = None,
     *,
     measure_cost: bool = False,
+    progress: bool = True,
 ) -> dict[str, str]:
     """Scores what is not scored yet, then reads the tables of the runs and writes table and page to `out`.
 
@@ -62,6 +65,7 @@ def write(
         out: where to.
         names: protocols.
         failures: from a run to what went wrong with it.
+        progress: whether a terminal shows how many runs are scored.
         measure_cost: whether to measure what a step of each method costs where `cost.csv` in `out` does not say it.
 
     Raises:
@@ -76,7 +80,7 @@ def write(
     check_outside(out, runs[0].settings.data.name, runs[0].settings.data.val)
     out.mkdir(parents=True, exist_ok=True)
     labelled = is_labelled(runs[0].folder)
-    _score_missing(runs, names if labelled else [])
+    _score_missing(runs, names if labelled else [], progress)
     if measure_cost:
         cost.measure(runs, out / cost.TABLE)
     names = names if labelled else list(UNLABELLED)
@@ -87,10 +91,10 @@ def write(
     return {"results": str(table), "report": str(page)}
 
 
-def _score_missing(runs: Sequence[Run], names: Sequence[str]) -> None:
+def _score_missing(runs: Sequence[Run], names: Sequence[str], progress: bool) -> None:
     """Scores the runs by what they have not been scored by, and once per seed what they started from."""
     first_seed = min(run.settings.seed for run in runs)
-    for run in runs:
+    for run in tqdm(runs, "scoring", unit="run", disable=None if progress else True):  # None: shown by terminals alone
         own_first = min(other.settings.seed for other in runs if other.name == run.name)
         score_run(run.folder, names, with_map=run.settings.seed == own_first)
     for run in one_per(runs, lambda run: run.settings.seed):

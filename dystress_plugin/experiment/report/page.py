@@ -64,8 +64,8 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
         titles=titles,
         titles_of={name: its.title for name, its in how.items()},
         constants=constants,
-        summary=_summary(rows, "all"),
-        groups={group: _summary(rows, group) for group in _groups(rows)},
+        summary=summary(rows, "all"),
+        groups={group: summary(rows, group) for group in _groups(rows)},
         differences=found,
         sentences=[
             sentence(titles[name], mine)
@@ -82,7 +82,7 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
     )
 
 
-def _summary(rows: pd.DataFrame, group: str) -> dict[str, dict[str, str]]:
+def summary(rows: pd.DataFrame, group: str) -> dict[str, dict[str, str]]:
     """From arm and protocol to "mean ± standard deviation" over the seeds."""
     arms = rows[rows["group"] == group].groupby("name", sort=False)
     return {name: its.groupby("protocol")["value"].agg(spread).to_dict() for name, its in arms}

@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,13 @@ def _knn(options: argparse.Namespace) -> int:
 
 
 def _umap(options: argparse.Namespace) -> int:
-    return _run("main_umap", options.rest, cpu=options.cpu)
+    started = time.time()
+    status = _run("main_umap", options.rest, cpu=options.cpu)
+    # It names them itself, after ImageNet-100 whatever the data are, and says nothing of them.
+    for path in sorted(Path.cwd().glob("*_umap.pdf")):
+        if path.stat().st_mtime >= started - 1:
+            print(f"figure: {path}")
+    return status
 
 
 def _run(script: str, arguments: list[str], *, cpu: bool) -> int:
