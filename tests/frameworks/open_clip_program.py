@@ -1,6 +1,6 @@
 """A user's program for test_open_clip.py: open_clip's own, on CPUs, with a model of this size and a method of ours.
 
-python open_clip_program.py FOLDER WORDS...
+python open_clip_program.py FOLDER WORDS... [+ WORDS...]
 """
 
 import sys
@@ -23,4 +23,8 @@ if __name__ == "__main__":
     folder, *words = sys.argv[1:]
     open_clip.add_model_config(Path(folder) / "models")
     torch.nn.parallel.DistributedDataParallel = OnCPU
+    while "+" in words:
+        first, words = words[: words.index("+")], words[words.index("+") + 1 :]
+        if main(first):
+            raise SystemExit(1)
     raise SystemExit(main(words))

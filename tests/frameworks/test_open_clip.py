@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dystress_plugin import ContrastiveLoss
+from dystress_plugin import ContrastiveLoss, recipes
 from dystress_plugin.frameworks.open_clip.__main__ import main
 from dystress_plugin.temperature import Constant, Individual, Learnable
 
@@ -148,24 +148,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(folder, version, name, keys, *options, processes=1, data="data.csv"):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+def arguments(folder, version, name, keys, *options, data="data.csv"):
     common = ["--model", "small", "--train-data", folder / data, "--batch-size", 4, "--workers", 0, "--lr", 1e-2]
     common += ["--warmup", 1, "--logs", folder / version, "--name", name, "--device", "cpu", "--save-frequency", 1]
     # Whole images: open_clip draws crops from a stream that does not go on where a run has ended.
     common += ["--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"]
-    words = [*launcher, PROGRAM, folder, *keys, "--", *common, *options]
+    return [*keys, "--", *common, *options]
+
+
+def command(folder, version, *words, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
     path = os.pathsep.join([*([f"{SOURCE}/src"] if version == "source" else []), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return [sys.executable, *map(str, words)], env
+    return [sys.executable, *map(str, [*launcher, PROGRAM, folder, *words])], env
 
 
-def train(folder, version, name, keys, *options, status=0, **given):
+def train(folder, version, *given, status=0, processes=1, **more):
     """Trains as a user does; returns what it printed."""
-    words, env = command(folder, version, name, keys, *options, **given)
-    run = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
-    assert run.returncode == status, run.stdout
-    return run.stdout
+    return run(folder, version, *arguments(folder, version, *given, **more), status=status, processes=processes)
+
+
+def run(folder, version, *words, status=0, processes=1):
+    words, env = command(folder, version, *words, processes=processes)
+    done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
 def checkpoint(folder, version, name, epoch):
@@ -186,7 +193,7 @@ def test_two_processes_train_tables_of_images_and_captions_and_resume_after_a_ki
     lengths = {len(table) for table in tables.values() if table.dim()}
     assert lengths == {IMAGES, IMAGES + IMAGES // 3}
 
-    words, env = command(folder, version, "killed", keys, *options, processes=2)
+    words, env = command(folder, version, *arguments(folder, version, "killed", keys, *options), processes=2)
     there = folder / version / "killed" / "checkpoints"
     killed = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
     deadline = time.monotonic() + 200
@@ -204,15 +211,6 @@ def test_two_processes_train_tables_of_images_and_captions_and_resume_after_a_ki
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_temperature_without_a_table_leaves_its_mean_in_the_models_scale(folder, version):
-    printed = train(folder, version, "ts", ["method=ts", "method_kwargs.tau_max=0.5"], "--epochs", 1)
-    assert "tau_positive_mean: 0.5" in printed
-    weights, state = checkpoint(folder, version, "ts", 1)
-    assert state is None
-    assert float(weights["logit_scale"]) == pytest.approx(np.log(1 / 0.5), rel=1e-3)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 def test_the_numbers_of_a_webdataset_are_its_keys(folder, version):
     options = ["--epochs", 1, "--train-num-samples", IMAGES, "--dataset-type", "webdataset"]
     keys = ["method=isogclr", "method_kwargs.rho=1.5"]
@@ -226,6 +224,50 @@ def test_the_numbers_of_a_webdataset_are_its_keys(folder, version):
         assert len(table) == IMAGES + 5
         assert (table[IMAGES:] == table[-1]).all()  # which no sample has
         assert (table[:IMAGES] != table[-1]).any()
+
+
+METHODS = {
+    "clip": [],
+    "simclr": [],
+    "dystress": [],
+    "macl": [],
+    "ts": [],
+    "tempfree": [],
+    "isogclr": ["method_kwargs.rho=1"],
+    "fastclip": ["method_kwargs.rho=1", "method_kwargs.gamma=0.5"],
+    "tempnet": ["method_kwargs.rho=1", "temperature_lr=0.01"],
+}
+
+
+def test_every_method_without_a_queue_is_tried():
+    ours = [m for m in recipes.METHODS.values() if m.temperature.__module__.startswith("dystress_plugin.")]
+    assert {m.name for m in ours if not m.queue and not m.name.endswith(("_dcl", "_dclw"))} == set(METHODS)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_method_trains(folder, version):
+    runs = [arguments(folder, version, m, [f"method={m}", *keys], "--epochs", 1) for m, keys in METHODS.items()]
+    printed = run(folder, version, *[word for words in runs for word in ("+", *words)][1:])
+    assert "Train Epoch: 0 tau_positive_mean: 0.1 tau_negative_mean: 0.1 " in printed
+    assert checkpoint(folder, version, "simclr", 1)[1] is None
+    scales = {method: float(checkpoint(folder, version, method, 1)[0]["logit_scale"]) for method in METHODS}
+    for learned in ("clip", "fastclip"):
+        assert scales[learned] != pytest.approx(np.log(1 / 0.07), abs=1e-4)
+    # Of all others the mean temperature.
+    assert scales["ts"] == pytest.approx(0.0, abs=1e-6)
+    assert scales["simclr"] == pytest.approx(np.log(1 / 0.1), rel=1e-5)
+    assert scales["dystress"] == pytest.approx(np.log(1 / 0.1), rel=0.5)
+
+
+@pytest.mark.parametrize("method", ["clip", "tempnet"])
+def test_what_is_learned_is_learned_in_two_processes(folder, method):
+    train(folder, "installed", f"{method}2", [f"method={method}", *METHODS[method]], "--epochs", 1, processes=2)
+    weights, state = checkpoint(folder, "installed", f"{method}2", 1)
+    if method == "clip":
+        assert float(weights["logit_scale"]) != pytest.approx(np.log(1 / 0.07), abs=1e-4)
+    else:
+        heads = [state[f"criterion.temperature{side}.head.weight"] for side in ("", "_back")]
+        assert all((head != 1).any() for head in heads)  # as it began
 
 
 # What is wrong

@@ -32,7 +32,6 @@ with needing("open-clip"):
 TASKS = ("CLIPTask", "CLAPTask")
 STATE = "contrastive_loss"  # of the loss, in a checkpoint
 LR = 3e-5  # TempNet's, 2024, https://arxiv.org/abs/2404.04575
-SCALED = ("amp", "fp16", "pure_fp16")  # precisions with a GradScaler
 UNSIZED = 1  # a table's length before that of the data is known
 LOGGED = ("tau_positive_mean", "tau_negative_mean", "alignment", "uniformity")
 _logger = logging.getLogger(__name__)
@@ -51,10 +50,9 @@ def train(method: Recipe, settings: dict[str, Any], arguments: Sequence[str], *,
         ValueError: before anything is loaded, for arguments or settings that do not go with each other.
     """
     args = parse_args(list(arguments))
-    settings = method.sized(settings, UNSIZED)
-    if "dim" in method.parameters and (model := open_clip.get_model_config(args.model)):
-        settings = {"dim": model["embed_dim"], **settings}
-    loss = ContrastiveClipLoss(method.name, **settings)
+    model = open_clip.get_model_config(args.model) or {}
+    sizes = {"num_samples": UNSIZED} | ({"dim": model["embed_dim"]} if "embed_dim" in model else {})
+    loss = ContrastiveClipLoss(method.name, **method.sized(settings, **sizes))
     _check(args, loss)
     with ExitStack() as replaced:
         for name, function in _Training(loss, lr).replacements.items():
@@ -77,11 +75,6 @@ def _check(args: Any, loss: ContrastiveClipLoss) -> None:
         )
     if _has_state(loss) and getattr(args, "fsdp", False) and getattr(args, "fsdp_checkpoint", "full") == "sharded":
         raise ValueError("--fsdp-checkpoint sharded has no place for the state of this method: choose full.")
-    if _trained(loss) and args.precision in SCALED:
-        raise ValueError(
-            f"--precision {args.precision} scales gradients, and this method has an optimizer of its own: choose "
-            "amp_bf16 or fp32."
-        )
     if args.local_loss or args.gather_with_grad:
         _logger.warning("--local-loss and --gather-with-grad change nothing: the loss gathers itself, with gradient.")
 
@@ -170,6 +163,7 @@ class _Training:
         bound = inspect.signature(self.original["train_one_epoch"]).bind(*given, **named).arguments
         args, state, batches = bound["args"], bound.get("state"), bound["data"]["train"].dataloader
         batches.epoch = state.epoch if state else bound["epoch"]
+        batches.scaler = state.scaler if state else bound["scaler"]
         if not self.begun:
             self._begin(args, batches.epoch)
         result = self.original["train_one_epoch"](*given, **named)
@@ -249,6 +243,7 @@ class _Batches:
         self._sides = sides
         self._optimizer = optimizer
         self.epoch = 0
+        self.scaler: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -262,10 +257,22 @@ class _Batches:
             batch, rows = numbers.split(batch)
             loss.index = rows if rows is None or self._sides is None else (self._sides[0][rows], self._sides[1][rows])
             loss.epoch = loss.criterion.temperature.clock(self.epoch, step, self._loader.num_batches)
-            yield batch
-            if self._optimizer is not None:
-                self._optimizer.step()
-                self._optimizer.zero_grad()
+            if self._optimizer is None:
+                yield batch
+            else:
+                scale = self.scaler.get_scale() if self.scaler else 1.0  # which changes with the step
+                yield batch
+                _step(self._optimizer, scale)
+
+
+def _step(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """A step with gradients that are `scale` times too large; none where they have overflowed."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for gradient in gradients:
+        gradient /= scale
+    if all(bool(gradient.isfinite().all()) for gradient in gradients):
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def _scale_of(model: nn.Module) -> Tensor:
