@@ -19,6 +19,7 @@ from dystress_plugin.temperature import (
     Individual,
     Learnable,
     ModelAware,
+    RobustGlobal,
     StepSchedule,
     TemperatureFree,
     WarmUp,
@@ -38,6 +39,7 @@ TEMPERATURES = {
     "isogclr": lambda: Individual(SAMPLES, tau_init=COLD, tau_min=COLD),
     "isogclr-difference": lambda: Individual(SAMPLES, tau_init=COLD, tau_min=COLD, gradient="difference"),
     "learnable": lambda: Learnable(COLD),
+    "robust-global": lambda: RobustGlobal(COLD, rho=0.01, tau_min=COLD),
     "warm-up": lambda: WarmUp(Constant(COLD), tau=COLD, epochs=2 * EPOCH),
     "tempfree": lambda: TemperatureFree(),
 }

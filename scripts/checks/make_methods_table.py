@@ -36,7 +36,9 @@ training after `python -m dystress_plugin.frameworks.open_clip method=name --`, 
 `lightly_train.pretrain(method="name")` after `import dystress_plugin.frameworks.lightly_train`. *paper* is the
 temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxiv.org/abs/2110.06848), the queue from
 [MoCo, 2020](https://arxiv.org/abs/1911.05722). Other combinations are made from their parts:
-`ContrastiveLoss(dp.temperature.DySTreSS(), objective="macl", queue_size=(4096, 128))`.
+`ContrastiveLoss(dp.temperature.DySTreSS(), objective="macl", queue_size=(4096, 128))`. With images and texts,
+`layout="both_ways"`, iSogCLR and TempNet have a state of their own for each side, and iSogCLR the defaults of its
+bimodal recipe; `dim` is the length of embeddings, which hosts fill in.
 
 A method of your own is `method=yours` in all of them: write its temperature in a package of yours, let a test call
 `dystress_plugin.testing.check_temperature`, and name its recipe as an entry point in the group
