@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.contrastive import ContrastiveLoss, Index
 from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.recipes import Recipe, class_name, follow
 from dystress_plugin.temperature import Temperature
@@ -72,7 +72,7 @@ def contrast(
 
 
 def loss_or_zero(
-    loss: ContrastiveLoss, *views: Tensor, index: Tensor | None = None, epoch: float | None = None
+    loss: ContrastiveLoss, *views: Tensor, index: Index | None = None, epoch: float | None = None
 ) -> Tensor:
     """The loss of a batch; 0, with gradients of 0, for one image without negatives, as others' losses have it."""
     if loss.lacks_negatives(*views):

@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from dystress_plugin import temperature
+from dystress_plugin import ContrastiveLoss, temperature
 from dystress_plugin.temperature import Constant, CosineSchedule, DySTreSS, Individual, Learnable, ModelAware, WarmUp
 
 pytest.importorskip("sentence_transformers", reason="SENTENCE-TRANSFORMERS IS NOT TESTED: install the extra sentences")
@@ -225,6 +225,29 @@ def test_a_table_learns_from_training_alone(model, cls):
     assert not loss.criterion.loss.temperature.visited.any()
     loss(features, labels).backward()
     assert loss.criterion.loss.temperature.visited.tolist() == [False] * 2 + [True] * 7
+
+
+@pytest.mark.parametrize("cls", [ContrastiveSentenceLoss, partial(CachedContrastiveSentenceLoss, mini_batch_size=3)])
+def test_questions_and_answers_have_a_table_each(model, cls):
+    settings = {"layout": "both_ways", "num_samples": (9, 30), "rho": 1.0}
+    loss, features = cls(model, "isogclr", **settings), batch(model)
+    questions, answers = torch.tensor([0, 0, 1, 2, 3, 4, 5]), torch.arange(20, 27)
+    plain = ContrastiveLoss("isogclr", **settings)
+    for _ in range(3):
+        value, _ = gradients(loss, features, torch.stack([questions, answers], dim=1))
+        embeddings = [model(column)["sentence_embedding"] for column in features]
+        assert value == pytest.approx(plain(*embeddings, index=(questions, answers)).item(), abs=1e-12)
+    mine, its = (dict(each.named_buffers()) for each in (loss.criterion.loss, plain))
+    assert all(torch.allclose(mine[name].double(), its[name].double(), rtol=0, atol=1e-12) for name in its)
+
+
+@pytest.mark.parametrize(("method", "settings"), [("fastclip", {"rho": 1.0}), ("tempnet", {"dim": 8, "rho": 1.0})])
+def test_a_temperature_that_learns_learns_from_sentences(model, method, settings):
+    loss = ContrastiveSentenceLoss(model, method, layout="both_ways", **settings)
+    _, found = gradients(loss, batch(model))
+    own = {name: gradient for name, gradient in found.items() if "temperature" in name}
+    assert own
+    assert all(gradient.abs().sum() > 0 for name, gradient in own.items() if "bias" not in name)
 
 
 def test_a_warm_up_has_the_objective_of_what_it_arrives_at(model):

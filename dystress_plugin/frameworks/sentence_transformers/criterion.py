@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from dystress_plugin.contrastive import ContrastiveLoss
+from dystress_plugin.contrastive import ContrastiveLoss, Index
 from dystress_plugin.recipes import METHODS
 from dystress_plugin.temperature import Temperature
 from dystress_plugin.training import loss_or_zero
@@ -57,7 +57,8 @@ class SentenceCriterion(nn.Module):
 
         Args:
             embeddings: two or more (batch, dim) tensors, one per column.
-            labels: (batch,) int64 sample numbers where the temperature keeps a table; else not looked at.
+            labels: (batch,) int64 sample numbers where the temperature keeps a table, or (batch, 2) where the sides of
+                "both_ways" are numbered apart; else not looked at.
 
         Raises:
             ValueError: for hard negatives in a layout without them, or sample numbers or an epoch that are missing.
@@ -83,7 +84,7 @@ class SentenceCriterion(nn.Module):
                 "method without queue and table there, such as 'dystress'."
             )
 
-    def _index(self, labels: Tensor | None) -> Tensor | None:
+    def _index(self, labels: Tensor | None) -> Index | None:
         temperature = self.loss.temperature
         if not temperature.needs_index:
             return None
@@ -92,7 +93,7 @@ class SentenceCriterion(nn.Module):
                 f"{type(temperature).__name__} keeps a temperature for every sample and needs to know which is which: "
                 "number the rows, train_dataset.add_column('label', range(len(train_dataset)))."
             )
-        return labels
+        return (labels[:, 0], labels[:, 1]) if labels.dim() == 2 and labels.shape[1] == 2 else labels
 
     def _epoch(self) -> float | None:
         temperature = self.loss.temperature

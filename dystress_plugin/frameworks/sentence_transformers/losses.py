@@ -33,7 +33,9 @@ class ContrastiveSentenceLoss(nn.Module):
 
     Temperatures that depend on the epoch, tables in checkpoints, and logs need
     `trainer.add_callback(ContrastiveCallback(trainer))`; a table of samples needs a column `label` with the numbers of
-    the rows, and `num_samples=len(train_dataset)`.
+    the rows, and `num_samples=len(train_dataset)`. With the layout "both_ways" each column has a table, as of questions
+    and answers: where they are numbered apart, a label is a pair of numbers, and so is `num_samples`. "tempnet" needs
+    `dim`, the length of embeddings.
 
     Inside of MatryoshkaLoss, AdaptiveLayerLoss or Matryoshka2dLoss, which compute it for several embeddings of a batch,
     it can have neither a queue nor a table.
