@@ -70,6 +70,11 @@ def test_keys_and_values_are_refused_before_torch_is_imported():
     wrong += [["compare", token] for token in ("seeds=[]", "methods=[ts,ts]", "seed=1", "outs=1")]
     wrong += [["compare", "methods=[ts]", token] for token in ("epochs=0", "method_kwargs.tau=1", "protocols=[x]")]
     wrong += [["inspect", token] for token in ("images=1", "constants=[0.1,0.1]", "method_kwargs.tau=1")]
+    wrong += [
+        [command, "checkpoint=nowhere", *out] for command, *out in (["evaluate"], ["embed", "out=x"], ["inspect"])
+    ]
+    wrong += [["pretrain", "data=nowhere"], ["pretrain", "data=[.,nowhere]"], ["pretrain", "val=*.none"]]
+    wrong += [["compare", "methods=[ts]", "data=nowhere"], ["report", "nowhere"], ["inspect", "data=nowhere"]]
     assert imported(wrong) == "[]"
 
 

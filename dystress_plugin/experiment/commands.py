@@ -7,12 +7,12 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from dystress_plugin import __version__
-from dystress_plugin.experiment.keys import check_keys, describe, parse, read
+from dystress_plugin.experiment.keys import check_keys, check_named, checked, describe, parse, read
 from dystress_plugin.experiment.settings import (
     CompareSettings,
     EmbedSettings,
@@ -144,14 +144,14 @@ def parse_compare(tokens: Sequence[str]) -> tuple[CompareSettings, PretrainSetti
         (mine if key in own else common).append(token)
     check_keys(tokens, sorted(known))
     settings, common_settings = read(CompareSettings, mine), read(PretrainSettings, common)
-    settings.check_names()  # after all that is known without torch
+    check_named(settings, common_settings)
     return settings, common_settings
 
 
 def _report(tokens: Sequence[str]) -> None:
     folders = [token for token in tokens if os.path.exists(token) or not ("=" in token or token.startswith("-"))]
     settings = parse(ReportSettings, [token for token in tokens if token not in folders])
-    settings.runs += folders
+    settings = checked(replace(settings, runs=[*settings.runs, *folders]))
     from dystress_plugin.experiment.report.command import report
 
     _show(report(settings))

@@ -41,6 +41,7 @@ def option(
     once: bool = False,
     free: bool = False,
     auto: Callable[[], int] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Any:
     """A key and what it can have.
 
@@ -52,11 +53,21 @@ def option(
         some: whether a list must have something.
         once: whether a list may have nothing twice.
         auto: what the word auto stands for.
+        check: raises a ValueError for a value that names what is not there.
         free: whether a run that has begun may go on with another value, as it does not matter for what is trained.
     """
     numbers = [literal_eval(number) for number in interval[1:-1].split(", ") if interval]
     bounds = {ENDS[end]: number for end, number in zip(interval[:1] + interval[-1:], numbers, strict=True)}
-    metadata = {"help": help_, "words": words, "some": some, "once": once, "free": free, "auto": auto, "bounds": bounds}
+    metadata = {
+        "help": help_,
+        "words": words,
+        "some": some,
+        "once": once,
+        "free": free,
+        "auto": auto,
+        "check": check,
+        "bounds": bounds,
+    }
     # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
@@ -69,7 +80,9 @@ def parse(structure: type[T], tokens: Sequence[str]) -> T:
     Raises:
         ValueError: as `read`, and for a name such as a method's that there is not.
     """
-    return _with_known_names(read(structure, tokens))
+    settings = read(structure, tokens)
+    check_named(settings)
+    return settings
 
 
 def read(structure: type[T], tokens: Sequence[str]) -> T:
@@ -141,14 +154,19 @@ def checked(settings: T) -> T:
         ValueError: for one that is not.
     """
     same: T = merged(settings)
-    return _with_known_names(same)
+    check_named(same)
+    return same
 
 
-def _with_known_names(settings: T) -> T:
-    """The same, or a ValueError for names that can only be looked up once torch is imported: so they come last."""
-    if check := getattr(settings, "check_names", None):
-        check()
-    return settings
+def check_named(*structures: Any) -> None:
+    """A ValueError for names of what is not there: first of files, then of what only torch can be asked for."""
+    for settings in structures:
+        for f in fields(settings):
+            if f.metadata["check"] and (value := getattr(settings, f.name)) is not None:
+                f.metadata["check"](value)
+    for settings in structures:
+        if check := getattr(settings, "check_names", None):
+            check()
 
 
 def merged(base: Any, *changes: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,6 +60,26 @@ def name_of(data: str) -> str:
     return next((part for part in reversed(Path(first).parts[1:]) if not glob.has_magic(part)), "images")
 
 
+def check_data(data: str) -> None:
+    """Raises a ValueError for a value of `data` that names what is not there."""
+    missing = [] if data in NAMED else [source for source in sources(data) if not matches(source)]
+    if missing:
+        raise ValueError(f"data={missing[0]} is neither a folder nor one of {', '.join(NAMED)}.")
+
+
+def check_run(checkpoint: str) -> None:
+    """Raises a ValueError for a folder without a run of `dystress pretrain`."""
+    if not (config := Path(checkpoint, "config.yaml")).exists():
+        raise ValueError(f"checkpoint={checkpoint} holds no run of `dystress pretrain`: {config} is missing.")
+
+
+def check_folders(folders: Iterable[str | Path]) -> None:
+    """Raises a ValueError for a folder that is not there."""
+    for folder in folders:
+        if not Path(folder).expanduser().exists():
+            raise ValueError(f"There is no folder {folder}.")
+
+
 def check_outside(out: Path, *named: str | None) -> None:
     """Raises a ValueError where results would become images: `out` is a folder of images, or lies in one."""
     for folder in _folders(named):
@@ -79,7 +99,7 @@ def check_apart(out: Path, *named: str | None) -> None:
             raise ValueError(f"data={folder} lies in out={out}, a folder for results alone. Choose another out.")
 
 
-def _folders(named: Sequence[str | None]) -> list[str]:
+def _folders(named: Iterable[str | None]) -> list[str]:
     values = (data for data in named if data is not None and data not in NAMED)
     return [path for data in values for source in sources(data) for path in (matches(source) or [source])]
 

@@ -108,7 +108,7 @@ def test_nothing_is_overwritten_and_a_folder_is_made(tmp_path, capsys):
     assert dystress("export", {"checkpoint": run, "out": tmp_path / "c.pt"}) == 2
     assert dystress("export", {"checkpoint": run, "out": tmp_path / "new" / "er" / "c.pt"}) == 0
     assert dystress("embed", {"checkpoint": tmp_path, "out": tmp_path / "f.npz"}) == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    assert "holds no run of `dystress pretrain`" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -295,7 +295,7 @@ def test_out_and_data_inside_of_each_other_are_refused_before_anything(command, 
         said = capsys.readouterr().err
         wanted = "lies in out=" if "data in" in how else "Give an out elsewhere"
         # inspect knows of the data only when it has seen that its folder is not in use
-        assert wanted in said or (command == "inspect" and "is not empty and holds no results" in said), (how, said)
+        assert wanted in said or (command == "inspect" and "is not empty. Choose another out" in said), (how, said)
         assert said.count("\n") == 1
         assert tree(tmp_path) == before, how
 

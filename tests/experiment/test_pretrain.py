@@ -318,4 +318,4 @@ def test_tensorboard_and_offline_wandb_are_written_on_request(tiny, tmp_path):
 
 def test_evaluate_needs_a_finished_run(tmp_path, capsys):
     assert dystress("evaluate", {"checkpoint": tmp_path}) == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    assert "holds no run of `dystress pretrain`" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from dystress_plugin.experiment.evaluate import command as evaluate
 from dystress_plugin.experiment.evaluate import export as hand_on
 from dystress_plugin.experiment.inspect import command as inspect
 from dystress_plugin.experiment.io.config import read_config, with_files
-from dystress_plugin.experiment.keys import describe, parse, range_of
+from dystress_plugin.experiment.keys import describe, range_of, read
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.pretrain import module
 from dystress_plugin.experiment.report import command as report
@@ -77,13 +77,13 @@ def beside(side, bound, whole):
 
 
 def test_values_get_the_type_of_their_key():
-    settings = parse(PretrainSettings, ["epochs=3", "lr=0.5", "devices=2", "long_tail=0.01", "progress=false"])
+    settings = read(PretrainSettings, ["epochs=3", "lr=0.5", "devices=2", "long_tail=0.01", "progress=false"])
     assert (settings.epochs, settings.lr, settings.devices) == (3, 0.5, "2")
     assert (settings.long_tail, settings.progress) == (0.01, False)
 
 
 def test_method_kwargs_are_open_for_the_parameters_of_every_method():
-    settings = parse(PretrainSettings, ["method_kwargs.tau_max=0.3", "method_kwargs.negative_range=[0.1,0.2]"])
+    settings = read(PretrainSettings, ["method_kwargs.tau_max=0.3", "method_kwargs.negative_range=[0.1,0.2]"])
     assert settings.method_kwargs == {"tau_max": 0.3, "negative_range": [0.1, 0.2]}
 
 
@@ -99,7 +99,7 @@ def test_method_kwargs_are_open_for_the_parameters_of_every_method():
 )
 def test_a_wrong_token_is_named(token, message):
     with pytest.raises(ValueError, match="^" + message.replace("?", r"\?").replace("'", ".").split("(")[0]):
-        parse(PretrainSettings, [token])
+        read(PretrainSettings, [token])
 
 
 @pytest.mark.parametrize(
@@ -154,20 +154,20 @@ def test_auto_workers_are_the_cores_that_can_be_used_but_one(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         for structure, given in COMMANDS.values():
             if "num_workers" in structure.__dataclass_fields__:
-                assert parse(structure, [*given, "num_workers=auto"]).num_workers == workers
+                assert read(structure, [*given, "num_workers=auto"]).num_workers == workers
     for token in ("epochs=auto", "num_workers=automatic"):
         with pytest.raises(ValueError, match=token.split("=")[0]):
-            parse(PretrainSettings, [token])
+            read(PretrainSettings, [token])
 
 
 def test_a_file_has_keys_and_those_after_it_win(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text("method: macl\nepochs: 7\ndata: 'a #1'\nlr: null\nmethod_kwargs: {tau: 0.2, alpha: 1}\n")
-    settings = parse(PretrainSettings, with_files(["epochs=3", f"config={file}", "method_kwargs.tau=0.3", "seed=4"]))
+    settings = read(PretrainSettings, with_files(["epochs=3", f"config={file}", "method_kwargs.tau=0.3", "seed=4"]))
     expected = PretrainSettings("macl", {"tau": 0.3, "alpha": 1}, "a #1", epochs=7, seed=4)
     assert settings == expected
-    assert parse(PretrainSettings, with_files([f"config={file}", "epochs=3", "data=digits"])).epochs == 3
-    other = parse(PretrainSettings, with_files([f"config={file}", "method=ts"]))  # without another method's parameters
+    assert read(PretrainSettings, with_files([f"config={file}", "epochs=3", "data=digits"])).epochs == 3
+    other = read(PretrainSettings, with_files([f"config={file}", "method=ts"]))  # without another method's parameters
     assert (other.method, other.method_kwargs, other.epochs) == ("ts", {}, 7)
     file.write_text("methods: [macl, ts]\nepochs: 5\n")
     settings, common = parse_compare(with_files([f"config={file}"]))
@@ -196,7 +196,7 @@ def test_what_is_wrong_with_a_file_is_said(content, said, tmp_path, monkeypatch,
 
 def test_a_missing_required_key_is_named():
     with pytest.raises(ValueError, match=r"checkpoint=\.\.\. must be given"):
-        parse(EvaluateSettings, [])
+        read(EvaluateSettings, [])
 
 
 @pytest.mark.parametrize("structure", [PretrainSettings, EvaluateSettings])
@@ -210,13 +210,13 @@ def test_help_lists_every_key_with_its_default(structure):
     "text", ["a #1", "a: b", "[a", "{a}", "01", "1e3", "off", "- a", "~", "'a'", "a | b", "$(a) `b`; c"]
 )
 def test_a_text_is_taken_as_it_stands(text):
-    assert parse(PretrainSettings, [f"data={text}"]).data == os.path.expanduser(text)
+    assert read(PretrainSettings, [f"data={text}"]).data == os.path.expanduser(text)
 
 
 def test_null_is_none_and_what_is_no_yaml_is_an_error():
-    assert parse(PretrainSettings, ["out=x", "out=null"]).out is None
+    assert read(PretrainSettings, ["out=x", "out=null"]).out is None
     with pytest.raises(ValueError, match=r"method_kwargs.tau=\[1 is no key=value in YAML"):
-        parse(PretrainSettings, ["method_kwargs.tau=[1"])
+        read(PretrainSettings, ["method_kwargs.tau=[1"])
 
 
 @pytest.mark.parametrize(("command", "f", "hint"), NUMBERS)
@@ -230,7 +230,7 @@ def test_every_number_has_a_range_and_what_is_outside_is_refused_by_name(command
     spelled = f"{f.name}=[{{}}]" if "list" in hint else f"{f.name}={{}}"
     for side, bound in f.metadata["bounds"].items():
         inside, outside = beside(side, bound, whole="int" in hint)
-        found = getattr(parse(structure, [*given, spelled.format(inside)]), f.name)
+        found = getattr(read(structure, [*given, spelled.format(inside)]), f.name)
         assert found == ([inside] if "list" in hint else inside)
         said = refused(command, spelled.format(outside), capsys)
         assert f" must be {range_of(f)}: " in said
@@ -248,7 +248,7 @@ def test_a_program_is_refused_what_a_command_is(command, f, hint, tmp_path, monk
     structure, given = COMMANDS[command]
     (bound, *_) = f.metadata["bounds"].values()
     for wrong in (bound - 1, math.nan, True, "abc"):
-        settings = parse(structure, given)
+        settings = read(structure, given)
         setattr(settings, f.name, [wrong] if "list" in hint else wrong)
         with pytest.raises(ValueError, match=rf"^{f.name}"):
             ENTRIES[command](settings)
@@ -258,7 +258,7 @@ def test_a_program_is_refused_what_a_command_is(command, f, hint, tmp_path, monk
 @pytest.mark.parametrize(("command", "f", "hint"), WORDS)
 def test_a_word_that_is_none_of_a_keys_gets_the_nearest(command, f, hint, capsys):
     for word in f.metadata["words"]:
-        assert getattr(parse(COMMANDS[command][0], [*COMMANDS[command][1], f"{f.name}={word}"]), f.name) == word
+        assert getattr(read(COMMANDS[command][0], [*COMMANDS[command][1], f"{f.name}={word}"]), f.name) == word
     longest = max(f.metadata["words"], key=len)
     said = refused(command, f"{f.name}={longest}x", capsys)
     assert said.startswith(f"Unknown {f.name} '{longest}x'. Did you mean '{longest}'? Choose from: ")

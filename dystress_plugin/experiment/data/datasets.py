@@ -337,8 +337,7 @@ def normalize_of(name: str) -> dict[str, list[float]]:
 
 def _folder(name: str, labels: bool | None, without: Collection[str]) -> tuple[Data, set[str]]:
     """What a folder has, and the files in it that are to be left out."""
-    if missing := [source for source in places.sources(name) if not places.matches(source)]:
-        raise ValueError(f"data={missing[0]} is neither a folder nor one of {', '.join(BUILTIN)}.")
+    places.check_data(name)
     layout = folders.read(name, labels)
     bad = {str(layout.folder / each) for each in without}
     found = [_image_folder(part, layout, bad) for part in layout.parts]

@@ -180,13 +180,10 @@ def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
 
 
 def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
-    config = run / "config.yaml"
-    if not config.exists():
-        raise ValueError(f"checkpoint={run} holds no run of `dystress pretrain`: {config} is missing.")
     for key in ("backbone", "image_size"):
         if (value := getattr(settings, key)) is not None:
             raise ValueError(f"{key}={value} is for an untrained network; the run in checkpoint={run} has its own.")
-    return read_config(config)
+    return read_config(run / "config.yaml")
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:

@@ -17,6 +17,7 @@ from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
 from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE, is_labelled
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.config import comparable, read_config
+from dystress_plugin.experiment.places import check_folders
 from dystress_plugin.experiment.spec import RunSpec
 from dystress_plugin.temperature import Constant
 
@@ -80,9 +81,9 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
         ValueError: for a path that is not there, or none with a run.
     """
     found = []
-    for path in (path.expanduser() for path in paths):
-        if not path.exists():
-            raise ValueError(f"There is no folder {path}.")
+    paths = [path.expanduser() for path in paths]
+    check_folders(paths)
+    for path in paths:
         if (path / "config.yaml").exists():
             found.append(path)
         else:
