@@ -23,9 +23,11 @@ from dystress_plugin.temperature import Constant, Individual, Learnable
 open_clip = pytest.importorskip(
     "open_clip_train.main", reason='OPEN_CLIP IS NOT TESTED: pip install -e ".[open-clip]"', exc_type=ImportError
 )
+import webdataset  # noqa: E402
 from open_clip.loss import ClipLoss  # noqa: E402
 
 from dystress_plugin.frameworks.open_clip import ContrastiveClipLoss  # noqa: E402
+from dystress_plugin.frameworks.open_clip.numbers import NUMBER, KeyedWebdataset  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("open_clip_program.py")
 SOURCE = os.environ.get("OPEN_CLIP_HOME")
@@ -294,6 +296,14 @@ def test_keys_are_told_from_each_other(capsys):
     assert "keeps a queue" in refused(capsys, "method=dystress_moco", "--")
     assert main([]) == 0
     assert "usage: python -m" in capsys.readouterr().out
+
+
+def test_samples_whose_keys_are_no_numbers_are_named():
+    renamed = KeyedWebdataset(webdataset).rename(image="png", text="txt")
+    samples = [{"__key__": f"shard/{key}", "png": b"", "txt": b""} for key in ("000000007", "cat")]
+    assert next(renamed(samples[:1]))[NUMBER] == 7
+    with pytest.raises(ValueError, match="'shard/cat' has no number"):
+        list(renamed(samples))
 
 
 def test_data_that_have_more_samples_than_the_table_are_refused(folder, capsys):

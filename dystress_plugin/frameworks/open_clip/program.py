@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import math
@@ -23,7 +24,6 @@ from dystress_plugin.training import warn_of_concerns
 
 with needing("open-clip"):
     import open_clip
-    from open_clip_train import data as open_clip_data
     from open_clip_train import main as program
     from open_clip_train.params import parse_args
 
@@ -119,12 +119,9 @@ class _Training:
 
     def get_data(self, *given: Any, **named: Any) -> Any:
         with ExitStack() as replaced:
-            if self._has_table:
-                for name, other in (
-                    ("DataLoader", numbers.NumberedLoader),
-                    ("wds", numbers.KeyedWebdataset(open_clip_data.wds)),
-                ):
-                    replaced.enter_context(mock.patch.object(open_clip_data, name, other))
+            for module in _loader_modules() if self._has_table else ():
+                keyed = numbers.KeyedWebdataset(module.wds)
+                replaced.enter_context(mock.patch.multiple(module, DataLoader=numbers.NumberedLoader, wds=keyed))
             data = self.original["get_data"](*given, **named)
         if "train" in data:
             loader = data["train"].dataloader
@@ -263,6 +260,12 @@ class _Batches:
                 scale = self.scaler.get_scale() if self.scaler else 1.0  # which changes with the step
                 yield batch
                 _step(self._optimizer, scale)
+
+
+def _loader_modules() -> list[Any]:
+    """Those that make loaders: of images, and in 4 of sounds."""
+    names = [f"open_clip_train.{name}" for name in ("data", "audio_data")]
+    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 
 def _step(optimizer: torch.optim.Optimizer, scale: float) -> None:
