@@ -11,7 +11,7 @@ from typing import Any
 
 from dystress_plugin.checks import check_positive, unknown_name
 from dystress_plugin.errors import needing
-from dystress_plugin.recipes import recipe
+from dystress_plugin.recipes import Recipe, recipe
 
 with needing("open-clip"):
     from omegaconf import OmegaConf
@@ -28,13 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         keys, rest = _split(words)
-        given = _given(keys)
+        method, settings, rate = _given(keys)
         from dystress_plugin.frameworks.open_clip import program
 
-        program.train(arguments=rest, **given)
+        loss = program.build(method, settings, rest)
     except (ValueError, TypeError, ImportError) as error:
         print(f"dystress: {error}", file=sys.stderr)
         return 2
+    program.train(loss, rest, **rate)  # what fails from here on, open_clip shows where
     return 0
 
 
@@ -45,8 +46,8 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:first], rest[1:] if rest[:1] == ["--"] else rest
 
 
-def _given(keys: list[str]) -> dict[str, Any]:
-    """What `program.train` takes.
+def _given(keys: list[str]) -> tuple[Recipe, dict[str, Any], dict[str, float]]:
+    """The method, its parameters, and the learning rate of the temperature, where there is one.
 
     Raises:
         ValueError: for a key that there is not, a method without a name, or a parameter that it does not have.
@@ -64,7 +65,7 @@ def _given(keys: list[str]) -> dict[str, Any]:
         raise ValueError(f"method={method.name} keeps a queue, which images and texts have no place for: take another.")
     method.check_names(settings)
     rate = {"lr": check_positive("temperature_lr", given["temperature_lr"])} if "temperature_lr" in given else {}
-    return {"method": method, "settings": settings, **rate}
+    return method, settings, rate
 
 
 if __name__ == "__main__":

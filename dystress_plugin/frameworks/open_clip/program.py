@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,13 @@ LOGGED = ("tau_positive_mean", "tau_negative_mean", "alignment", "uniformity")
 _logger = logging.getLogger(__name__)
 
 
-def train(method: Recipe, settings: dict[str, Any], arguments: Sequence[str], *, lr: float = LR) -> None:
-    """Runs `open_clip_train.main` with the arguments given, and a method's loss in the place of ClipLoss.
+def build(method: Recipe, settings: Mapping[str, Any], arguments: Sequence[str]) -> ContrastiveClipLoss:
+    """A method's loss for a training with open_clip's arguments.
 
     Args:
         method: the method.
-        settings: its parameters; the length of tables, and of embeddings, may be left out.
+        settings: its parameters; the lengths of tables and of embeddings may be left out.
         arguments: open_clip's.
-        lr: learning rate of what the temperature learns beside the model's scale, by Adam.
 
     Raises:
         ValueError: before anything is loaded, for arguments or settings that do not go with each other.
@@ -54,6 +53,20 @@ def train(method: Recipe, settings: dict[str, Any], arguments: Sequence[str], *,
     sizes = {"num_samples": UNSIZED} | ({"dim": model["embed_dim"]} if "embed_dim" in model else {})
     loss = ContrastiveClipLoss(method.name, **method.sized(settings, **sizes))
     _check(args, loss)
+    return loss
+
+
+def train(loss: ContrastiveClipLoss, arguments: Sequence[str], lr: float = LR) -> None:
+    """Runs `open_clip_train.main` with the arguments given, and the loss in the place of ClipLoss.
+
+    Args:
+        loss: as `build` makes it.
+        arguments: open_clip's.
+        lr: learning rate of what the temperature learns beside the model's scale, by Adam.
+
+    Raises:
+        ValueError: for data, or a checkpoint, that do not go with the loss.
+    """
     with ExitStack() as replaced:
         for name, function in _Training(loss, lr).replacements.items():
             replaced.enter_context(mock.patch.object(program, name, function))
