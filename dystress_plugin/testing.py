@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import tempfile
 import warnings
@@ -615,3 +616,4 @@ def _rank(rank: int, folder: str, temperature: Temperature) -> None:
     torch.save(states, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an interpreter that ends before them

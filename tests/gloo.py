@@ -19,6 +19,7 @@ def _process(rank: int, function: Callable[..., Any], world_size: int, folder: s
     torch.save(function(rank), f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an interpreter that ends before them
 
 
 def run(function: Callable[[int], Any], world_size: int, folder: Path) -> list[Any]:
