@@ -2,6 +2,7 @@
 
 import copy
 
+import gloo
 import oracle
 import pytest
 import torch
@@ -78,6 +79,47 @@ def test_twelve_steps_equal_the_double_loop(settings, layout, captions):
         assert_close(value.detach(), expected.value, 1e-12, terms=1.0)
         assert_close(torch.stack(torch.autograd.grad(value, views)), expected.gradients, 1e-12)
         assert_tables_equal(loss, tables)
+
+
+SPLIT = 2  # rows of the first rank; the second has the rest
+
+
+def on_a_rank(rank):
+    """Values, gradients and state that 12 steps leave, for each form."""
+    left = []
+    for released in (False, True):
+        loss = two_sides(released, gather_distributed=True)
+        steps = []
+        for views, index in batches(range(12)):
+            part = slice(SPLIT) if rank == 0 else slice(SPLIT, None)
+            leaves = [view.detach()[part].requires_grad_() for view in views]
+            value = loss(*leaves, index=tuple(own[part] for own in index))
+            value.backward()
+            steps.append((value.detach(), [leaf.grad for leaf in leaves]))
+        left.append((steps, loss.state_dict()))
+    return left
+
+
+def two_sides(released, **how):
+    numbers = (IMAGES, CAPTIONS)
+    return ContrastiveLoss("isogclr", layout="both_ways", num_samples=numbers, released=released, **WARMED, **how)
+
+
+def test_twelve_steps_on_two_ranks_are_those_of_one_process(tmp_path):
+    ranks = gloo.run(on_a_rank, 2, tmp_path)
+    for number, released in enumerate((False, True)):
+        loss = two_sides(released)
+        for step, (views, index) in enumerate(batches(range(12))):
+            value = loss(*views, index=index)
+            expected = torch.autograd.grad(value, views)
+            found = [rank[number][0][step] for rank in ranks]
+            assert_close(sum(own for own, _ in found) / 2, value.detach(), 1e-12, terms=1.0)
+            for side, gradient in enumerate(expected):
+                assert_close(torch.cat([own[side] for _, own in found]) / 2, gradient, 1e-12)
+        for name, entry in loss.state_dict().items():
+            first, second = (rank[number][1][name] for rank in ranks)
+            assert torch.equal(first, second)
+            assert_close(first.double(), entry.double(), 1e-12, terms=1.0)
 
 
 class Released:
