@@ -38,6 +38,14 @@ from dystress_plugin.experiment.style import method_color
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Trains, evaluates and writes everything to `settings.out`; returns what `summary.json` holds.
 
+        from dystress_plugin.experiment.pretrain.command import pretrain
+        from dystress_plugin.experiment.settings import PretrainSettings
+
+        summary = pretrain(PretrainSettings(method="macl", method_kwargs={"tau": 0.2}, data="imgs", epochs=100))
+
+    Args:
+        settings: the keys of `dystress pretrain`, which `dystress pretrain --help` lists, with the same defaults.
+
     Raises:
         ValueError: before any training, for settings, devices, data, an output folder or files in it that do not fit,
             or a folder that another process writes to.

@@ -190,6 +190,7 @@ def _bars(axes: Sequence[Axes], lines: pd.DataFrame, edges: np.ndarray, title: s
         panel.set_ylabel(f"share of\n{line['pairs']}s (%)")
     axes[0].set_title(f"{title}, training step {line['step']}")
     axes[-1].set_xlabel(line["quantity"])
+    axes[-1].xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _rebinned(line: pd.Series, edges: np.ndarray) -> np.ndarray:
