@@ -16,10 +16,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dystress_plugin.checks import unknown_name
+from dystress_plugin.experiment import places
 
 T = TypeVar("T")
 
 PATHS = ("data", "val", "indices", "data_root", "out", "checkpoint")
+
+# What raises a ValueError for a key's value that names what is not there.
+THERE: dict[str, Callable[[Any], None]] = {
+    **{"data": places.check_data, "val": places.check_data},
+    **{"checkpoint": places.check_run, "runs": places.check_folders},
+}
 
 SIGNS = ("", "+", "-", "~")
 
@@ -41,7 +48,6 @@ def option(
     once: bool = False,
     free: bool = False,
     auto: Callable[[], int] | None = None,
-    check: Callable[[Any], None] | None = None,
 ) -> Any:
     """A key and what it can have.
 
@@ -53,20 +59,13 @@ def option(
         some: whether a list must have something.
         once: whether a list may have nothing twice.
         auto: what the word auto stands for.
-        check: raises a ValueError for a value that names what is not there.
         free: whether a run that has begun may go on with another value, as it does not matter for what is trained.
     """
     numbers = [literal_eval(number) for number in interval[1:-1].split(", ") if interval]
     bounds = {ENDS[end]: number for end, number in zip(interval[:1] + interval[-1:], numbers, strict=True)}
     metadata = {
-        "help": help_,
-        "words": words,
-        "some": some,
-        "once": once,
-        "free": free,
-        "auto": auto,
-        "check": check,
-        "bounds": bounds,
+        **{"help": help_, "words": words, "some": some, "once": once},
+        **{"free": free, "auto": auto, "bounds": bounds},
     }
     # RUF009: dataclasses.field behind a shorter name, and each call makes its own.
     if isinstance(default, (dict, list)):
@@ -162,8 +161,8 @@ def check_named(*structures: Any) -> None:
     """A ValueError for names of what is not there: first of files, then of what only torch can be asked for."""
     for settings in structures:
         for f in fields(settings):
-            if f.metadata["check"] and (value := getattr(settings, f.name)) is not None:
-                f.metadata["check"](value)
+            if f.name in THERE and (value := getattr(settings, f.name)) is not None:
+                THERE[f.name](value)
     for settings in structures:
         if check := getattr(settings, "check_names", None):
             check()

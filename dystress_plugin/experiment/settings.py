@@ -45,14 +45,9 @@ class PretrainSettings:
     data: str = option(
         "digits",
         "digits (no download) | cifar10 | cifar100 | a folder of images, in class folders or not, or [several]",
-        check=places.check_data,
     )
     labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
-    val: str | None = option(
-        None,
-        "other data, with labels, for the accuracies; null: a part of data that is held out",
-        check=places.check_data,
-    )
+    val: str | None = option(None, "other data, with labels, for the accuracies; null: a part of data that is held out")
     out: str | None = option(
         None, "folder of the results, where the same command resumes; null: runs/METHOD-DATA-SEED", free=True
     )
@@ -168,8 +163,8 @@ class PretrainSettings:
 class EvaluateSettings:
     """Keys of `dystress evaluate`."""
 
-    checkpoint: str = option("???", "folder that `dystress pretrain` wrote", check=places.check_run)
-    data: str | None = option(None, "other data than it was trained on; null: the same", check=places.check_data)
+    checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
+    data: str | None = option(None, "other data than it was trained on; null: the same")
     labels: bool | None = option(None, "whether class folders are labels; null: as in training, or where there are two")
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
@@ -184,13 +179,11 @@ class EvaluateSettings:
 class EmbedSettings:
     """Keys of `dystress embed`."""
 
-    checkpoint: str = option("???", "folder that `dystress pretrain` wrote", check=places.check_run)
+    checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
     out: str = option(
         "???", "new file, such as e.npz: arrays embeddings and files; labels and classes where there are any"
     )
-    data: str | None = option(
-        None, "as for `dystress pretrain`; all of it is embedded; null: what it was trained on", check=places.check_data
-    )
+    data: str | None = option(None, "as for `dystress pretrain`; all of it is embedded; null: what it was trained on")
     labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
@@ -205,7 +198,7 @@ class EmbedSettings:
 class ExportSettings:
     """Keys of `dystress export`."""
 
-    checkpoint: str = option("???", "folder that `dystress pretrain` wrote", check=places.check_run)
+    checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
     out: str = option("???", "new file, such as backbone.pt; beside it goes load_NAME.py, which loads it")
     to: str | None = option(
         None, "what loads it; null: the library that the backbone is from", words=("torchvision", "timm", "safetensors")
@@ -216,11 +209,7 @@ class ExportSettings:
 class LongTailSettings:
     """Keys of `dystress long-tail`."""
 
-    data: str = option(
-        "???",
-        "digits (no download) | cifar10 | cifar100 | a folder of images in class folders",
-        check=places.check_data,
-    )
+    data: str = option("???", "digits (no download) | cifar10 | cifar100 | a folder of images in class folders")
     out: str = option("???", "new folder for train/CLASS/*.png, val/CLASS/*.png, indices.npy and long_tail.json")
     long_tail: float | None = option(None, "keep fewer of each class: last class / first class, such as 0.01", "(0, 1]")
     long_tail_profile: str = option(
@@ -282,11 +271,7 @@ class CompareSettings:
 class ReportSettings:
     """Keys of `dystress report` beside the folders."""
 
-    runs: list[str] = option(
-        [],
-        "folders of finished runs, or that hold them; the same as naming them without a key",
-        check=places.check_folders,
-    )
+    runs: list[str] = option([], "folders of finished runs, or that hold them; the same as naming them without a key")
     out: str | None = option(None, "for results.csv and report.html; null: beside the runs, or where compare put it")
     protocols: list[str] = option(
         PROTOCOLS,
@@ -305,10 +290,8 @@ class ReportSettings:
 class InspectSettings:
     """Keys of `dystress inspect`."""
 
-    checkpoint: str | None = option(
-        None, "folder that `dystress pretrain` wrote; null: an untrained network", check=places.check_run
-    )
-    data: str | None = option(None, "as for `dystress pretrain`; null: the run's, or digits", check=places.check_data)
+    checkpoint: str | None = option(None, "folder that `dystress pretrain` wrote; null: an untrained network")
+    data: str | None = option(None, "as for `dystress pretrain`; null: the run's, or digits")
     labels: bool | None = option(None, "whether class folders are labels; null: where there are two or more of them")
     methods: list[str] = option(
         ["dystress", "macl", "ts", "isogclr", "tempfree"], "as for `dystress compare`", once=True

@@ -668,6 +668,9 @@ def test_warm_up_is_a_share_of_the_steps(script, bert, tmp_path):
     ("tokens", "message"),
     [
         (["methd=macl"], "Did you mean 'method'"),
+        (["--method", "macl"], "'--method macl' is no setting; write method=macl"),
+        (["alpha=1"], "Did you mean 'method_kwargs.alpha', a parameter of the method?"),
+        (["method=dystress_moco"], "method=dystress_moco has a queue, which is not for sentences here."),
         (["method=macl"], "sentences=FILE must be given"),
         (["table=[/nowhere]"], "no summary.json"),
     ],
