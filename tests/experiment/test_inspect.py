@@ -1,12 +1,14 @@
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from dystress_plugin import ContrastiveLoss
+from dystress_plugin import ContrastiveLoss, recipes
 from dystress_plugin.cli import main
+from dystress_plugin.experiment.commands import parse_compare
 from dystress_plugin.experiment.inspect import command as inspection
 from dystress_plugin.experiment.inspect import effects
 from dystress_plugin.recipes import METHODS
@@ -171,8 +173,10 @@ def test_an_untrained_network_is_inspected(images, tmp_path, capsys):
     assert "constant 0.1 is what the others are compared with" in printed
     assert printed.count("figure: ") == 5
     assert report["try_first"] in printed.splitlines()
-    assert ("command" in report) == report["try_first"].startswith("Try first: ")
-    assert printed.endswith(f"{report.get('command', report['try_first'])}\n")
+    settings, common = parse_compare(shlex.split(report["command"])[2:])
+    assert report["try_first"].startswith(f"Try first: {recipes.recipe(settings.methods[0]).title}. ")
+    assert (common.data, common.backbone, common.image_size) == (str(images), "test_resnet", 12)
+    assert printed.endswith(f"{report['command']}\n")
     # Every anchor's own constant agrees with iSogCLR before its first update.
     same = [report["temperatures"][name]["effective_negatives"] for name in ("constant 0.1", "iSogCLR")]
     assert same[0] == pytest.approx(same[1])

@@ -49,7 +49,7 @@ class Sample(NamedTuple):
         z: two views, (images, dim) each.
         numbers: (images,) int64, of the images among the training images.
         samples: how many training images there are.
-        data: as for `dystress pretrain`.
+        spec: of the run, or of the one that would start from the network.
         run: method and loss of the run that the network is from; None where it is from no run, or shows other data.
         epoch: 0 first.
     """
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     z: Sequence[Tensor]
     numbers: Tensor
     samples: int
-    data: str
+    spec: RunSpec
     run: tuple[str, ContrastiveLoss] | None
     epoch: float
 
@@ -105,11 +105,18 @@ def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
     first = effects.first_to_try({name: found[name].measures for name in methods}, against, reference, negatives)
     report["try_first"] = first.sentence
     if first.name is not None:
-        report["command"] = shlex.join(["dystress", "compare", f"methods=[{methods[first.name]}]", f"data={seen.data}"])
+        report["command"] = _comparison([methods[first.name], *([seen.run[0]] if seen.run else [])], seen.spec)
     style = styles({name: method for name, (method, _) in losses.items()}, {name: name for name in losses})
     figures.draw(found, style, pairs, out, f"{seen.name}, {pairs.images} images in two views")
     (out / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _comparison(methods: Sequence[str], spec: RunSpec) -> str:
+    """What to type to train these methods as the network that was inspected is trained."""
+    values = spec.flat()
+    shared = [f"{key}={values[key]}" for key in ("data", "epochs", "batch_size", "backbone", "image_size")]
+    return shlex.join(["dystress", "compare", f"methods=[{','.join(dict.fromkeys(methods))}]", *shared])
 
 
 def _new_folder(settings: InspectSettings) -> Path:
@@ -161,7 +168,7 @@ def _sample(settings: InspectSettings, out: Path) -> Sample:
         z=z,
         numbers=index,
         samples=len(data.train.labels),
-        data=spec.data.name,
+        spec=spec,
         run=(spec.method, module.loss) if run and own else None,
         epoch=settings.epoch if settings.epoch is not None else float(0 if fresh else spec.epochs - 1),
     )

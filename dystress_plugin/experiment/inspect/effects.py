@@ -260,7 +260,7 @@ def first_to_try(
         negatives: as for `advice`.
     """
     low, high = BALANCED
-    balanced = f"keeps the order of similarities with {low:.0%} to {high:.0%} of the negatives effective"
+    balanced = f"keeps the order of similarities with {100 * low:.0f} to {100 * high:.0f} % of the negatives effective"
     likely = {
         title: its
         for title, its in candidates.items()
