@@ -57,6 +57,7 @@ def test_devices_that_cannot_be_had_stop_before_anything(command, setting, messa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(("setting", "message"), WITHOUT_GPU)
 def test_evaluate_takes_no_other_device_than_the_one_named(setting, message, tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()  # it is asked for before the device
     assert dystress("evaluate", {"checkpoint": tmp_path} | setting) == 2
     assert capsys.readouterr().err.startswith(f"dystress: {message}")
     assert torch_device("auto") == torch_device("cpu") == "cpu"
