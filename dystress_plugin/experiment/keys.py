@@ -183,6 +183,8 @@ def merged(base: Any, *changes: Any) -> Any:
         key = getattr(error, "full_key", None) or ", ".join(change) or "setting"
         wanted = {f.name: range_of(f) for f in fields(base)}.get(re.split(r"[.[]", key)[0])
         hint = f"; it must be {wanted}" if wanted else ""
+        if "is not a ListConfig" in str(error) and key in change:
+            raise ValueError(f"{key}: one or several are a list; write {key}=[{change[key]}]") from None
         raise ValueError(f"{key}: {str(error).splitlines()[0]}{hint}") from None
     for f in fields(settings):
         _check_value(f, getattr(settings, f.name))
