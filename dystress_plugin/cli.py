@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 from dystress_plugin.errors import RunStopped, to_install
 
+SIGINT_STATUS = 128 + signal.SIGINT  # as shells know it
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings or files."""
+    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings or files,
+    130 after Ctrl-C.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["methods"]:  # needs torch alone
         from dystress_plugin.experiment.terminal import methods_table
@@ -33,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStopped as error:
         print(f"dystress: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"dystress: {str(error) or 'stopped by Ctrl-C.'}", file=sys.stderr)
+        return SIGINT_STATUS
     return 0
 
 

@@ -46,7 +46,7 @@ def break_first(path):
     ("prepare", "message"),
     [
         (lambda path: None, "is neither a folder nor one of cifar10, cifar100, digits"),
-        (lambda path: path.mkdir(), "is no readable folder of class folders"),
+        (lambda path: path.mkdir(), "has no images that Pillow can read"),
         (lambda path: (path / "class0").mkdir(parents=True), "is no readable folder of class folders"),
         (lambda path: [write_images(path / part, classes=1) for part in ("train", "val")], "has the single class"),
         (lambda path: write_images(path, per_class=1), "A quarter of every class is held out"),

@@ -76,6 +76,27 @@ def test_sigterm_ends_at_once_with_143_and_says_how_to_go_on(tiny, monkeypatch, 
     assert epoch_of(tiny["out"]) == 2
 
 
+@pytest.mark.parametrize(("epoch", "told"), [(0, "No epoch was finished"), (1, "goes on from the last finished epoch")])
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(epoch, told, tiny, monkeypatch, capsys, quick):
+    before = signal.getsignal(signal.SIGINT)
+    at_epoch(monkeypatch, epoch, lambda: signal.raise_signal(signal.SIGINT))
+    assert dystress("pretrain", tiny) == 130
+    signal.signal(signal.SIGINT, before)  # Lightning has them ignored from then on
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith("dystress: stopped by Ctrl-C. ")
+    assert told in said
+    assert not Path(tiny["out"], "summary.json").exists()
+
+
+@pytest.mark.parametrize("where", ["scan_images", "RunFolder.open", "make_trainer", "checked"])
+def test_ctrl_c_before_a_run_begins_is_one_line(where, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(f"{pretrain.__name__}.{where}", lambda *args: signal.raise_signal(signal.SIGINT))
+    assert dystress("pretrain", tiny) == 130
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said.startswith("dystress: stopped by Ctrl-C.")
+    assert no_epoch(said)
+
+
 def test_sigterm_is_told_from_what_it_surfaces_as(tmp_path):
     def surface():
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dystress_plugin import training
 from dystress_plugin.experiment.io.config import read_config
@@ -253,6 +254,13 @@ def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, cap
             ({"method": "isogclr", "method_kwargs.num_samples": n}, f"num_samples={n} must be that of the training")
             for n in (5, 10**14, "abc")
         ),
+        *(
+            (
+                {"method": "tempnet", "method_kwargs.dim": n},
+                f"dim={n} must be that of the embeddings, proj",
+            )
+            for n in (3, 129, "abc")
+        ),
         ({"backbone": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet1"),
         ({"optimizer": "adm"}, "Unknown optimizer 'adm'"),
         ({"data": "cifar1"}, "data=cifar1 is neither a folder nor one of cifar10"),
@@ -319,3 +327,11 @@ def test_tensorboard_and_offline_wandb_are_written_on_request(tiny, tmp_path):
 def test_evaluate_needs_a_finished_run(tmp_path, capsys):
     assert dystress("evaluate", {"checkpoint": tmp_path}) == 2
     assert "holds no run of `dystress pretrain`" in capsys.readouterr().err
+
+
+def test_one_image_is_too_few_whatever_the_batch(tiny, tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (12, 12)).save(tmp_path / "one" / "a.png")
+    assert dystress("pretrain", tiny | {"data": tmp_path / "one", "batch_size": 2}) == 2
+    assert "one has 1 image to train on: two or more can be told apart" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -123,7 +123,11 @@ def test_what_is_not_read_is_named(images, capsys):
         (DEEP, "[{}/a,{}/c]", True, ["has no labels: labels=true needs one folder"]),
         (DEEP, "[{}/a,{}/gone]", None, ["is neither a folder nor"]),
         (DEEP, "{}/*.png", None, ["is neither a folder nor"]),
-        (("notes.txt",), "{}", None, ["has no class folders"]),
+        *(
+            (names, "{}", labels, ["data={} has no images that Pillow can read"])
+            for names in ((), ("notes.txt",), ("a.txt", "sub.txt"))
+            for labels in (None, False)
+        ),
         (DEEP, "[{}/a,,{}/c]", None, ["must be a list of folders, such as data=[imgs/a,imgs/b]"]),
         (DEEP, "[]", None, ["must be a list of folders"]),
         (("d/train/a/1.png", "d/val/a/1.png", "e/1.png"), "[{}/d,{}/e]", None, ["the splits", "such as {}/d/train"]),

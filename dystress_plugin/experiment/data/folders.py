@@ -245,7 +245,7 @@ def _has_classes(folder: Path, found: dict[str, list[str]], faults: dict[str, st
             "labels=true takes those folders as classes and nothing else, labels=false all as images without labels."
         )
     if len(full) != 1 or loose:
-        return len(full) > 1 or not loose
+        return len(full) > 1 or (not loose and bool(counts or faults))
     only = folder / full[0]
     inner = {Path(file).relative_to(only).parts[0] for file in found[full[0]] if pictures.is_picture(file)}
     if sum((only / name).is_dir() for name in inner) > 1:

@@ -1,4 +1,4 @@
-"""What ends a run from outside: SIGTERM, and files that cannot be written or read any more."""
+"""What ends a run from outside: SIGTERM, Ctrl-C, and files that cannot be written or read any more."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def resumable(out: Path) -> Iterator[Progress]:
     Raises:
         RunStopped: once the run has begun, instead of an OSError, such as for a disk that is full, or a BadPicture.
         ValueError: before, instead of an OSError.
+        KeyboardInterrupt: on Ctrl-C, also where Lightning has made a SystemExit with status 1 of it.
     """
     progress = Progress(out)
     with sigterm_exits() as received:
@@ -62,6 +63,8 @@ def resumable(out: Path) -> Iterator[Progress]:
             if received:
                 print(f"dystress: stopped by SIGTERM. {progress.hint}", file=sys.stderr)
                 raise SystemExit(SIGTERM_STATUS) from None
+            if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"stopped by Ctrl-C. {progress.hint}") from None
             if progress.begun and isinstance(error, (OSError, BadPicture)):
                 raise RunStopped(
                     f"{error}. What was written before is whole. When that is fixed: {progress.hint}"

@@ -24,13 +24,13 @@ SAMPLES = 40  # of the diagnostics in a run
 
 def check_batch(settings: PretrainSettings, data: Data, devices: int) -> None:
     """A ValueError for batches that the data cannot fill."""
-    share = len(data.train.labels) // devices
+    images = len(data.train.labels)
+    if images < 2:
+        raise ValueError(f"data={settings.data} has {images} image to train on: two or more can be told apart.")
+    share = images // devices
     if settings.batch_size > share:
         each = f", {share} for each of {devices} devices" if devices > 1 else ""
-        raise ValueError(
-            f"batch_size={settings.batch_size} must lie between 2 and the {len(data.train.labels)} training images"
-            f"{each}."
-        )
+        raise ValueError(f"batch_size={settings.batch_size} must lie between 2 and the {images} training images{each}.")
 
 
 def resolve(settings: PretrainSettings, data: Data, devices: int) -> RunSpec:
@@ -76,6 +76,9 @@ def _parameters(settings: PretrainSettings, recipe: recipes.Recipe, images: int)
     own = recipe.sized(own | settings.method_kwargs, images, settings.projection_dim)
     if (given := recipe.table_length(own)) not in (None, images):
         raise ValueError(f"num_samples={given} must be that of the training images, {images}; leave it out.")
+    if (dim := own.get(recipes.DIM)) not in (None, settings.projection_dim):
+        wanted = f"projection_dim={settings.projection_dim}"
+        raise ValueError(f"dim={dim} must be that of the embeddings, {wanted}; leave it out.")
     return own
 
 
