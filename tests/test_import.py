@@ -50,6 +50,7 @@ def test_public_names_are_those_of_the_contract():
         "ContrastiveLoss",
         "RowStats",
         "__version__",
+        "embed_in_chunks",
         "metrics",
         "objectives",
         "recipes",
