@@ -24,7 +24,7 @@ from dystress_plugin.experiment.compare.workers import Workers, tokens
 from dystress_plugin.experiment.data.datasets import load_for
 from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.evaluate.scores import features_of
-from dystress_plugin.experiment.keys import parse
+from dystress_plugin.experiment.keys import read
 from dystress_plugin.experiment.pretrain import command as pretraining
 from dystress_plugin.experiment.pretrain.command import pretrain
 from dystress_plugin.experiment.pretrain.resolve import resolve
@@ -106,7 +106,7 @@ def test_tokens_say_the_same_to_another_process():
         weight_decay=1e-6,
         progress=False,
     )
-    assert parse(PretrainSettings, tokens(run)) == run
+    assert read(PretrainSettings, tokens(run)) == run
 
 
 def command(tiny, **settings):
