@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,15 @@ from torch.func import functional_call
 
 from dystress_plugin import checkpointing, distributed, tracing
 from dystress_plugin import layout as layouts
-from dystress_plugin.checks import check_at_least, plain, unknown_name
-from dystress_plugin.embeddings import check_view, normalize, not_finite
+from dystress_plugin.arguments import Index, Indices, indices_of, instances, objective_of, queue_of
+from dystress_plugin.checks import check_at_least, unknown_name
+from dystress_plugin.embeddings import check_view, units_of
 from dystress_plugin.engine import ENGINES, RowStats
-from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.layout import LAYOUTS, Block
-from dystress_plugin.objectives import OBJECTIVES, Objective
+from dystress_plugin.objectives import Objective
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Temperature
-from dystress_plugin.temperature.base import Batch, given_epoch, given_index
+from dystress_plugin.temperature.base import Batch, given_epoch
 from dystress_plugin.temperature.maps import LogitMaps
 
 
@@ -43,10 +42,6 @@ class _Side(NamedTuple):
     blocks: list[Block]
     rows: slice
     batch: Batch
-
-
-Index: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
-Indices: TypeAlias = tuple[Tensor, ...]  # none, one for all views, or one a side
 
 
 @final
@@ -121,10 +116,10 @@ class ContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         chosen = recipe(temperature) if isinstance(temperature, str) else None
-        given = () if isinstance(temperature, str) else _instances(temperature, layout)
+        given = () if isinstance(temperature, str) else instances(temperature, layout)
         if objective is None:
             objective = chosen.objective if chosen else given[0].default_objective
-        self._objective = _objective(objective)
+        self._objective = objective_of(objective)
         for kind, name, known in (
             ("layout", layout, LAYOUTS),
             ("positives", positives, ("sum", "mean")),
@@ -156,7 +151,7 @@ class ContrastiveLoss(nn.Module):
         self.gather_distributed = bool(gather_distributed)
         self._passes = checkpointing.Passes()
         self._begun = False
-        self.queue = _queue(queue_size)
+        self.queue = queue_of(queue_size)
         if self.queue is not None and layout != "views":
             raise ValueError(f"layout='{layout}' takes no queue: leave queue_size out.")
 
@@ -374,53 +369,13 @@ class ContrastiveLoss(nn.Module):
     ) -> tuple[Tensor, Indices, float | None]:
         """(views, batch, dim) of length 1 in the dtype of the computation, indices there, the epoch as a float."""
         self._check_views(views)
-        indices = self._checked_index(views[0], index)
+        indices = indices_of(index, views[0], self.temperatures, self.layout)
         for temperature in self.temperatures:
             if temperature.needs_epoch:
                 given_epoch(epoch, type(temperature).__name__)
         if epoch is not None:
             epoch = check_at_least("epoch", epoch, 0)
-        dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
-        # Nothing here is an operation that autocast would take to a half precision.
-        together = torch.cat([view.to(dtype) for view in views])
-        # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
-        if (
-            together.device.type == "cpu"
-            and tracing.eager(together)
-            and not math.isfinite(together.detach().sum())
-            and not torch.isfinite(together).all()
-        ):
-            raise ValueError(not_finite(views))
-        # A half precision's subnormal rows have few digits left, and gradients beyond its range.
-        least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
-        return normalize(together, least).view(len(views), *views[0].shape), indices, epoch
-
-    def _checked_index(self, view: Tensor, index: Index | None) -> Indices:
-        """Sample numbers for both sides in one tensor or each in its own, on the view's device; none without."""
-        for temperature in self.temperatures:
-            if temperature.needs_index:
-                given_index(index, type(temperature).__name__)
-        if index is None:
-            return ()
-        pair = isinstance(index, (tuple, list)) and any(isinstance(own, Tensor) for own in index)
-        if pair and (self.layout != "both_ways" or len(index) != 2):
-            raise ValueError(
-                f"index is a {type(index).__name__} of {len(index)}: a pair of tensors is for the two sides of "
-                f"layout='both_ways', and this loss has '{self.layout}'."
-            )
-        lengths = [length for temperature in self.temperatures for length in temperature.table_lengths]
-        if not pair and self.layout == "both_ways" and len(set(lengths)) > 1:
-            raise ValueError(
-                f"The sides have tables of {lengths[0]} and {lengths[1]} samples, so each needs sample numbers of its "
-                "own: call loss(z0, z1, index=(index_0, index_1))."
-            )
-        for own in (indices := tuple(index) if pair else (index,)):
-            if not isinstance(own, Tensor) or own.dtype != torch.int64:
-                got = own.dtype if isinstance(own, Tensor) else type(own).__name__
-                raise TypeError(f"index must be an int64 tensor of sample numbers, not {got}.")
-            if own.shape != view.shape[:1]:
-                raise ValueError(f"index has shape {tuple(own.shape)}, the batch needs ({len(view)},).")
-        return tuple(own.to(view.device) for own in indices)
+        return units_of(views), indices, epoch
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -464,40 +419,6 @@ class ContrastiveLoss(nn.Module):
             f"objective={self.objective}{own}, layout={self.layout}, positives={self.positives}, engine={self.engine}, "
             f"gather_distributed={self.gather_distributed}"
         )
-
-
-def _instances(temperature: Any, layout: str) -> tuple[Temperature, ...]:
-    """The temperature of every side that has one of its own, from what was given in place of a name."""
-    given = tuple(temperature) if isinstance(temperature, (tuple, list)) else (temperature,)
-    for own in given:
-        if not isinstance(own, Temperature):
-            raise TypeError(
-                f"temperature={own!r} must be a method's name, such as 'dystress', or an instance of a class "
-                f"in dystress_plugin.temperature, such as Constant(0.1), not {type(own).__name__}."
-            )
-    if isinstance(temperature, (tuple, list)):
-        if len(given) != 2 or layout != "both_ways":
-            raise ValueError(
-                f"{len(given)} temperatures with layout='{layout}': a pair of them is for the two sides of 'both_ways'."
-            )
-        if given[0] is given[1]:
-            raise ValueError("The two sides have the same temperature: give one instance, or two.")
-    elif layout == "both_ways" and temperature.per_side:
-        given = temperature, copy.deepcopy(temperature)
-    return given
-
-
-def _objective(objective: str | Objective) -> Objective:
-    if isinstance(objective, Objective):
-        return objective
-    if not isinstance(objective, str):
-        raise TypeError(
-            f"objective={objective!r} must be a name, such as 'dcl', or an instance of "
-            f"dystress_plugin.objectives.Objective, not {type(objective).__name__}."
-        )
-    if objective not in OBJECTIVES:
-        raise ValueError(unknown_name("objective", objective, OBJECTIVES))
-    return OBJECTIVES[objective]
 
 
 def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -549,16 +470,3 @@ def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:
     for block in blocks:
         ends.append(ends[-1] + len(block.anchors))
     return [(slice(start, end), block) for start, end, block in zip(ends, ends[1:], blocks, strict=False)]
-
-
-def _queue(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
-    queue_size = plain(queue_size)
-    if queue_size is None or (isinstance(queue_size, int) and queue_size == 0):
-        return None
-    try:
-        size, dim = queue_size  # type: ignore[misc]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"queue_size={queue_size!r} must be (keys, dim), such as (65536, 128), or 0 for none."
-        ) from None
-    return KeyQueue(size, dim)

@@ -79,8 +79,30 @@ def check_view(number: int, view: Tensor, first: Tensor) -> None:
         raise ValueError(f"View {number} is empty, shape {tuple(view.shape)}.")
 
 
-def not_finite(views: Sequence[Tensor]) -> str:
+def _not_finite(views: Sequence[Tensor]) -> str:
     """What to say of views that hold NaN or infinity."""
     bad = [int((~torch.isfinite(view)).any(dim=1).sum()) for view in views]
     number = next(v for v, rows in enumerate(bad) if rows)
     return f"View {number} has {bad[number]} of {len(views[0])} rows with NaN or infinity: the model diverged."
+
+
+def units_of(views: Sequence[Tensor]) -> Tensor:
+    """(views, batch, dim) of length 1 in the dtype of the computation: float64 if any view is, else float32.
+
+    Raises:
+        ValueError: on the CPU in eager code, for embeddings that are not finite.
+    """
+    dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
+    # Nothing here is an operation that autocast would take to a half precision.
+    together = torch.cat([view.to(dtype) for view in views])
+    # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
+    if (
+        together.device.type == "cpu"
+        and tracing.eager(together)
+        and not math.isfinite(together.detach().sum())
+        and not torch.isfinite(together).all()
+    ):
+        raise ValueError(_not_finite(views))
+    # A half precision's subnormal rows have few digits left, and gradients beyond its range.
+    least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
+    return normalize(together, least).view(len(views), *views[0].shape)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dystress_plugin.contrastive import ContrastiveLoss, Index
+from dystress_plugin.arguments import Index
+from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.metrics import temperature_summary
 from dystress_plugin.recipes import Recipe, class_name, follow
 from dystress_plugin.temperature import Temperature

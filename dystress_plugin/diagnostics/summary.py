@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dystress_plugin.contrastive import ContrastiveLoss, Index, Pairs
+from dystress_plugin.arguments import Index
+from dystress_plugin.contrastive import ContrastiveLoss, Pairs
 from dystress_plugin.metrics import uniformity
 
 MAX_IMAGES = 128  # 65 thousand pairs of two views

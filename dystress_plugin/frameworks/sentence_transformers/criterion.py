@@ -8,7 +8,8 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from dystress_plugin.contrastive import ContrastiveLoss, Index
+from dystress_plugin.arguments import Index
+from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.recipes import METHODS
 from dystress_plugin.temperature import Temperature
 from dystress_plugin.training import loss_or_zero
