@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
 torch.set_num_threads(2)
+# A shell starts what runs in its background deaf to Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a test draws is the same in every run and order; another seed shows which tests only pass by luck.
 SEED = int(os.environ.get("TEST_SEED", "0"))

@@ -1,5 +1,5 @@
 # This example requires the following dependencies to be installed:
-# pip install "dystress-plugin[open-clip]" scikit-learn
+# pip install -e '.[open-clip]' scikit-learn
 
 # A small model of CLIP's kind on scikit-learn's digits with captions made by template, trained by open_clip's own
 # program with one method after another. It shows that training works, and nothing else: 1,397 images of 16 pixels.

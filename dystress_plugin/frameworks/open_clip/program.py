@@ -50,8 +50,8 @@ def build(method: Recipe, settings: Mapping[str, Any], arguments: Sequence[str])
     """
     args = parse_args(list(arguments))
     model = open_clip.get_model_config(args.model) or {}
-    sizes = {"num_samples": UNSIZED} | ({"dim": model["embed_dim"]} if "embed_dim" in model else {})
-    loss = ContrastiveClipLoss(method.name, **method.sized(settings, **sizes))
+    lengths = [UNSIZED, *([model["embed_dim"]] if "embed_dim" in model else [])]
+    loss = ContrastiveClipLoss(method.name, **method.sized(settings, *lengths))
     _check(args, loss)
     return loss
 
