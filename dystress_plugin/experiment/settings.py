@@ -87,6 +87,9 @@ class PretrainSettings:
         "learning rate; null: 0.075*sqrt(batch) for lars, 0.06*batch/256 for sgd, batch over all devices",
         "(0, 1_000_000]",
     )
+    temperature_lr: float | None = option(
+        None, "learning rate of what clip, fastclip and tempnet learn of a temperature; null: lr/10", "(0, 1_000_000]"
+    )
     momentum: float = option(0.9, "of the optimizer, the share of the past", "[0, 1)")
     weight_decay: float | None = option(
         None, "of the optimizer; null: 1e-6 for lars, 5e-4 for sgd; none on norms and biases", "[0, 1000]"

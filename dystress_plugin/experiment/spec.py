@@ -82,6 +82,7 @@ class OptimizerSpec:
 
     name: str = field(metadata={"key": "optimizer"})
     lr: float
+    temperature_lr: float
     momentum: float
     weight_decay: float
     warmup_epochs: float

@@ -205,6 +205,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny, tmp_pat
     assert not torch.equal(weights[0][name], weights[2][name])
 
 
+@pytest.mark.parametrize(("settings", "rate"), [({}, 0.03), ({"temperature_lr": 0.002}, 0.002)])
+def test_what_a_temperature_learns_has_a_rate_of_its_own_and_no_decay(tiny, quick, settings, rate):
+    assert dystress("pretrain", tiny | {"epochs": 1, "method": "clip", "lr": 0.3} | settings) == 0
+    state = torch.load(Path(tiny["out"]) / "checkpoints" / "last.ckpt", weights_only=True)
+    *others, own = state["optimizer_states"][0]["param_groups"]
+    assert (own["initial_lr"], own["weight_decay"], len(own["params"])) == (pytest.approx(rate), 0.0, 1)
+    assert {group["initial_lr"] for group in others} == {0.3}
+
+
 def test_a_finished_run_is_shown_again_and_not_repeated(tiny, capsys):
     assert dystress("pretrain", tiny | {"epochs": 1}) == 0
     first = capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,6 @@ OF_THE_METHOD = ("method_kwargs", "queue_size", "momentum_encoder")
 
 # Other words for the same.
 SAME = {"cuda": "gpu", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-
-# What a config stands for that is older than a key whose default is open.
-EARLIER = {"diagnostics_every_n_steps": 0}
 
 
 def comparable(spec: RunSpec) -> dict[str, Any]:
@@ -74,8 +71,13 @@ def located(spec: RunSpec, run: Path, given: RunSpec | None = None) -> RunSpec:
 def recorded_spec(values: dict[str, Any], run: Path, given: RunSpec) -> RunSpec:
     """A run from what a checkpoint keeps of it, `located`, with its default for a key that is newer."""
     known = {f.name for f in fields(PretrainSettings)}
-    settings = PretrainSettings(**EARLIER | {key: value for key, value in values.items() if key in known})
+    settings = PretrainSettings(**_earlier(values) | {key: value for key, value in values.items() if key in known})
     return located(RunSpec.of(settings), run, given)
+
+
+def _earlier(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings stand for that are older than a key whose default is open."""
+    return {"diagnostics_every_n_steps": 0, "temperature_lr": settings.get("lr")}
 
 
 def _from_here(path: str) -> str:
@@ -140,7 +142,7 @@ def read_config(path: Path, given: RunSpec | None = None) -> RunSpec:
         settings = config.get("settings") if isinstance(config, DictConfig) else None
         if not isinstance(settings, DictConfig):
             raise ValueError("it has no settings.")
-        return located(RunSpec.of(merged(PretrainSettings, EARLIER, settings)), path.parent, given)
+        return located(RunSpec.of(merged(PretrainSettings, _earlier(settings), settings)), path.parent, given)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no config.yaml of `dystress pretrain`, or is damaged: {reason} {remedy}") from None

@@ -137,9 +137,8 @@ class PretrainModule(LightningModule, ABC):
         s = self.spec.optimizer
         decayed, others = get_weight_decay_parameters([self.backbone, self.projection_head])
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        # A learnable temperature trains like a bias: at the same rate and undecayed.
         if learnable := list(self.loss.parameters()):
-            groups.append({"params": learnable, "weight_decay": 0.0})
+            groups.append({"params": learnable, "weight_decay": 0.0, "lr": s.temperature_lr})
         options: dict[str, Any] = {"lr": s.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
         optimizer = LARS(groups, **options) if s.name == "lars" else torch.optim.SGD(groups, **options)
         steps = int(self.trainer.estimated_stepping_batches)

@@ -52,6 +52,8 @@ def resolve(settings: PretrainSettings, data: Data, devices: int) -> RunSpec:
         "warmup_epochs": min(10.0, settings.epochs / 10),
         "diagnostics_every_n_steps": max(1, steps // SAMPLES),
     }
+    # At the network's own rate, which is LARS's, a single number overshoots by far.
+    defaults["temperature_lr"] = (defaults["lr"] if settings.lr is None else settings.lr) / 10
     defaults |= _queue(settings, recipe)
     chosen = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     chosen |= augmentation(settings, data, image_size)
