@@ -3,6 +3,7 @@
 python open_clip_program.py FOLDER WORDS... [+ WORDS...]
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,4 +28,6 @@ if __name__ == "__main__":
         first, words = words[: words.index("+")], words[words.index("+") + 1 :]
         if main(first):
             raise SystemExit(1)
-    raise SystemExit(main(words))
+    status = main(words)
+    sys.stdout.flush()
+    os._exit(status)  # gloo's threads may still free what they hold, and abort an interpreter that ends before them
