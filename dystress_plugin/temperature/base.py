@@ -53,6 +53,8 @@ class Temperature(nn.Module, ABC):
         needs_index: the loss must be given `index`.
         needs_epoch: the loss must be given `epoch`.
         needs_negative_cosine: `running_mean` and `update` read `RowStats.negative_cosine`.
+        scalar: name of its parameter log tau, where it learns one number for all pairs; a host may put its model's
+            own in the place.
         per_side: with the layout "both_ways" each side has a temperature, and so a state, of its own.
         per_step: adapters pass the epoch with the fraction of it that is over, not the whole number.
         default_objective: name of the objective that it was published with, which `ContrastiveLoss` takes unless told.
@@ -61,6 +63,7 @@ class Temperature(nn.Module, ABC):
     needs_index = False
     needs_epoch = False
     needs_negative_cosine = False
+    scalar: str | None = None
     per_side = False
     per_step = False
     default_objective: str = "ntxent"

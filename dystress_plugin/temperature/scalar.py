@@ -36,6 +36,8 @@ class Constant(Temperature):
 class LearnedScalar(Temperature):
     """tau = exp(log_tau), one parameter, held in [tau_min, tau_max]."""
 
+    scalar = "log_tau"
+
     def __init__(self, tau: float, tau_min: float, tau_max: float) -> None:
         super().__init__()
         self.tau_min, self.tau_max = check_range(tau_min, tau_max)

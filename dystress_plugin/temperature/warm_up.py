@@ -45,6 +45,7 @@ class WarmUp(Temperature):
         self.needs_index = temperature.needs_index
         self.needs_negative_cosine = temperature.needs_negative_cosine
         self.per_side = temperature.per_side
+        self.scalar = temperature.scalar and f"temperature.{temperature.scalar}"
         self.default_objective = temperature.default_objective
 
     @property

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dystress_plugin import ContrastiveLoss, recipes
 from dystress_plugin.frameworks.open_clip.__main__ import main
-from dystress_plugin.temperature import Constant, Individual, Learnable
+from dystress_plugin.temperature import Constant, Individual, Learnable, LogitMaps, Scaled, Temperature, WarmUp
 
 open_clip = pytest.importorskip(
     "open_clip_train.main", reason='OPEN_CLIP IS NOT TESTED: pip install -e ".[open-clip]"', exc_type=ImportError
@@ -116,6 +116,25 @@ def test_what_does_not_fit_is_said():
 def test_a_pair_of_temperatures_is_one_a_side():
     loss = ContrastiveClipLoss((Individual(6), Individual(9)))
     assert [temperature.num_samples for temperature in loss.criterion.temperatures] == [6, 9]
+
+
+class PerRow(Temperature):
+    """A learned temperature of somebody else's, which is no single number though it is called alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_tau = torch.nn.Parameter(torch.zeros(6))
+
+    def prepare(self, batch):
+        maps = Scaled(self.log_tau.exp().repeat(batch.views)[:, None].double())
+        return LogitMaps(maps, maps)
+
+
+def test_only_a_single_learned_number_is_the_models_scale():
+    assert not ContrastiveClipLoss(PerRow()).trains_scale
+    assert [p.shape for p in ContrastiveClipLoss(PerRow()).parameters() if p.requires_grad] == [(6,)]
+    assert ContrastiveClipLoss(WarmUp(Learnable())).trains_scale
+    assert ContrastiveClipLoss((Learnable(), Constant(0.1))).trains_scale
 
 
 def test_the_scale_is_not_given_to_an_optimizer_twice():

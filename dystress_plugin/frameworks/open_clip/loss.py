@@ -64,7 +64,10 @@ class ContrastiveClipLoss(nn.Module):
         return bool(self._scales())
 
     def _scales(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.criterion.named_parameters() if name.endswith(".log_tau")}
+        """The parameters that the model's scale takes the place of, by their names in the loss."""
+        sides = zip(("temperature", "temperature_back"), self.criterion.temperatures, strict=False)
+        names = [f"{side}.{temperature.scalar}" for side, temperature in sides if temperature.scalar]
+        return {name: self.criterion.get_parameter(name) for name in names}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # index and epoch change with every batch
     def forward(
