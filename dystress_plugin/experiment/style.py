@@ -13,7 +13,18 @@ from dystress_plugin.temperature import Constant
 POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
 
 # Methods, in the order in which the table has their temperatures; all are seen on white and on black.
-COLORS = ("#2f8fd6", "#d6456b", "#9a5fd0", "#a08a18", "#79b52e", "#a8684a")
+COLORS = (
+    "#2f8fd6",
+    "#d6456b",
+    "#9a5fd0",
+    "#a08a18",
+    "#79b52e",
+    "#a8684a",
+    "#3f4be8",
+    "#e05ce0",
+    "#3a5978",
+    "#a11289",
+)
 
 # Histograms that lie on each other; as two transparent ones they would be of a third colour.
 SOLID: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.35}

@@ -180,6 +180,19 @@ def test_an_untrained_network_is_inspected(images, tmp_path, capsys):
     # Every anchor's own constant agrees with iSogCLR before its first update.
     same = [report["temperatures"][name]["effective_negatives"] for name in ("constant 0.1", "iSogCLR")]
     assert same[0] == pytest.approx(same[1])
+    assert report["try_first"].endswith("before they have learned anything, and so no candidates: iSogCLR.")
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("method", ["isogclr", "tempnet", "fastclip", "clip"])
+def test_what_is_still_to_learn_its_temperatures_is_not_recommended(method, images, tmp_path):
+    out = tmp_path / "seen"
+    asked = {"methods": f"[{method}]", "constants": "[1.0]"}
+    assert inspect(data=images, image_size=12, backbone="test_resnet", images=9, out=out, **asked) == 0
+    report = json.loads((out / "inspect.json").read_text())
+    assert report["try_first"].startswith("Nothing to try first")
+    assert report["try_first"].endswith(f"so no candidates: {recipes.recipe(method).title}.")
+    assert "command" not in report
 
 
 @pytest.fixture
@@ -205,10 +218,12 @@ def test_a_run_is_inspected_with_its_own_temperatures(tiny, tmp_path):
     assert report["temperatures"]["DySTreSS (low)"]["tau_negative_max"] <= 0.15 + 1e-12
     assert report["temperatures"]["DySTreSS"]["tau_negative_max"] > 0.15
     assert report["epoch"] == 2
+    assert "no candidates" not in report["try_first"]  # of this run's alone, which have learned
 
     assert inspect(**options, methods="[]", untrained="true") == 0
     fresh = json.loads(Path(tiny["out"], "inspect", "inspect.json").read_text())
     assert fresh["epoch"] == 0
+    assert "no candidates: iSogCLR, this run's." in fresh["try_first"]
     assert fresh["alignment"] != report["alignment"]
     # Again, in another place: what is there stays.
     assert inspect(**options, methods="[]") == 0

@@ -86,6 +86,8 @@ def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
     reference = next((name for name, its in losses.items() if its is seen.run), REFERENCE)
     against = (found.get(reference) or effects.effect(ContrastiveLoss(Constant(0.1)), pairs)).measures
     negatives = pairs.negative.shape[1]
+    trained = seen.run[1] if seen.run and not settings.untrained else None
+    starting = [name for name, (_, loss) in losses.items() if loss is not trained and _learns(loss)]
     report = {
         "settings": asdict(settings),
         "network": seen.name,
@@ -102,14 +104,26 @@ def _inspect(settings: InspectSettings, out: Path) -> dict[str, Any]:
         },
     }
     methods = {name: method for name, (method, _) in losses.items() if method != FIXED and name != reference}
-    first = effects.first_to_try({name: found[name].measures for name in methods}, against, reference, negatives)
-    report["try_first"] = first.sentence
+    final = {name: found[name].measures for name in methods if name not in starting}
+    first = effects.first_to_try(final, against, reference, negatives)
+    report["try_first"] = f"{first.sentence}{_caveat(starting)}"
     if first.name is not None:
         report["command"] = _comparison([methods[first.name], *([seen.run[0]] if seen.run else [])], seen.spec)
     style = styles({name: method for name, (method, _) in losses.items()}, {name: name for name in losses})
     figures.draw(found, style, pairs, out, f"{seen.name}, {pairs.images} images in two views")
     (out / "inspect.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _learns(loss: ContrastiveLoss) -> bool:
+    """Whether training moves the temperature, by samples or as a whole."""
+    return any(True for _ in loss.parameters()) or any(its.num_samples for its in loss.temperatures)
+
+
+def _caveat(starting: Sequence[str]) -> str:
+    if not starting:
+        return ""
+    return f" Shown as they start, before they have learned anything, and so no candidates: {', '.join(starting)}."
 
 
 def _comparison(methods: Sequence[str], spec: RunSpec) -> str:
