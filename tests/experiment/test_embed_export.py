@@ -1,6 +1,7 @@
 """What a run leaves is usable, also for those who have not this package."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +37,12 @@ def finished(out, data, backbone="test_resnet", image_size=12, **settings):
 
 # Every script in a namespace of its own, on the same images, in a process that finds no dystress_plugin.
 ELSEWHERE = """
-import sys
+import runpy, sys
 sys.modules["dystress_plugin"] = None
 import numpy as np, torch
 features = {}
 for script, size in zip(sys.argv[2::2], map(int, sys.argv[3::2])):
-    names = {}
-    exec(open(script).read(), names)
+    names = runpy.run_path(script)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features[script] = names["model"](images).flatten(1).numpy()
@@ -73,8 +73,11 @@ def test_an_export_and_the_lines_at_the_end_of_a_run_load_where_this_package_is_
         for to in libraries:
             given = {"checkpoint": run, "out": tmp_path / f"{number}-{to}.pt"}
             assert dystress("export", given | ({"to": to} if to else {})) == 0
-            scripts.append(tmp_path / f"load_{number}-{to}.py")
-            assert scripts[-1].read_text() in capsys.readouterr().out
+            scripts += [tmp_path / f"printed{number}-{to}.py", tmp_path / "moved" / f"load_{number}-{to}.py"]
+            scripts[-2].write_text(capsys.readouterr().out.partition("\n")[2])
+            scripts[-1].parent.mkdir(exist_ok=True)
+            shutil.copy(given["out"], scripts[-1].parent)
+            shutil.move(tmp_path / scripts[-1].name, scripts[-1])
             assert ("conv1 and maxpool are not" in scripts[-1].read_text()) == ("res" in backbone and size <= 64)
         for script in scripts:
             expected[str(script)] = features.numpy()

@@ -17,6 +17,8 @@ from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.settings import ExportSettings
 from dystress_plugin.experiment.spec import RunSpec
 
+BESIDE = "Path(__file__).with_name({!r})"  # wherever the two files are moved together
+
 
 def export(settings: ExportSettings) -> list[str]:
     """Writes the backbone's tensors to `out` and the lines that load them beside it; returns what there is to say.
@@ -36,25 +38,27 @@ def export(settings: ExportSettings) -> list[str]:
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     as_safetensors = settings.to == "safetensors"
     files.write(out, safetensors.torch.save(state)) if as_safetensors else files.save(out, state)
-    lines = _code(spec, to, out, as_safetensors=as_safetensors)
-    files.write_text(script, "\n".join(lines) + "\n")
+    beside = ["from pathlib import Path", *_code(spec, to, BESIDE.format(out.name), as_safetensors=as_safetensors)]
+    files.write_text(script, "\n".join(beside) + "\n")
+    lines = _code(spec, to, repr(str(out)), as_safetensors=as_safetensors)
     return [f"wrote {out}, and {script}, which loads it without dystress_plugin:", *lines]
 
 
 def loading_lines(run: Path) -> list[str]:
     """How the `backbone.pt` of a run is loaded without this package."""
     spec = read_config(run / "config.yaml")
-    lines = _code(spec, library(spec.model.backbone), run / "backbone.pt", as_safetensors=False)
+    lines = _code(spec, library(spec.model.backbone), repr(str(run / "backbone.pt")), as_safetensors=False)
     return ["the backbone without dystress_plugin:", *(f"  {line}" for line in lines)]
 
 
-def _code(spec: RunSpec, to: str, file: Path, *, as_safetensors: bool) -> list[str]:
+def _code(spec: RunSpec, to: str, file: str, *, as_safetensors: bool) -> list[str]:
+    """Lines that load what an expression of Python names."""
     name, size = spec.model.backbone, spec.model.image_size
     colours = normalize_of(spec.data.name)
     lines = [f"# {name} for images of {size} pixels, normalised by mean {colours['mean']} and std {colours['std']}"]
-    load = f"torch.load({str(file)!r}, weights_only=True)"
+    load = f"torch.load({file}, weights_only=True)"
     if as_safetensors:
-        lines, load = [*lines, "from safetensors.torch import load_file"], f"load_file({str(file)!r})"
+        lines, load = [*lines, "from safetensors.torch import load_file"], f"load_file({file})"
     return [*lines, *code(name, size, to, load)]
 
 
