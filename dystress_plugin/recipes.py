@@ -168,11 +168,32 @@ _ISOGCLR = Recipe(
     both_ways={"tau_init": 0.01, "tau_min": 0.005, "rho": 6.0, "beta": 0.9, "clip": 5.0},
 )
 
+_TEMO = Recipe(
+    "temo",
+    "TeMo",
+    DySTreSS,
+    "ntxent",
+    "TeMo, 2025",
+    "https://openreview.net/forum?id=rIv5ftmR3v",
+    defaults={"tau_min": 0.01, "tau_max": 0.05, "profile": "root", "detach": False},
+)
+# What TeMo's code compares itself with: the ranges of DySTreSS' paper are those of images alone.
+_DYSTRESS_CLIP = Recipe(
+    "dystress_clip",
+    "DySTreSS CLIP",
+    DySTreSS,
+    "ntxent",
+    "DySTreSS, 2023",
+    "https://arxiv.org/abs/2308.01140",
+    defaults={"tau_min": 0.01, "tau_max": 0.04},
+)
+
 GROUP = "dystress_plugin.methods"
 
 METHODS: dict[str, Recipe]  # `__getattr__` has it
-_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP, _TEMPNET)}
+_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP, _TEMPNET, _TEMO)}
 _TABLE |= {recipe.name: recipe for base in (*_BASES, _CLIP) for recipe in _variants(base)[1:]}
+_TABLE[_DYSTRESS_CLIP.name] = _DYSTRESS_CLIP
 _BY = dict.fromkeys(_TABLE, "dystress_plugin")
 _FOLLOWERS: list[Callable[[Recipe], None]] = []
 

@@ -59,6 +59,7 @@ CASES = {
     "constant-0.5": Case(lambda: temperature.Constant(0.5), lambda a: oracle.constant(0.5)),
     **{f"dystress-{profile}": dystress(profile) for profile in PROFILES},
     **{f"dystress-{profile}-live": dystress(profile, detach=False) for profile in PROFILES},
+    "dystress-root-live": dystress("root", 0.01, 0.05, detach=False),
     "dystress-two-ranges": two_ranges("cosine", True),
     "dystress-two-ranges-live": two_ranges("shifted", False),
     "dystress-own-shift": Case(

@@ -89,6 +89,15 @@ def linear(low, high):
     return lambda s: low + (high - low) * abs(s), lambda s: (high - low) * sign(s)
 
 
+def root(low, high):
+    """TeMo, https://openreview.net/forum?id=rIv5ftmR3v, with a root of at least 0.001"""
+
+    def tau_slope(s):
+        return (high - low) / 4 / math.sqrt((s + 1) / 2) if (s + 1) / 2 > 1e-6 else 0.0
+
+    return lambda s: low + (high - low) * math.sqrt(max((s + 1) / 2, 1e-6)), tau_slope
+
+
 def constant(tau):
     return Map(lambda s: s / tau, lambda s: 1 / tau)
 

@@ -132,6 +132,11 @@ def test_gradient_through_the_temperature_weakens_pairs_of_medium_similarity():
     assert printed(ratio, 3) == ["0.953", "0.758", "0.476", "0.551", "0.779"]
 
 
+def test_root_profile_of_temo():
+    tau = maps(DySTreSS(0.01, 0.05, "root")).temperature(torch.tensor([-0.5, 0.0, 0.5, 1.0], dtype=torch.float64))
+    assert printed(tau, 6) == ["0.030000", "0.038284", "0.044641", "0.050000"]
+
+
 def own_limit(profile):
     return monotone_limit(profile, **PROFILES[profile].defaults)
 
@@ -146,7 +151,7 @@ def test_logits_of_the_shifted_profile_are_monotone_up_to_a_ratio_of_about_2_04(
     assert printed(own_limit("shifted"), 2) == ["2.04"]
 
 
-@pytest.mark.parametrize("profile", ["cosine_constant", "exponential", "linear"])
+@pytest.mark.parametrize("profile", ["cosine_constant", "exponential", "linear", "root"])
 def test_logits_of_the_other_profiles_are_monotone_at_any_ratio(profile):
     assert own_limit(profile) == math.inf
 

@@ -48,8 +48,10 @@ PLAIN = {
     "clip": (Learnable, "ntxent", {"tau": 0.07, "tau_min": 0.01}),
     "fastclip": (RobustGlobal, "gcl", {"tau": 0.07, "rho": None, "gamma": 1.0, "tau_min": 0.01, "released": False}),
     "tempnet": (TempNet, "sogclr", {"rho": None, "gamma": 1.0, "tau_min": 0.005, "tau_max": 0.05}),
+    "temo": (DySTreSS, "ntxent", {"tau_min": 0.01, "tau_max": 0.05, "profile": "root", "detach": False}),
+    "dystress_clip": (DySTreSS, "ntxent", {"tau_min": 0.01, "tau_max": 0.04, "profile": "cosine", "detach": True}),
 }
-ALONE = {"isogclr", "fastclip", "tempnet"}  # without suffix
+ALONE = {"isogclr", "fastclip", "tempnet", "temo", "dystress_clip"}  # without suffix
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -82,7 +84,7 @@ def test_every_recipe_is_complete(name):
     assert recipe.objective in OBJECTIVES
     assert recipe.title
     assert recipe.paper
-    assert recipe.url.startswith("https://arxiv.org/abs/")
+    assert recipe.url.startswith(("https://arxiv.org/abs/", "https://openreview.net/forum?id="))
     assert recipe.url in recipe.temperature.__doc__
     assert set(recipe.defaults) <= set(inspect.signature(recipe.temperature).parameters)
 
@@ -112,6 +114,12 @@ def test_defaults_of_a_recipe_stand_unless_they_are_set():
     assert repr(recipe.build_temperature(tau_min=0.08)) == repr(DySTreSS(0.08, 0.2, "linear"))
     assert recipe.parameters["profile"] == "linear"
     assert recipe.parameters["tau_max"] == 0.2
+
+
+def test_the_range_for_captions_warns_of_the_profile_that_inverts_there():
+    assert METHODS["dystress_clip"].build_temperature().tau_max == 0.04
+    with pytest.warns(UserWarning, match="above 2.04, the limit of profile 'shifted'"):
+        METHODS["dystress_clip"].build_temperature(profile="shifted")
 
 
 def test_recipes_cannot_be_changed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,16 +31,18 @@ def methods_table() -> str:
     )
     lines += ["", *columns([("parameters and defaults, method_kwargs.NAME=VALUE", "")])]
     lines += columns([(name, _defaults(METHODS[name])) for name in METHODS if name not in variants])
-    lines += ["", "variants, with temperature, parameters and paper of the method before the underscore"]
+    lines += ["", "variants: as the method before the underscore, but for what stands here"]
     lines += columns([(name, *_difference(METHODS[name], METHODS[base])) for name, base in variants.items()])
     return "\n".join(lines)
 
 
-def _defaults(recipe: Recipe, without: Collection[str] = ()) -> str:
+def _defaults(recipe: Recipe, other: Mapping[str, Any] | None = None) -> str:
+    """Its parameters; those that `other` has with another default, or not at all."""
+    nothing = object()
     return ", ".join(
         name if default is inspect.Parameter.empty else f"{name}={default}"
         for name, default in recipe.parameters.items()
-        if name not in without
+        if other is None or other.get(name, nothing) != default
     )
 
 
@@ -50,7 +52,7 @@ def _difference(recipe: Recipe, base: Recipe) -> tuple[str, str]:
             f"objective {recipe.objective}",
             "a queue of negatives and a momentum encoder: queue_size, momentum_encoder",
         )
-    return f"objective {recipe.objective}", _defaults(recipe, without=base.parameters)
+    return f"objective {recipe.objective}", _defaults(recipe, other=base.parameters)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

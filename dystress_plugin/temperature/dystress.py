@@ -24,9 +24,13 @@ class DySTreSS(Temperature):
     - "exponential": tau_max - (tau_max - tau_min) * exp(-rate * |s|), rate 3.5.
     - "linear": tau_min + (tau_max - tau_min) * |s|. The paper names a linear form without giving it; this
       definition is ours.
+    - "root": tau_min + (tau_max - tau_min) * sqrt((s + 1) / 2), the root held at 0.001 and above, so that its slope
+      is bounded. s / tau(s) grows with s for every range.
 
     DySTreSS, 2023, https://arxiv.org/abs/2308.01140 (ImageNet 0.1 and 0.2; CIFAR code default 0.07 and 0.2;
-    sentences 0.04 and 0.05 with "shifted").
+    sentences 0.04 and 0.05 with "shifted"). "root" is of TeMo, 2025, https://openreview.net/forum?id=rIv5ftmR3v (images
+    with captions, 0.01 and 0.05, not detached), whose code also trains CLIP with "cosine" and "shifted", 0.01 and 0.04;
+    of these ranges the latter is beyond the limit below, so it compares with a logit that falls.
 
     Args:
         tau_min: lowest temperature, above 0.

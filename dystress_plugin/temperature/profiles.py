@@ -13,6 +13,9 @@ from torch import Tensor
 from dystress_plugin import tracing
 from dystress_plugin.temperature.maps import LogitMap, Parts, PartsReader, Times, Work
 
+# Of sqrt((s + 1) / 2), whose slope has no bound at s = -1: flat for the last 2e-6 of cosines.
+LEAST_ROOT = 1e-3
+
 # A function of x = gain * s, put into the tensor `out` if that is given.
 Curve: TypeAlias = Callable[..., Tensor]
 
@@ -92,6 +95,17 @@ def _linear(low: float, delta: float) -> Phase:
     )
 
 
+def _root(low: float, delta: float) -> Phase:
+    def root(x: Tensor, out: Tensor | None) -> Tensor:
+        return torch.add(x, 1.0, out=out).mul_(0.5).clamp_min_(LEAST_ROOT**2).sqrt_()
+
+    return Phase(
+        1.0,
+        lambda x, out=None: _affine(root(x, out), delta, low, out),
+        lambda x, out=None: torch.where(x > 2 * LEAST_ROOT**2 - 1, delta / 4 / root(x, out), 0.0),
+    )
+
+
 PROFILES: dict[str, Profile] = {
     "cosine": Profile({}, _cosine),
     "shifted": Profile(
@@ -100,6 +114,7 @@ PROFILES: dict[str, Profile] = {
     "cosine_constant": Profile({"shift": -0.2, "scale": 0.8}, _plateau),
     "exponential": Profile({"rate": 3.5}, _exponential),
     "linear": Profile({}, _linear),
+    "root": Profile({}, _root),
 }
 
 

@@ -15,6 +15,7 @@ DEFAULTS = {
     "cosine_constant": {"shift": -0.2, "scale": 0.8},
     "exponential": {"rate": 3.5},
     "linear": {},
+    "root": {},
 }
 
 
@@ -40,7 +41,7 @@ def test_profiles_are_those_of_the_contract():
 def test_temperature_stays_in_its_range_and_reaches_the_top(profile):
     low, high = 0.1, 0.15
     found = tau(DySTreSS(low, high, profile), *torch.linspace(-1, 1, 2001).tolist())
-    assert min(found) == pytest.approx(low, abs=1e-6)
+    assert min(found) == pytest.approx(low + 0.05 * 1e-3 if profile == "root" else low, abs=1e-6)
     assert low - 1e-15 <= min(found)
     assert max(found) <= high + 1e-15
     assert max(found) == pytest.approx(high if profile != "exponential" else high - 0.05 * math.exp(-3.5), abs=1e-12)
@@ -58,6 +59,21 @@ def test_cosine_constant_profile_is_flat_from_shift():
 
 def test_rate_steepens_the_exponential_profile():
     assert tau(DySTreSS(0.1, 0.2, "exponential", rate=2.0), 0.5) == pytest.approx([0.2 - 0.1 * math.exp(-1)])
+
+
+def test_root_profile_is_half_way_where_three_quarters_of_the_angle_are_and_bounded_in_slope_at_the_end():
+    temperature = DySTreSS(0.01, 0.05, "root", detach=False)
+    assert tau(temperature, -1.0, -0.5, 0.0, 1.0) == pytest.approx(
+        [0.01 + 4e-5, 0.03, 0.01 + 0.04 * math.sqrt(0.5), 0.05], rel=1e-12
+    )
+    map_ = temperature.prepare(Batch(torch.ones(1, 1), None, None, 1, torch.mean)).positive
+    end = torch.tensor([-1.0 - 1e-7, -1.0, -1.0 + 1e-7], dtype=torch.float64, requires_grad=True)
+    (by_autograd,) = torch.autograd.grad(map_.logit(end).sum(), end)
+    assert by_autograd.tolist() == map_.slope(end).tolist() == pytest.approx([1 / (0.01 + 4e-5)] * 3, rel=1e-12)
+    inside = torch.linspace(-1 + 1e-5, 1, 2001, dtype=torch.float64)
+    slopes = map_.slope(inside)
+    assert slopes.min() > 0  # it never inverts the order
+    assert slopes.max() < 1 / 0.01 + 0.04 / 4e-3 / 0.01**2
 
 
 @pytest.mark.parametrize(
@@ -150,6 +166,10 @@ def test_monotone_limit_is_where_the_logit_first_falls(profile, own):
     [
         ({"tau_max": 0.5}, "tau_max/tau_min = 0.5/0.1 = 5 is above 4.50, the limit of profile 'cosine'"),
         ({"tau_min": 0.07, "profile": "shifted"}, "0.2/0.07 = 2.86 is above 2.04, the limit of profile 'shifted'"),
+        (
+            {"tau_min": 0.01, "tau_max": 0.04, "profile": "shifted"},  # as published for CLIP
+            "tau_max/tau_min = 0.04/0.01 = 4 is above 2.04, the limit of profile 'shifted'",
+        ),
         ({"negative_range": (0.1, 0.6)}, "0.6/0.1 = 6 is above 4.50, the limit"),
     ],
 )
@@ -164,7 +184,10 @@ def test_order_inversion_warns_once_and_names_the_limit(arguments, message):
 
 @pytest.mark.parametrize(
     ("high", "profile"),
-    [(0.45, "cosine"), (0.203, "shifted"), (5.0, "cosine_constant"), (5.0, "exponential"), (5.0, "linear")],
+    [
+        *[(0.45, "cosine"), (0.203, "shifted"), (5.0, "cosine_constant"), (5.0, "exponential"), (5.0, "linear")],
+        (5.0, "root"),
+    ],
 )
 def test_range_within_the_limit_does_not_warn(high, profile):
     with warnings.catch_warnings():

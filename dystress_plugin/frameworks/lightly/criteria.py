@@ -94,7 +94,7 @@ class DySTreSSLoss(Criterion):
         memory_bank_size: (num_features, dim) of a memory bank, num_features alone for the dim of the first batch, or 0
             for none. With one z0 are the queries, z1 the keys, and the bank's features the negatives, as in MoCo.
         gather_distributed: Compare with the batches of all GPUs. A memory bank always takes in the keys of all GPUs.
-        profile: Shape of tau(s): "cosine", "shifted", "cosine_constant", "exponential" or "linear".
+        profile: Shape of tau(s): "cosine", "shifted", "cosine_constant", "exponential", "linear" or "root".
         shift, scale: Of "shifted" and "cosine_constant"; None is the profile's own. See
             `dystress_plugin.temperature.DySTreSS`, also for the next three.
         rate: Of "exponential"; None is the profile's own.
