@@ -319,6 +319,7 @@ class InspectSettings:
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")
     num_workers: int = option(0, "processes that load images, a number or auto", "[0, 1024]", auto=spare_cores)
+    accelerator: str = option("auto", "what the network runs on", words=ACCELERATORS)
 
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""

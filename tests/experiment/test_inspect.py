@@ -253,6 +253,7 @@ def test_a_run_with_a_queue_shows_the_network_that_is_trained(tiny):
         ({"method_kwargs.dystress": 0.2}, "method_kwargs.dystress=0.2 must name a parameter"),
         ({"method_kwargs.dystress.tau_mx": 0.2}, "Did you mean 'tau_max'?"),
         ({"constants": "[0.1,0]"}, "constants=[0.1, 0.0]: 0.0 must be above 0"),
+        ({"accelerator": "tpus"}, "Unknown accelerator 'tpus'"),
         ({"images": 1}, "images=1 must be at least 2"),
         ({"checkpoint": "nowhere"}, "holds no run of `dystress pretrain`"),
         ({"data": "nowhere"}, "is neither a folder nor one of"),

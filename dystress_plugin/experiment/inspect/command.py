@@ -23,6 +23,7 @@ from dystress_plugin.experiment.arms import loss_in_batch, method_of
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data.datasets import Data, EpochOrder, Shown, Views, load_for, load_for_run
 from dystress_plugin.experiment.data.transforms import view_transform
+from dystress_plugin.experiment.devices import torch_device
 from dystress_plugin.experiment.inspect import effects, figures
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.config import read_config
@@ -166,6 +167,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _sample(settings: InspectSettings, out: Path) -> Sample:
+    device = torch_device(settings.accelerator)
     run = Path(settings.checkpoint) if settings.checkpoint else None
     spec, data, own = _shown(settings, run, out)
     module = _network(spec, data)
@@ -173,8 +175,10 @@ def _sample(settings: InspectSettings, out: Path) -> Sample:
     if run and not fresh:
         _load(module, run)
     pictures, index = _pictures(settings, spec, data)
-    with torch.no_grad():
-        z = module.train().embed(pictures)  # in train mode, as the loss sees the embeddings
+    with torch.no_grad():  # in train mode, as the loss sees the embeddings
+        embedded = module.train().to(device).embed([view.to(device) for view in pictures])
+    z = [each.cpu() for each in embedded]
+    module.cpu()
     title = "untrained" if fresh else f"{recipes.recipe(spec.method).title}, trained for {spec.epochs} epochs:"
     return Sample(
         # A folder's name need not be UTF-8, which is all that figures take.
