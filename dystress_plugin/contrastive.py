@@ -17,13 +17,13 @@ from dystress_plugin import layout as layouts
 from dystress_plugin.arguments import Index, Indices, indices_of, instances, objective_of, queue_of
 from dystress_plugin.checks import check_at_least, unknown_name
 from dystress_plugin.embeddings import check_view, units_of
-from dystress_plugin.engine import ENGINES, RowStats
+from dystress_plugin.engine import ENGINES, NegativeStats, RowStats
 from dystress_plugin.layout import LAYOUTS, Block
 from dystress_plugin.objectives import Objective
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Temperature
 from dystress_plugin.temperature.base import Batch, given_epoch
-from dystress_plugin.temperature.maps import LogitMaps
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps
 
 
 class Pairs(NamedTuple):
@@ -235,7 +235,11 @@ class ContrastiveLoss(nn.Module):
                     negative = torch.ones_like(cosine, dtype=torch.bool)
                     negative.scatter_(1, block.excluded.to(cosine.device), False)
                     found.negative_cosine.append(cosine[negative])
-                    found.negative_tau.append(maps.negative.rows(rows).temperature(cosine)[negative])
+                    tau = maps.negative.rows(rows).temperature(cosine)
+                    if block.hard is not None and maps.hard is not None:
+                        columns = block.hard.columns.to(tau.device)
+                        tau.scatter_(1, columns, maps.hard.rows(rows).temperature(block.hard.cosine))
+                    found.negative_tau.append(tau[negative])
             return Pairs(*map(torch.cat, found))
 
     def lacks_negatives(self, *views: Tensor) -> bool:
@@ -293,6 +297,7 @@ class ContrastiveLoss(nn.Module):
                 mean=distributed.mean_over_ranks if gather else torch.mean,
                 layout="queue" if self.queue is not None else self.layout,
                 anchors=torch.cat([block.anchors for block in own]).detach(),
+                hard_negatives=max(0 if block.hard is None else block.hard.columns.shape[1] for block in own),
             )
             rows = slice(start, start + len(positive_cosine))
             sides.append(_Side(temperature, own, rows, batch))
@@ -314,13 +319,7 @@ class ContrastiveLoss(nn.Module):
             functional_call(side.temperature, own, (side.batch,)) for side, own in zip(sides, parameters, strict=True)
         ]
         negatives = [
-            ENGINES[self.engine](
-                block.anchors,
-                block.candidates,
-                block.excluded,
-                own.negative.rows(rows),
-                want_cosine=self._counts_negatives,
-            )
+            self._negative_stats(block, own.negative.rows(rows), own.hard and own.hard.rows(rows))
             for side, own in zip(sides, maps, strict=True)
             for rows, block in _rows(side.blocks)
         ]
@@ -344,6 +343,23 @@ class ContrastiveLoss(nn.Module):
         ]
         terms = [term.sum() / len(stats.positive) for term in own_losses if term is not None]
         return stats, sides, (positive_logit, positive_cosine), torch.stack(terms).sum() if terms else None
+
+    def _negative_stats(self, block: Block, negative: LogitMap, hard: LogitMap | None) -> NegativeStats:
+        """The engine's, to which an anchor's own hard negatives are added here where they have a map of their own."""
+        of_engine = partial(
+            ENGINES[self.engine],
+            block.anchors,
+            block.candidates,
+            logit_map=negative,
+            want_cosine=self._counts_negatives,
+        )
+        if hard is None or block.hard is None:
+            return of_engine(excluded=block.excluded)
+        added = _stats_of(block.hard.cosine, hard, want_cosine=self._counts_negatives)
+        excluded = torch.cat([block.excluded, block.hard.columns], dim=1)
+        if block.candidates is not None and excluded.shape[1] == len(block.candidates):  # nothing is left
+            return added
+        return _joined(of_engine(excluded=excluded), added)
 
     def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The temperatures' parameters, their gradients averaged over ranks: nobody else may do it for a loss."""
@@ -462,6 +478,22 @@ def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool)
         difference=repeated(stats.difference),
         positive_logit=logit.flatten(),
     )
+
+
+def _stats_of(cosine: Tensor, logit_map: LogitMap, *, want_cosine: bool) -> NegativeStats:
+    """What an engine computes, of negatives whose cosines are there, (rows, negatives)."""
+    logit = logit_map.logit(cosine)
+    mean = (torch.softmax(logit.detach(), dim=1) * cosine).sum(dim=1) if want_cosine else None
+    return NegativeStats(torch.logsumexp(logit, dim=1), mean)
+
+
+def _joined(one: NegativeStats, other: NegativeStats) -> NegativeStats:
+    """The statistics of the negatives of both."""
+    negative = torch.logaddexp(one.negative, other.negative)
+    if one.negative_cosine is None or other.negative_cosine is None:
+        return NegativeStats(negative, None)
+    share = torch.sigmoid((other.negative - one.negative).detach())
+    return NegativeStats(negative, (1 - share) * one.negative_cosine + share * other.negative_cosine)
 
 
 def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:

@@ -14,6 +14,13 @@ from torch import Tensor
 from dystress_plugin import distributed, tracing
 
 
+class Hard(NamedTuple):
+    """Of the hard negatives that were given for an anchor, (rows, hard): cosines, with gradient, and columns."""
+
+    cosine: Tensor
+    columns: Tensor
+
+
 class Block(NamedTuple):
     """Anchors that share their candidates: a rectangle of the matrix of similarities.
 
@@ -22,12 +29,14 @@ class Block(NamedTuple):
         positive_cosine: (rows, positives), with gradient.
         candidates: (columns, dim) of length 1; None where they are the anchors themselves.
         excluded: (rows, any) int64 on the CPU, the columns that are not negatives of each row.
+        hard: where each row's own hard negatives are among its negatives; None without.
     """
 
     anchors: Tensor
     positive_cosine: Tensor
     candidates: Tensor | None
     excluded: Tensor
+    hard: Hard | None = None
 
     @property
     def num_negatives(self) -> int:
@@ -71,7 +80,11 @@ def one_way(units: Tensor, *, gather: bool) -> list[Block]:
     everything, start = distributed.all_rows_with_gradient(others) if gather else (others, 0)
     own = start + torch.arange(len(anchors))
     candidates = everything.transpose(0, 1).flatten(0, 1)
-    return [Block(anchors, (anchors * positives).sum(dim=1, keepdim=True), candidates, own[:, None])]
+    hard = None
+    if len(units) > 2:
+        columns = own[:, None] + len(everything) * torch.arange(1, len(units) - 1)
+        hard = Hard((anchors[:, None] * others[:, 1:]).sum(dim=2), columns)
+    return [Block(anchors, (anchors * positives).sum(dim=1, keepdim=True), candidates, own[:, None], hard)]
 
 
 def both_ways(units: Tensor, *, gather: bool) -> list[Block]:

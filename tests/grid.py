@@ -52,6 +52,14 @@ def warm_up(build, maps):
     )
 
 
+def hardness(build, maps, strength):
+    def weighted(alignment):
+        positive = maps(alignment)
+        return positive, oracle.weighted(strength, positive)
+
+    return Case(lambda: temperature.Hardness(build(), strength), weighted)
+
+
 LEARNED = math.exp(torch.tensor(math.log(0.12)).item())  # the parameter is float32
 PROFILES = ("cosine", "shifted", "cosine_constant", "exponential", "linear")
 CASES = {
@@ -116,6 +124,12 @@ CASES = {
     ),
     "warm-up-macl": warm_up(lambda: temperature.ModelAware(), lambda a: oracle.model_aware(a, 0.1, 0.5, 0.0)),
     "warm-up-tempfree": warm_up(lambda: temperature.TemperatureFree(), lambda a: oracle.log_odds(1e-6)),
+    "hardness-dystress-live": hardness(
+        lambda: temperature.DySTreSS(0.1, 0.2, "shifted", detach=False),
+        lambda a: oracle.quotient(*oracle.shifted(0.1, 0.2), False),
+        9.0,
+    ),
+    "hardness-learnable": hardness(lambda: temperature.Learnable(0.12), lambda a: oracle.learnable(LEARNED), 5.0),
     "warm-up-learnable": warm_up(lambda: temperature.Learnable(0.12), lambda a: oracle.learnable(LEARNED)),
 }
 # One of every class: where a test is about something else than the shape of a map.
@@ -132,6 +146,7 @@ KINDS = (
     "tempfree",
     "learnable",
     "robust-global-means",
+    "hardness-dystress-live",
     "warm-up-dystress-live",
 )
 

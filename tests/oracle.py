@@ -141,6 +141,11 @@ def robust(tau, rho, released=False):
     return Map(lambda s: s / tau, lambda s: 1 / tau, None, own)
 
 
+def weighted(strength, map_):
+    """Hardness weighting, https://arxiv.org/abs/2503.04812, equation 5: strength s, a constant in the gradient"""
+    return Map(lambda s: map_.logit(s) + strength * s, map_.slope, map_.by_log_tau)
+
+
 def warm_up(share, tau, arrival):
     return Map(
         lambda s: (1 - share) * s / tau + share * arrival.logit(s),
@@ -385,6 +390,7 @@ class Individual:
     clip: float = 3.0
     gradient: str = "cosine"  # or "difference": s_j - s_positive in place of s_j, the bimodal code's form
     released: bool = False  # the positive is counted, and the first visit is gamma g, as in that code
+    hardness: float = 0.0  # strength with which negatives are weighted
     tau: list = field(init=False)
     s: list = field(init=False)  # None before the first visit
     u: list = field(init=False)
@@ -416,7 +422,8 @@ class Individual:
             for row in rows:
                 if row.image == image:
                     h = [s - self.subtracted(row) for s in row.negative_cosine]
-                    energy = [math.exp(x / tau) for x in h]
+                    weighted = zip(h, row.negative_cosine, strict=True)
+                    energy = [math.exp(x / tau + self.hardness * s) for x, s in weighted]
                     s = self.mean(sample, self.counted(row, math.fsum(energy) / len(h)))
                     tilt = math.fsum(e / s * x / tau for e, x in zip(energy, h, strict=True)) / len(h)
                     running.append(s)

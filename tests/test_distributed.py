@@ -35,7 +35,11 @@ LAYOUTS = {
     "one_way": {"layout": "one_way"},
     "both_ways": {"layout": "both_ways"},
 }
-MORE_LAYOUTS = LAYOUTS | {"three-one-by-one": {"positives": "mean"}, "captions": {"layout": "both_ways"}}
+MORE_LAYOUTS = LAYOUTS | {
+    "three-one-by-one": {"positives": "mean"},
+    "captions": {"layout": "both_ways"},
+    "three-with-hard-ones": {"layout": "one_way"},
+}
 
 
 class Cell(NamedTuple):
@@ -49,6 +53,7 @@ class Cell(NamedTuple):
 
 
 OBJECTIVES = [name for name in OBJECTIVES if name != "gcl"]  # but for a factor it is "sogclr"
+KINDS = [name for name in KINDS if name != "hardness-dystress-live"]  # pointwise, as "dystress-two-ranges-live"
 SOME = ["dystress-cosine", "isogclr", "macl", "learnable"]
 GRID = [
     Cell(*cell)
@@ -60,6 +65,7 @@ GRID = [
             *itertools.product(SOME, OBJECTIVES, ["two", "both_ways"], ["unequal"], ["blockwise"]),
             *itertools.product(SOME, OBJECTIVES, ["three-one-by-one"], ["unequal"]),
             *itertools.product(["isogclr", "isogclr-released"], ["sogclr"], ["captions"], SIZES),
+            *itertools.product(["hardness-learnable"], ["ntxent", "sogclr"], ["three-with-hard-ones"], SIZES),
             *itertools.product(["robust-global", "robust-global-means"], ["gcl"], ["two", "captions"], SIZES),
         ]
     )

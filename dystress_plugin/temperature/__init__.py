@@ -5,8 +5,9 @@ Beside the temperatures, what one of your own is made of; `dystress_plugin.recip
 
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.dystress import DySTreSS
+from dystress_plugin.temperature.hardness import Hardness
 from dystress_plugin.temperature.individual import Individual
-from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled, WeightedMap
 from dystress_plugin.temperature.model_aware import ModelAware
 from dystress_plugin.temperature.profiles import ProfiledMap
 from dystress_plugin.temperature.robust_global import RobustGlobal
@@ -21,6 +22,7 @@ __all__ = [
     "Constant",
     "CosineSchedule",
     "DySTreSS",
+    "Hardness",
     "Individual",
     "Learnable",
     "LogitMap",
@@ -35,4 +37,5 @@ __all__ = [
     "Temperature",
     "TemperatureFree",
     "WarmUp",
+    "WeightedMap",
 ]

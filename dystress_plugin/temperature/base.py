@@ -30,6 +30,7 @@ class Batch:
         mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
         layout: the loss's, by name.
         anchors: (rows, dim) of length 1, detached.
+        hard_negatives: how many hard negatives of its own an anchor has, at most.
     """
 
     positive_cosine: Tensor
@@ -39,6 +40,7 @@ class Batch:
     mean: Callable[[Tensor], Tensor]
     layout: str = "views"
     anchors: Tensor | None = None
+    hard_negatives: int = 0
 
 
 class Temperature(nn.Module, ABC):

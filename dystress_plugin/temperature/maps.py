@@ -136,10 +136,14 @@ class LogitMap(ABC):
 
 
 class LogitMaps(NamedTuple):
-    """The maps of one batch; the same object twice unless the method treats negatives differently."""
+    """The maps of one batch; the same object twice unless the method treats negatives differently.
+
+    `hard` is that of an anchor's own hard negatives, where it differs from that of the others.
+    """
 
     positive: LogitMap
     negative: LogitMap
+    hard: LogitMap | None = None
 
 
 @dataclass(frozen=True)
@@ -259,3 +263,54 @@ class MixedMap(LogitMap):
     @property
     def rowless(self) -> bool:
         return self.first.rowless and self.second.rowless
+
+
+@dataclass(frozen=True)
+class WeightedMap(LogitMap):
+    """a(s) = map(s) + strength * sg[s]."""
+
+    map: LogitMap
+    strength: float
+
+    def logit(self, cosine: Tensor) -> Tensor:
+        return self.map.logit(cosine) + self.strength * cosine.detach()
+
+    def slope(self, cosine: Tensor) -> Tensor:
+        return self.map.slope(cosine)
+
+    def temperature(self, cosine: Tensor) -> Tensor:
+        return 1 / (1 / self.map.temperature(cosine) + self.strength)
+
+    @property
+    def gain(self) -> float:
+        return self.map.gain
+
+    def logit_and_slope(self, scaled: Tensor, work: Work = None) -> tuple[Tensor, Times]:
+        added = scaled * (self.strength / self.gain)  # now, as the map may overwrite it
+        logit, multiply_by_slope = self.map.logit_and_slope(scaled, work)
+        return torch.add(logit, added, out=work and work[0]), multiply_by_slope
+
+    def rows(self, rows: slice) -> WeightedMap:
+        return WeightedMap(self.map.rows(rows), self.strength)
+
+    def parts(self) -> Parts | None:
+        parts = self.map.parts()
+        if parts is None:
+            return None
+        return Parts((self.kind, *parts.words), (self.strength, *parts.numbers), parts.tensors)
+
+    @classmethod
+    def from_parts(cls, parts: PartsReader) -> WeightedMap:
+        strength = next(parts.numbers)
+        return WeightedMap(parts.map(), strength)
+
+    def parameter_term(self, mean_cosine: Tensor) -> Tensor | None:
+        return self.map.parameter_term(mean_cosine)
+
+    @property
+    def bound(self) -> float:
+        return self.map.bound + self.strength
+
+    @property
+    def rowless(self) -> bool:
+        return self.map.rowless
