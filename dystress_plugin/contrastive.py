@@ -236,9 +236,9 @@ class ContrastiveLoss(nn.Module):
                     negative.scatter_(1, block.excluded.to(cosine.device), False)
                     found.negative_cosine.append(cosine[negative])
                     tau = maps.negative.rows(rows).temperature(cosine)
-                    if block.hard is not None and maps.hard is not None:
-                        columns = block.hard.columns.to(tau.device)
-                        tau.scatter_(1, columns, maps.hard.rows(rows).temperature(block.hard.cosine))
+                    if block.hard is not None and (hard := side.temperature.hard_map(maps)) is not None:
+                        own = hard.rows(rows).temperature(block.hard.cosine)
+                        tau.scatter_(1, block.hard.columns.to(tau.device), own)
                     found.negative_tau.append(tau[negative])
             return Pairs(*map(torch.cat, found))
 
@@ -319,8 +319,9 @@ class ContrastiveLoss(nn.Module):
             functional_call(side.temperature, own, (side.batch,)) for side, own in zip(sides, parameters, strict=True)
         ]
         negatives = [
-            self._negative_stats(block, own.negative.rows(rows), own.hard and own.hard.rows(rows))
+            self._negative_stats(block, own.negative.rows(rows), hard and hard.rows(rows))
             for side, own in zip(sides, maps, strict=True)
+            for hard in [side.temperature.hard_map(own)]
             for rows, block in _rows(side.blocks)
         ]
         cosines = [torch.cat([block.positive_cosine for block in side.blocks]) for side in sides]

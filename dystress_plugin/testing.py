@@ -284,12 +284,12 @@ def _maps(build: Build, name: str) -> None:
     for epoch in EPOCHS:
         seen = _see(temperature, _units(), index=_index(temperature), epoch=epoch)
         _require(
-            isinstance(seen.maps, LogitMaps) and all(isinstance(map_, LogitMap) for map_ in seen.maps[:2]),
+            isinstance(seen.maps, LogitMaps) and all(isinstance(map_, LogitMap) for map_ in seen.maps),
             f"{name}.prepare",
             f"returns {type(seen.maps).__name__}",
             "Return LogitMaps(positive, negative), twice the same map unless negatives have their own",
         )
-        for map_ in filter(None, seen.maps):
+        for map_ in seen.maps:
             _map(map_, len(seen.batch.positive_cosine), f"{name}'s {type(map_).__name__}")
 
 
@@ -569,7 +569,7 @@ def _single_precision(build: Build, name: str) -> None:
         views = [view.to(dtype).requires_grad_() for view in _views()]
         value = loss(*views, index=_index(temperature), epoch=EPOCHS[1])
         found.append((value, torch.stack(torch.autograd.grad(value, views))))
-    bound = max(map_.bound for map_ in filter(None, _see(exact, _units(), index=_index(exact)).maps))
+    bound = max(map_.bound for map_ in _see(exact, _units(), index=_index(exact)).maps)
     _require(found[1][0].dtype == torch.float32, name, "makes a float32 loss another", "Return the cosine's dtype")
     for what, a, b in zip(("value", "gradient"), found[1], found[0], strict=True):
         off = _off(a.detach(), b.detach())

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dystress_plugin.rows import RowStats
-from dystress_plugin.temperature.maps import LogitMaps
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,10 @@ class Temperature(nn.Module, ABC):
     @abstractmethod
     def prepare(self, batch: Batch) -> LogitMaps:
         """The maps for this batch, from state as it was before the batch. Changes nothing."""
+
+    def hard_map(self, maps: LogitMaps) -> LogitMap | None:
+        """The map of an anchor's own hard negatives, where it is not that of the others, from those of `prepare`."""
+        return None
 
     def forward(self, batch: Batch) -> LogitMaps:
         """`prepare`, by the name that `torch.func.functional_call` knows."""

@@ -7,7 +7,7 @@ from typing import final
 from dystress_plugin.checks import check_at_least, unknown_name
 from dystress_plugin.temperature.around import Around
 from dystress_plugin.temperature.base import Batch, Temperature
-from dystress_plugin.temperature.maps import LogitMaps, WeightedMap
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, WeightedMap
 
 NEGATIVES = ("in_batch", "hard", "all")
 
@@ -53,14 +53,20 @@ class Hardness(Around):
                 "with layout='one_way', loss(anchors, positives, hard), or weigh negatives='in_batch'."
             )
         maps = self.temperature.prepare(batch)
-        hard = maps.negative if maps.hard is None else maps.hard
-        if self.negatives != "hard":
-            maps = maps._replace(negative=WeightedMap(maps.negative, self.strength))
-        return maps._replace(hard=hard if self.negatives == "in_batch" else WeightedMap(hard, self.strength))
+        if self.negatives == "hard":
+            return maps
+        return LogitMaps(maps.positive, WeightedMap(maps.negative, self.strength))
+
+    def hard_map(self, maps: LogitMaps) -> LogitMap:
+        inside = self._inside(maps)
+        hard = self.temperature.hard_map(inside) or inside.negative
+        return hard if self.negatives == "in_batch" else WeightedMap(hard, self.strength)
 
     def _acts(self, batch: Batch) -> bool:
         return True
 
     def _inside(self, maps: LogitMaps) -> LogitMaps:
-        negative = maps.negative
-        return maps._replace(negative=negative.map if isinstance(negative, WeightedMap) else negative)
+        if self.negatives == "hard":
+            return maps
+        assert isinstance(maps.negative, WeightedMap)  # as `prepare` gives it; narrows the type
+        return LogitMaps(maps.positive, maps.negative.map)

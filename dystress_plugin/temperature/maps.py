@@ -136,14 +136,10 @@ class LogitMap(ABC):
 
 
 class LogitMaps(NamedTuple):
-    """The maps of one batch; the same object twice unless the method treats negatives differently.
-
-    `hard` is that of an anchor's own hard negatives, where it differs from that of the others.
-    """
+    """The maps of one batch; the same object twice unless the method treats negatives differently."""
 
     positive: LogitMap
     negative: LogitMap
-    hard: LogitMap | None = None
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import final
 
 from dystress_plugin.checks import check_positive
 from dystress_plugin.temperature.around import Around
 from dystress_plugin.temperature.base import Batch, Temperature, given_epoch
-from dystress_plugin.temperature.maps import LogitMaps, MixedMap, Scaled
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, MixedMap, Scaled
 
 
 @final
@@ -47,12 +48,17 @@ class WarmUp(Around):
     def prepare(self, batch: Batch) -> LogitMaps:
         share = min(1.0, given_epoch(batch.epoch, "WarmUp") / self.epochs)
         maps = self.temperature.prepare(batch)
-        positive, negative = (MixedMap(Scaled(self.tau), map_, share) for map_ in (maps.positive, maps.negative))
-        return LogitMaps(positive, negative, maps.hard and MixedMap(Scaled(self.tau), maps.hard, share))
+        positive, negative = (MixedMap(Scaled(self.tau), map_, share) for map_ in maps)
+        return LogitMaps(positive, negative)
+
+    def hard_map(self, maps: LogitMaps) -> LogitMap | None:
+        hard = self.temperature.hard_map(self._inside(maps))
+        assert isinstance(maps.negative, MixedMap)  # as `prepare` gives it; narrows the type
+        return hard and replace(maps.negative, second=hard)
 
     def _acts(self, batch: Batch) -> bool:
         return batch.epoch is not None and batch.epoch >= self.epochs
 
     def _inside(self, maps: LogitMaps) -> LogitMaps:
-        positive, negative = (map_.second for map_ in maps[:2] if isinstance(map_, MixedMap))
+        positive, negative = (map_.second for map_ in maps if isinstance(map_, MixedMap))
         return LogitMaps(positive, negative)

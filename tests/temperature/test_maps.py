@@ -173,7 +173,7 @@ def test_a_map_is_rowless_where_its_rows_are_all_alike(name):
     temperature = build(name)
     if CASES[name].maps is None:
         temperature.tau[:5] = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
-    for map_ in prepare(temperature, rows=5)[:2]:
+    for map_ in prepare(temperature, rows=5):
         logit = map_.logit(torch.full((5, 1), 0.6, dtype=torch.float64))
         assert map_.rowless == bool((logit == logit[0]).all())
         assert map_.rows(slice(1, 3)).rowless == map_.rowless
