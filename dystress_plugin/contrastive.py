@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dystress_plugin import checkpointing, distributed, tracing
+from dystress_plugin import checkpointing, distributed, hardware, tracing
 from dystress_plugin import layout as layouts
 from dystress_plugin.arguments import Index, Indices, indices_of, instances, objective_of, queue_of
 from dystress_plugin.checks import check_at_least, unknown_name
@@ -79,8 +79,10 @@ class ContrastiveLoss(nn.Module):
             objective of p alone, in NT-Xent with the other positives among what it is compared with, as in SupCon:
             mean_p -log( e^a_p / (sum_p e^a_p + sum_n e^a_n) ).
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
-            and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views), where it is
-            the faster one on a CPU, and as far as 2^26 where torch.func or forward-mode differentiation need all of it.
+            and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views) on a CPU,
+            where it is the faster one below; on a GPU, until it is measured there, up to a hundredth of a CUDA device's
+            memory, and at least 64 MiB; and as far as 2^26 entries where torch.func or forward-mode differentiation
+            need all of it.
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
@@ -192,7 +194,7 @@ class ContrastiveLoss(nn.Module):
         return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
 
     def _value(self, units: Tensor, indices: Indices, epoch: float | None, *, learns: bool) -> Tensor:
-        with torch.autocast(units.device.type, enabled=False):
+        with hardware.without_autocast(units.device):
             for number, temperature in enumerate(self.temperatures if learns else ()):
                 temperature.begin(units[0 if self._in_views or number else 1])
             stats, sides, each, own = self._row_stats(units, indices, epoch)
@@ -223,7 +225,7 @@ class ContrastiveLoss(nn.Module):
         and how many keys of a queue to compare with at most, all of them where that is None.
         """
         units, indices, epoch = self._checked(views, index, epoch)
-        with torch.autocast(views[0].device.type, enabled=False):
+        with hardware.without_autocast(units.device):
             found: Any = Pairs([], [], [], [])  # type: ignore[arg-type]  # lists of tensors until they are joined
             for side in self._sides(units, indices, epoch, gather=False, max_keys=max_keys):
                 maps = side.temperature.prepare(side.batch)
@@ -232,14 +234,15 @@ class ContrastiveLoss(nn.Module):
                 for rows, block in _rows(side.blocks):
                     candidates = block.anchors if block.candidates is None else block.candidates
                     cosine = block.anchors @ candidates.T
-                    negative = torch.ones_like(cosine, dtype=torch.bool)
-                    negative.scatter_(1, block.excluded.to(cosine.device), False)
-                    found.negative_cosine.append(cosine[negative])
+                    excluded = block.excluded.fill_(torch.zeros_like(cosine, dtype=torch.uint8), 1)
+                    # Sorted, not masked: how many a mask leaves would have to be waited for.
+                    negatives = excluded.argsort(dim=1, stable=True)[:, : block.num_negatives]
                     tau = maps.negative.rows(rows).temperature(cosine)
                     if block.hard is not None and (hard := side.temperature.hard_map(maps)) is not None:
-                        own = hard.rows(rows).temperature(block.hard.cosine)
-                        tau.scatter_(1, block.hard.columns.to(tau.device), own)
-                    found.negative_tau.append(tau[negative])
+                        columns = block.own.columns(len(tau), tau.device)[:, block.excluded.copies :]
+                        tau.scatter_(1, columns, hard.rows(rows).temperature(block.hard))
+                    found.negative_cosine.append(cosine.gather(1, negatives).flatten())
+                    found.negative_tau.append(tau.gather(1, negatives).flatten())
             return Pairs(*map(torch.cat, found))
 
     def lacks_negatives(self, *views: Tensor) -> bool:
@@ -297,7 +300,7 @@ class ContrastiveLoss(nn.Module):
                 mean=distributed.mean_over_ranks if gather else torch.mean,
                 layout="queue" if self.queue is not None else self.layout,
                 anchors=torch.cat([block.anchors for block in own]).detach(),
-                hard_negatives=max(0 if block.hard is None else block.hard.columns.shape[1] for block in own),
+                hard_negatives=max(0 if block.hard is None else block.hard.shape[1] for block in own),
             )
             rows = slice(start, start + len(positive_cosine))
             sides.append(_Side(temperature, own, rows, batch))
@@ -356,11 +359,10 @@ class ContrastiveLoss(nn.Module):
         )
         if hard is None or block.hard is None:
             return of_engine(excluded=block.excluded)
-        added = _stats_of(block.hard.cosine, hard, want_cosine=self._counts_negatives)
-        excluded = torch.cat([block.excluded, block.hard.columns], dim=1)
-        if block.candidates is not None and excluded.shape[1] == len(block.candidates):  # nothing is left
+        added = _stats_of(block.hard, hard, want_cosine=self._counts_negatives)
+        if block.candidates is not None and block.own.copies == len(block.candidates):  # nothing is left
             return added
-        return _joined(of_engine(excluded=excluded), added)
+        return _joined(of_engine(excluded=block.own), added)
 
     def _with_mean_gradients(self, units: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The temperatures' parameters, their gradients averaged over ranks: nobody else may do it for a loss."""

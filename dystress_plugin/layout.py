@@ -5,20 +5,61 @@ Every layout takes (views, batch, dim) vectors of length 1, row i of each view s
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dystress_plugin import distributed, tracing
+from dystress_plugin import distributed
 
 
-class Hard(NamedTuple):
-    """Of the hard negatives that were given for an anchor, (rows, hard): cosines, with gradient, and columns."""
+class Excluded(NamedTuple):
+    """The candidates that are no negatives of an anchor: of anchor i those at start + i % batch + k images, k < copies.
 
-    cosine: Tensor
-    columns: Tensor
+    Numbers instead of a tensor, so that nothing has to be copied to a device, or read from one, to know where they are.
+
+    Attributes:
+        batch: anchors of a view.
+        images: candidates of a view.
+        start: where the candidates of the anchors' images begin within a view.
+        copies: in how many views of the candidates an anchor has one.
+        first: number of the first anchor, of those that are cut out of all.
+    """
+
+    batch: int
+    images: int
+    start: int
+    copies: int
+    first: int = 0
+
+    def rows(self, rows: slice) -> Excluded:
+        """Those of some of the anchors."""
+        return self._replace(first=self.first + rows.start)
+
+    def columns(self, rows: int, device: torch.device) -> Tensor:
+        """(rows, copies) int64, those of every one of so many anchors."""
+        own = self.start + (self.first + torch.arange(rows, device=device)) % self.batch
+        return own[:, None] + self.images * torch.arange(self.copies, device=device)
+
+    def fill_(self, tile: Tensor, value: float, *, row: int = 0, column: int = 0) -> Tensor:
+        """Puts `value` into the excluded entries of a tile that begins at that anchor and candidate; returns the tile.
+
+        They lie on diagonals, one for every view of the anchors and of the candidates.
+        """
+        row += self.first
+        height, width = tile.shape
+        for copy in range(self.copies):
+            for view in range(row // self.batch, -(-(row + height) // self.batch)):
+                right = self.start + copy * self.images - view * self.batch  # of an anchor's number is its candidate's
+                low = max(row, view * self.batch, column - right)
+                high = min(row + height, (view + 1) * self.batch, column + width - right)
+                if low < high:
+                    left = low + right - column
+                    tile[low - row : high - row, left : left + high - low].diagonal().fill_(value)
+        return tile
+
+
+NOTHING = Excluded(batch=1, images=0, start=0, copies=0)
 
 
 class Block(NamedTuple):
@@ -28,20 +69,26 @@ class Block(NamedTuple):
         anchors: (rows, dim) of length 1.
         positive_cosine: (rows, positives), with gradient.
         candidates: (columns, dim) of length 1; None where they are the anchors themselves.
-        excluded: (rows, any) int64 on the CPU, the columns that are not negatives of each row.
-        hard: where each row's own hard negatives are among its negatives; None without.
+        excluded: the columns that are not negatives of each row.
+        hard: (rows, hard), cosines of each row with its own hard negatives, with gradient; None without. Their columns
+            are further copies of the one that is excluded.
     """
 
     anchors: Tensor
     positive_cosine: Tensor
     candidates: Tensor | None
-    excluded: Tensor
-    hard: Hard | None = None
+    excluded: Excluded
+    hard: Tensor | None = None
 
     @property
     def num_negatives(self) -> int:
         """How many negatives each anchor has."""
-        return len(self.anchors if self.candidates is None else self.candidates) - self.excluded.shape[1]
+        return len(self.anchors if self.candidates is None else self.candidates) - self.excluded.copies
+
+    @property
+    def own(self) -> Excluded:
+        """The columns that are of each row's own: those that are excluded, and its hard negatives."""
+        return self.excluded if self.hard is None else self.excluded._replace(copies=1 + self.hard.shape[1])
 
 
 def views(units: Tensor, *, gather: bool) -> list[Block]:
@@ -56,18 +103,17 @@ def views(units: Tensor, *, gather: bool) -> list[Block]:
     others = [[frozenset((a, (a + shift) % number)) for a in range(number)] for shift in range(1, number)]
     positive_cosine = torch.stack([torch.cat([cosine[pair] for pair in pairs]) for pairs in others], dim=1)
     if not gather or distributed.world_size() == 1:
-        return [Block(anchors, positive_cosine, None, _same_image(units, batch, 0))]
+        return [Block(anchors, positive_cosine, None, Excluded(batch, batch, 0, number))]
     everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))  # (images, views, dim)
     candidates = everything.transpose(0, 1).flatten(0, 1)
-    return [Block(anchors, positive_cosine, candidates, _same_image(units, len(everything), start))]
+    return [Block(anchors, positive_cosine, candidates, Excluded(batch, len(everything), start, number))]
 
 
 def queue(units: Tensor, keys: Tensor) -> list[Block]:
     """View 0 holds the anchors, view 1 their positives, and the keys are the negatives: MoCo's layout."""
     anchors, positives = units
     positive_cosine = (anchors * positives).sum(dim=1, keepdim=True)
-    nothing = torch.empty(len(anchors), 0, dtype=torch.int64)
-    return [Block(anchors, positive_cosine, keys.to(anchors.dtype), nothing)]
+    return [Block(anchors, positive_cosine, keys.to(anchors.dtype), NOTHING)]
 
 
 def one_way(units: Tensor, *, gather: bool) -> list[Block]:
@@ -78,32 +124,15 @@ def one_way(units: Tensor, *, gather: bool) -> list[Block]:
     anchors, positives = units[0], units[1]
     others = units[1:].transpose(0, 1)  # (batch, sides, dim)
     everything, start = distributed.all_rows_with_gradient(others) if gather else (others, 0)
-    own = start + torch.arange(len(anchors))
     candidates = everything.transpose(0, 1).flatten(0, 1)
-    hard = None
-    if len(units) > 2:
-        columns = own[:, None] + len(everything) * torch.arange(1, len(units) - 1)
-        hard = Hard((anchors[:, None] * others[:, 1:]).sum(dim=2), columns)
-    return [Block(anchors, (anchors * positives).sum(dim=1, keepdim=True), candidates, own[:, None], hard)]
+    excluded = Excluded(len(anchors), len(everything), start, copies=1)
+    hard = (anchors[:, None] * others[:, 1:]).sum(dim=2) if len(units) > 2 else None
+    return [Block(anchors, (anchors * positives).sum(dim=1, keepdim=True), candidates, excluded, hard)]
 
 
 def both_ways(units: Tensor, *, gather: bool) -> list[Block]:
     """`one_way` from side 0 to side 1 and from side 1 to side 0: CLIP's layout. The way back has no hard negatives."""
     return one_way(units, gather=gather) + one_way(units[:2].flip(0), gather=gather)
-
-
-def _same_image(units: Tensor, images: int, start: int) -> Tensor:
-    """For every anchor, view by view, the candidates that show its image; of all `images` its own begin at `start`."""
-    number, batch, _ = units.shape
-    # What a compiler or a transform creates must not outlive it.
-    table = _same_image_table if tracing.eager(units) else _same_image_table.__wrapped__
-    return table(number, batch, images, start)
-
-
-@lru_cache(maxsize=8)
-def _same_image_table(number: int, batch: int, images: int, start: int) -> Tensor:
-    own = start + torch.arange(batch).repeat(number)
-    return own[:, None] + images * torch.arange(number)[None, :]
 
 
 LAYOUTS = {"views": views, "one_way": one_way, "both_ways": both_ways}

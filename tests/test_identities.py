@@ -9,6 +9,7 @@ from grid import CASES, EPOCH, KINDS, OBJECTIVES, Pair, assert_close, build, emb
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.embeddings import normalize
 from dystress_plugin.engine import ENGINES, RowStats
+from dystress_plugin.layout import NOTHING, Excluded
 from dystress_plugin.objectives import OBJECTIVES as DEFINITIONS
 from dystress_plugin.temperature import (
     Constant,
@@ -186,7 +187,7 @@ def by_rectangles(name, objective, rectangles, engine):
         parts.append((part.negative, part.negative_cosine))
     negative, negative_cosine = (torch.cat(column) for column in zip(*parts, strict=True))
     positive, number = torch.logsumexp(maps.positive.logit(everything), 1), rectangles[0][2].shape[0]
-    stats = RowStats(positive, negative, everything.mean(1), negative_cosine, number - rectangles[0][3].shape[1])
+    stats = RowStats(positive, negative, everything.mean(1), negative_cosine, number - rectangles[0][3].copies)
     definition = DEFINITIONS[objective]
     settings = dict(definition.parameters)
     return definition.row_loss(stats, **settings).mean() * (len(rectangles) if definition.sum_over_views else 1)
@@ -211,7 +212,7 @@ def test_views_among_themselves_equal_one_rectangle_per_view(name, objective, vi
     """The square of a batch with itself, of two views or of several, is a rectangle for each view's anchors."""
 
     def rectangles(units, _):
-        everything, excluded = torch.cat(units), torch.arange(7)[:, None] + 7 * torch.arange(views)
+        everything, excluded = torch.cat(units), Excluded(batch=7, images=7, start=0, copies=views)
         return [
             (
                 units[v],
@@ -231,7 +232,7 @@ def test_views_among_themselves_equal_one_rectangle_per_view(name, objective, vi
 def test_a_queue_equals_a_rectangle_over_the_same_keys(name, objective, engine):
     def rectangles(units, keys):
         positive = (units[0] * units[1]).sum(1, keepdim=True)
-        return [(units[0], positive, keys.double(), torch.empty(7, 0, dtype=torch.int64))]
+        return [(units[0], positive, keys.double(), NOTHING)]
 
     pair = Pair(name, objective, engine=engine, queue_size=(9, 4))
     assert_rectangles_equal(pair, embeddings(7, 4), rectangles, engine)

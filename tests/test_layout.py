@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dystress_plugin import ContrastiveLoss
+from dystress_plugin.layout import NOTHING, Excluded
 from dystress_plugin.temperature import Constant, DySTreSS, ModelAware
 
 SIDES = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -61,3 +62,31 @@ def test_pairs_shows_hard_negatives():
 def test_both_ways_with_hard_negatives_and_a_count_of_negatives_raises():
     with pytest.raises(ValueError, match="different numbers of negatives, which objective='sogclr' with Constant"):
         ContrastiveLoss(Constant(0.1), objective="sogclr", layout="both_ways")(*SIDES)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "excluded"),
+    [
+        (6, 6, Excluded(batch=3, images=3, start=0, copies=2)),
+        (6, 15, Excluded(batch=2, images=5, start=2, copies=3)),  # gathered, three views
+        (4, 14, Excluded(batch=4, images=7, start=3, copies=1)),  # a hard negative each
+        (3, 4, NOTHING),
+    ],
+)
+def test_every_tile_has_the_excluded_entries_of_the_whole(rows, columns, excluded):
+    whole = torch.zeros(rows, columns)
+    for i in range(rows):
+        for copy in range(excluded.copies):
+            whole[i, excluded.start + i % excluded.batch + copy * excluded.images] = 1
+    found = excluded.columns(rows, whole.device)
+    assert found.shape == (rows, excluded.copies)
+    assert torch.equal(torch.zeros_like(whole).scatter(1, found, 1), whole)
+    for row in range(rows):
+        for column in range(columns):
+            for height in range(1, rows - row + 1):
+                for width in (1, 2, columns - column):
+                    tile = torch.zeros(height, min(width, columns - column))
+                    expected = whole[row : row + height, column : column + tile.shape[1]]
+                    assert torch.equal(excluded.fill_(tile, 1, row=row, column=column), expected)
+                    cut = excluded.rows(slice(row, row + height)).fill_(torch.zeros_like(tile), 1, column=column)
+                    assert torch.equal(cut, expected)

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dystress_plugin import hardware
 from dystress_plugin.engine import blockwise, dense
+from dystress_plugin.layout import Excluded
 from dystress_plugin.rows import NegativeStats, RowStats
 from dystress_plugin.temperature.maps import LogitMap
 
 # Entries of the matrix up to which the dense engine is the faster one: measured on a CPU, where the two differ by a
-# tenth below and the blockwise engine wins ever more clearly above. Not measured on a GPU.
+# tenth below and the blockwise engine wins ever more clearly above.
 DENSE_ENTRIES = 2**16
+# Bytes of the matrix up to which it is taken elsewhere, or a share of the device's memory. Not measured: a GPU is idle
+# in small tiles, and has memory to spare.
+DENSE_BYTES = 64 * 2**20
+DENSE_SHARE = 100
+
+
+def dense_entries(like: Tensor) -> int:
+    """Entries of the matrix, in the dtype and on the device of `like`, up to which "auto" takes the dense engine."""
+    if like.device.type == "cpu":
+        return DENSE_ENTRIES
+    return max(DENSE_BYTES, hardware.memory(like.device) // DENSE_SHARE) // like.itemsize
 
 
 def auto(
-    anchors: Tensor, candidates: Tensor | None, excluded: Tensor, logit_map: LogitMap, *, want_cosine: bool
+    anchors: Tensor, candidates: Tensor | None, excluded: Excluded, logit_map: LogitMap, *, want_cosine: bool
 ) -> NegativeStats:
     """The faster of the two engines for this size, or the one that can."""
     entries = len(anchors) * len(anchors if candidates is None else candidates)
-    whole = entries <= DENSE_ENTRIES or (
+    whole = entries <= dense_entries(anchors) or (
         entries <= blockwise.WHOLE_ENTRIES and not blockwise.in_tiles(anchors, candidates, logit_map)
     )
     engine = dense if whole else blockwise

@@ -17,6 +17,7 @@ from torch import Tensor
 from dystress_plugin import tracing
 from dystress_plugin.engine import dense
 from dystress_plugin.engine.tiles import KEEP_BYTES, Passed, Plan, backward, entries_of_a_tile, forward
+from dystress_plugin.layout import Excluded
 from dystress_plugin.rows import NegativeStats
 from dystress_plugin.temperature.maps import LogitMap, PartsReader
 
@@ -32,7 +33,7 @@ Tensors: TypeAlias = Sequence["Tensor | None"]
 def negative_stats(
     anchors: Tensor,
     candidates: Tensor | None,
-    excluded: Tensor,
+    excluded: Excluded,
     logit_map: LogitMap,
     *,
     want_cosine: bool,
@@ -47,7 +48,7 @@ def negative_stats(
         anchors: (rows, dim), of length 1.
         candidates: (columns, dim), of length 1; None where they are the anchors themselves, each of which then
             excludes those that exclude it.
-        excluded: (rows, any) int64 on the CPU, the columns that are not negatives of each row.
+        excluded: the columns that are not negatives of each row.
         logit_map: a.
         want_cosine: whether to return the negatives' mean cosine as well.
         tile: rows of a tile, and columns unless there are fewer rows; None chooses for the device.
@@ -155,7 +156,7 @@ class _Gradient(torch.autograd.Function):
 
         with torch.enable_grad():
             given = _apart(ctx.saved_tensors)
-            return None, None, None, None, *_sum_over_rows(ctx.plan, of_rows)
+            return None, None, None, None, *_sum_over_rows(ctx.plan, given[2], of_rows)
 
 
 def _closed_form(
@@ -188,7 +189,7 @@ def _plain_gradient(plan: Plan, arriving: Tensors, inputs: Tensors) -> Tensors:
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         apart = _apart(inputs)
-        return _sum_over_rows(plan, lambda rows: _gradient_of_rows(plan, rows, arriving, apart, again=again))
+        return _sum_over_rows(plan, apart[0], lambda rows: _gradient_of_rows(plan, rows, arriving, apart, again=again))
 
 
 def _gradient_of_rows(plan: Plan, rows: slice, arriving: Tensors, inputs: Tensors, *, again: bool) -> Tensors:
@@ -201,7 +202,7 @@ def _gradient_of_rows(plan: Plan, rows: slice, arriving: Tensors, inputs: Tensor
     found = dense.negative_stats(
         anchors[rows],
         anchors if candidates is None else candidates,
-        plan.excluded[rows],
+        plan.excluded.rows(rows),
         logit_map.rows(rows),
         want_cosine=plan.want_cosine,
     )
@@ -225,8 +226,9 @@ def _apart(tensors: Tensors) -> Tensors:
     return [None if x is None else x.view_as(x) for x in tensors]
 
 
-def _sum_over_rows(plan: Plan, of_rows: Callable[[slice], Tensors]) -> Tensors:
-    step = max(1, entries_of_a_tile(plan.excluded.device) // plan.columns)
+def _sum_over_rows(plan: Plan, anchors: Tensor | None, of_rows: Callable[[slice], Tensors]) -> Tensors:
+    assert anchors is not None  # narrows the type
+    step = max(1, entries_of_a_tile(anchors.device) // plan.columns)
     sums = of_rows(slice(0, step))
     for start in range(step, plan.rows, step):
         found = of_rows(slice(start, start + step))

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dystress_plugin.engine.tiles import Passed, Plan, backward, forward
+from dystress_plugin.layout import Excluded
 from dystress_plugin.temperature.maps import PartsReader
 
 # The same for both passes: embeddings, pieces of the map, and the rest of a plan. Numbers come as a tensor, since a
 # compiler would make another graph for each of a schedule's.
 _GIVEN = (
-    "Tensor anchors, Tensor? candidates, Tensor excluded, str words, Tensor numbers, Tensor[] tensors, "
+    "Tensor anchors, Tensor? candidates, SymInt[] excluded, str words, Tensor numbers, Tensor[] tensors, "
     "SymInt row_tile, SymInt column_tile, bool want_cosine, int keep_bytes"
 )
 
@@ -25,7 +26,7 @@ def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[
     negative, cosine, *_ = _tiles(
         anchors,
         candidates,
-        plan.excluded,
+        list(plan.excluded),
         " ".join(parts.words),
         torch.stack([torch.zeros((), dtype=torch.float64) + x for x in parts.numbers]),
         [tensor.detach() for tensor in parts.tensors],
@@ -42,7 +43,7 @@ def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[
 def _plan(
     anchors: Tensor,
     candidates: Tensor | None,
-    excluded: Tensor,
+    excluded: list[int],
     words: str,
     numbers: Tensor,
     tensors: list[Tensor],
@@ -52,7 +53,7 @@ def _plan(
 ) -> Plan:
     logit_map = PartsReader(words.split(), numbers.tolist(), tensors).map()
     columns = len(anchors if candidates is None else candidates)
-    return Plan(len(anchors), columns, candidates is None, row_tile, column_tile, excluded, logit_map, *rest)
+    return Plan(len(anchors), columns, candidates is None, row_tile, column_tile, Excluded(*excluded), logit_map, *rest)
 
 
 @torch.library.custom_op(
@@ -106,9 +107,9 @@ def _(anchors: Tensor, candidates: Tensor | None, *given: Any) -> tuple[Tensor, 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     anchors, candidates, excluded, words, numbers, tensors, *sizes, _, _ = inputs
     _, _, *passed = output
-    ctx.words, ctx.sizes = words, sizes
+    ctx.excluded, ctx.words, ctx.sizes = excluded, words, sizes
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*passed, anchors, candidates, excluded, numbers, *tensors)
+    ctx.save_for_backward(*passed, anchors, candidates, numbers, *tensors)
 
 
 def _backward(ctx: Any, grad_negative: Tensor | None, grad_cosine: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -116,10 +117,10 @@ def _backward(ctx: Any, grad_negative: Tensor | None, grad_cosine: Tensor | None
         raise RuntimeError(
             "Compiled tiles have no second derivative: call the loss uncompiled, or build it with engine='dense'."
         )
-    *passed, anchors, candidates, excluded, numbers = ctx.saved_tensors[:7]
-    tensors = list(ctx.saved_tensors[7:])
+    *passed, anchors, candidates, numbers = ctx.saved_tensors[:6]
+    tensors = list(ctx.saved_tensors[6:])
     by_candidates = ctx.needs_input_grad[1]
-    given = anchors, candidates, excluded, ctx.words, numbers, tensors, *ctx.sizes
+    given = anchors, candidates, ctx.excluded, ctx.words, numbers, tensors, *ctx.sizes
     by_anchors, found = _tiles_backward(*given, *passed, grad_negative, grad_cosine, by_candidates)
     rest = [None] * (len(ctx.sizes) + 2)
     return by_anchors, found if by_candidates else None, None, None, None, [None] * len(tensors), *rest

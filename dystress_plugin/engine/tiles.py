@@ -9,12 +9,12 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dystress_plugin.layout import Excluded
 from dystress_plugin.temperature.maps import LogitMap, Times, Work
 
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
@@ -52,7 +52,7 @@ class Plan:
     symmetric: bool
     row_tile: int
     column_tile: int
-    excluded: Tensor
+    excluded: Excluded
     logit_map: LogitMap
     want_cosine: bool
     keep_bytes: int
@@ -61,7 +61,7 @@ class Plan:
     def make(
         anchors: Tensor,
         candidates: Tensor | None,
-        excluded: Tensor,
+        excluded: Excluded,
         logit_map: LogitMap,
         want_cosine: bool,
         tile: int | None,
@@ -78,16 +78,6 @@ class Plan:
         # Few anchors against a long queue get wide tiles; those of a symmetric matrix have to be square.
         column_tile = side if candidates is None or tile else side * side // row_tile
         return Plan(rows, columns, candidates is None, side, column_tile, excluded, logit_map, want_cosine, keep_bytes)
-
-    @cached_property
-    def spans(self) -> list[list[tuple[int, int]]]:
-        """For every row block and column of `excluded`, its least and largest entry; none for one column block."""
-        spans = []
-        if self.columns > self.column_tile:
-            for block in self.excluded.split(self.row_tile):
-                ends = torch.aminmax(block, dim=0) if block.numel() else ()
-                spans.append(list(zip(*(end.tolist() for end in ends), strict=True)))
-        return spans
 
     @property
     def shifted(self) -> bool:
@@ -128,7 +118,8 @@ class Plan:
             for c in range(0, self.columns, self.column_tile):
                 rows, columns = slice(r, r + self.row_tile), slice(c, c + self.column_tile)
                 logit = self.logit_map.rows(rows).logit(anchors[rows] @ others[columns].T)
-                maxima[rows] = torch.maximum(maxima[rows], self.fill(logit, rows, columns, -math.inf).amax(1))
+                self.excluded.fill_(logit, -math.inf, row=r, column=c)
+                maxima[rows] = torch.maximum(maxima[rows], logit.amax(1))
         return maxima
 
     def exponentials(
@@ -139,18 +130,8 @@ class Plan:
         out = work and work[0]
         if shift is not None:
             logit = torch.sub(logit, shift[rows, None], out=out)
-        return self.fill(torch.exp(logit, out=out), rows, columns, 0.0), multiply_by_slope
-
-    def fill(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
-        """The tile with `value` in its excluded entries."""
-        if not self.spans:
-            return tile.scatter_(1, self.excluded[rows].to(tile.device), value)
-        first, end = columns.start, columns.start + tile.shape[1]
-        if any(low < end and high >= first for low, high in self.spans[rows.start // self.row_tile]):
-            there = self.excluded[rows] - first
-            row, which = ((there >= 0) & (there < tile.shape[1])).nonzero(as_tuple=True)
-            tile[row.to(tile.device), there[row, which].to(tile.device)] = value
-        return tile
+        e = torch.exp(logit, out=out)
+        return self.excluded.fill_(e, 0.0, row=rows.start, column=columns.start), multiply_by_slope
 
 
 # What a thread keeps from one call to the next.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dystress_plugin import tracing
 from dystress_plugin.checks import check_at_least, check_between, check_positive
+from dystress_plugin.hardware import Glance
 from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
@@ -32,7 +33,8 @@ class ModelAware(Temperature):
 
     Warns:
         UserWarning: once, when the formula would fall below tau / 10, where it is held, in a batch that is learned
-            from. For A <= threshold - 1/alpha it would even be negative.
+            from. For A <= threshold - 1/alpha it would even be negative. On CUDA it comes some batches later, as no
+            step waits for the device, and on other accelerators not at all.
     """
 
     default_objective = "macl"
@@ -42,8 +44,9 @@ class ModelAware(Temperature):
         self.tau = check_positive("tau", tau)
         self.alpha = check_at_least("alpha", alpha, 0)
         self.threshold = check_between("threshold", threshold, -1, 1)  # it is compared with a mean cosine
-        # Most settings cannot reach the floor at all; then no step pays for looking, which on a GPU would wait.
+        # Most settings cannot reach the floor at all; then no step pays for looking.
         self._watch_floor = 1 + self.alpha * (-1 - self.threshold) < FLOOR
+        self._glance = Glance()
 
     def prepare(self, batch: Batch) -> LogitMaps:
         least = max(FLOOR, 1 + self.alpha * (-1 - self.threshold))
@@ -53,12 +56,12 @@ class ModelAware(Temperature):
     def update(self, stats: RowStats, batch: Batch) -> None:
         if not self._watch_floor or not tracing.eager(batch.positive_cosine):
             return
-        factor = self._factor(batch)
+        factor = self._glance.at(self._factor(batch))
         if factor < FLOOR:
             self._watch_floor = False
-            alignment = self.threshold + (factor.item() - 1) / self.alpha
+            alignment = self.threshold + (factor - 1) / self.alpha
             warnings.warn(
-                f"MACL's temperature tau*(1 + alpha*(A - threshold)) = {self.tau * factor.item():.4g} at alignment "
+                f"MACL's temperature tau*(1 + alpha*(A - threshold)) = {self.tau * factor:.4g} at alignment "
                 f"A={alignment:.3f} is below tau/10 and is held at {self.tau * FLOOR:.4g}; a smaller alpha "
                 f"(now {self.alpha}) or threshold (now {self.threshold}) avoids this.",
                 stacklevel=2,

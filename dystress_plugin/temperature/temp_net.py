@@ -114,14 +114,12 @@ class TempNet(Temperature):
     def begin(self, opposite: Tensor) -> None:
         if self._begun or tracing.transformed(self.prototypes):  # torch.func changes no parameter
             return
-        eager = tracing.eager(opposite)
-        if not (eager and self.begun):
-            (first,) = distributed.all_rows(opposite[:PROTOTYPES].detach())
-            first = first[:PROTOTYPES].to(self.prototypes.dtype)
-            start = torch.cat([first, self.prototypes[len(first) :]])
-            self.prototypes.copy_(torch.where(self.begun, self.prototypes, start))
-            self.begun.fill_(True)
-        self._begun = eager
+        (first,) = distributed.all_rows(opposite[:PROTOTYPES].detach())
+        first = first[:PROTOTYPES].to(self.prototypes.dtype)
+        start = torch.cat([first, self.prototypes[len(first) :]])
+        self.prototypes.copy_(torch.where(self.begun, self.prototypes, start))
+        self.begun.fill_(True)
+        self._begun = tracing.eager(opposite)
 
     def prepare(self, batch: Batch) -> LogitMaps:
         tau = self._tau(batch)

@@ -4,6 +4,7 @@ from grid import CASES, EPOCH, assert_close, build, embeddings, tolerance
 from oracle import naive_row_stats
 
 from dystress_plugin.engine import ENGINES
+from dystress_plugin.layout import NOTHING, Excluded
 from dystress_plugin.temperature.base import Batch
 
 dense = ENGINES["dense"]
@@ -22,16 +23,19 @@ def map_of(name, rows, side="negative"):
     return getattr(temperature.prepare(batch), side)
 
 
+def excluded_of(anchor, excluded):
+    return [excluded.start + anchor % excluded.batch + copy * excluded.images for copy in range(excluded.copies)]
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     ("rows", "columns", "excluded"),
-    [(4, 9, [[0, 3], [1, 2], [8, 0], [4, 5]]), (3, 2, [[0], [1], [1]]), (3, 5, [[], [], []]), (1, 2, [[1]])],
+    [(4, 9, Excluded(2, 4, 1, 2)), (3, 4, Excluded(3, 4, 1, 1)), (3, 5, NOTHING), (1, 2, Excluded(1, 2, 1, 1))],
 )
 def test_rows_equal_the_naive_double_loop(name, rows, columns, excluded):
     anchors, candidates = units(rows, 5), units(columns, 5, seed=1)
     map_ = map_of(name, rows)
-    out = torch.tensor(excluded, dtype=torch.int64).reshape(rows, -1)
-    found = dense(anchors, candidates, out, map_, want_cosine=True)
+    found = dense(anchors, candidates, excluded, map_, want_cosine=True)
     for i in range(rows):
         row_map = map_.rows(slice(i, i + 1))
 
@@ -39,7 +43,7 @@ def test_rows_equal_the_naive_double_loop(name, rows, columns, excluded):
             return row_map.logit(torch.tensor([[s]], dtype=torch.float64)).item()
 
         _, negative, _, negative_cosine = naive_row_stats(
-            anchors[i : i + 1].tolist(), candidates.tolist(), [[0]], [excluded[i]], logit
+            anchors[i : i + 1].tolist(), candidates.tolist(), [[0]], [excluded_of(i, excluded)], logit
         )[0]
         assert_close(found.negative[i], negative, tolerance(name))
         assert_close(found.negative_cosine[i], negative_cosine, tolerance(name))
@@ -55,12 +59,12 @@ def test_naive_double_loop_tells_positives_from_negatives():
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_softmax_weights_times_slopes_and_plain_softmax_weights(engine, name):
     anchors, candidates = units(4, 3).requires_grad_(), units(6, 3, seed=1).requires_grad_()
-    excluded = torch.tensor([[0], [3], [3], [5]])
+    excluded = Excluded(batch=2, images=6, start=3, copies=1)
     map_ = map_of(name, 4)
     found = ENGINES[engine](anchors, candidates, excluded, map_, want_cosine=True)
 
     cosine = (anchors @ candidates.T).detach()
-    weight = torch.softmax(map_.logit(cosine).scatter(1, excluded, -torch.inf), 1)
+    weight = torch.softmax(map_.logit(cosine).scatter(1, torch.tensor([[3], [4], [3], [4]]), -torch.inf), 1)
     for statistic, coefficient in ((found.negative, weight * map_.slope(cosine)), (found.negative_cosine, weight)):
         by_anchors, by_candidates = torch.autograd.grad(statistic.sum(), (anchors, candidates), retain_graph=True)
         assert_close(by_anchors, coefficient @ candidates.detach(), tolerance(name))
@@ -69,6 +73,6 @@ def test_gradients_are_softmax_weights_times_slopes_and_plain_softmax_weights(en
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_mean_cosine_is_left_out_unless_wanted(engine):
-    arguments = units(2, 3), units(4, 3), torch.tensor([[0], [1]]), map_of("constant", 2)
+    arguments = units(2, 3), units(4, 3), Excluded(2, 4, 0, 1), map_of("constant", 2)
     assert ENGINES[engine](*arguments, want_cosine=False).negative_cosine is None
     assert ENGINES[engine](*arguments, want_cosine=True).negative_cosine.shape == (2,)

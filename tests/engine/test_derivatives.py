@@ -10,6 +10,7 @@ from torch.autograd import forward_ad, functional
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.embeddings import normalize
 from dystress_plugin.engine import ENGINES, blockwise, tiles
+from dystress_plugin.layout import Excluded
 
 DIM, IMAGES = 4, 9
 LAYOUTS = {
@@ -73,7 +74,7 @@ def test_gradgradcheck(name, rectangle, keep_bytes, few_rows_at_a_time):
     """By the embeddings, by the parameter, and by what arrives from above, against differences of numbers."""
     temperature = build(name).double()
     anchors = torch.stack(embeddings(3, 2)).flatten(0, 1)
-    excluded = torch.arange(6).view(2, 3).T.repeat(2, 1)
+    excluded = Excluded(batch=3, images=3, start=0, copies=2)
 
     def statistics(anchors, candidates, *_):
         map_ = temperature.prepare(None if name != "learnable" else _Cosines(anchors)).negative

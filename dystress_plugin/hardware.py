@@ -1,0 +1,44 @@
+"""What depends on the device: how much memory it has, and what the host may know of it without a wait."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where operations keep the dtypes that they are given."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that a CUDA device has in all, so that every step and every rank finds the same; 0 for others."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+class Glance:
+    """Looks at a number without waiting for the device: on CUDA at what an earlier step has sent, else NaN."""
+
+    def __init__(self) -> None:
+        self._sent: Tensor | None = None
+
+    def __reduce__(self) -> Any:
+        return Glance, ()  # pinned memory is not copied as such
+
+    def at(self, number: Tensor) -> float:
+        """The number, or of an earlier call's what has arrived by now; NaN where nothing has, or none can be sent."""
+        if number.device.type == "cpu":
+            return number.item()
+        if number.device.type != "cuda":
+            return math.nan
+        if self._sent is None:
+            self._sent = torch.full((), math.nan, dtype=number.dtype, pin_memory=True)
+        arrived = self._sent.item()
+        self._sent.copy_(number, non_blocking=True)
+        return arrived
