@@ -13,6 +13,7 @@ import torch
 
 from dystress_plugin import ContrastiveLoss, temperature
 
+DEVICE = torch.device("cpu")  # before any test is imported, --device sets another
 EPOCH = 37.5
 SAMPLES = 50
 OBJECTIVES = ("ntxent", "macl", "sogclr", "gcl", "dcl", "dclw")
@@ -157,8 +158,8 @@ def _built(name: str) -> temperature.Temperature:
 
 
 def build(name: str) -> temperature.Temperature:
-    """A fresh temperature; a copy, since DySTreSS looks for its monotone limit when it is built."""
-    return copy.deepcopy(_built(name))
+    """A fresh temperature on the device; a copy, since DySTreSS looks for its monotone limit when it is built."""
+    return copy.deepcopy(_built(name)).to(DEVICE)
 
 
 def tolerance(name: str) -> float:
@@ -169,7 +170,8 @@ def embeddings(images: int, dim: int, *, views: int = 2, seed: int = 0) -> list[
     """Views that share a direction, so that positives are more similar than negatives."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(images, dim, generator=generator, dtype=torch.float64)
-    return [shared + 0.7 * torch.randn(images, dim, generator=generator, dtype=torch.float64) for _ in range(views)]
+    noise = [torch.randn(images, dim, generator=generator, dtype=torch.float64) for _ in range(views)]
+    return [(shared + 0.7 * own).to(DEVICE) for own in noise]
 
 
 def trained_on(views: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -178,7 +180,7 @@ def trained_on(views: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def indices(images: int, seed: int = 0) -> torch.Tensor:
-    return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:images]
+    return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:images].to(DEVICE)
 
 
 def kept(loss: ContrastiveLoss) -> list[torch.nn.Module]:
@@ -204,7 +206,7 @@ class Pair:
         self.loss = ContrastiveLoss(
             build(name), objective=objective, queue_size=queue_size, layout=layout, engine=engine, **settings
         )
-        self.loss.double()
+        self.loss.to(DEVICE).double()
         self.name, self.case, self.objective, self.settings = name, case, objective, settings
         self.tables = oracle.Tables(*(case.tables() for _ in kept(self.loss))) if case.tables else None
         for table in self.tables.tables if self.tables and layout == "both_ways" else ():
@@ -257,7 +259,7 @@ def assert_close(actual, expected, tolerance: float, *, terms: float = 0.0) -> N
 
     `terms` is the size of what the entries are a difference of, where they may cancel.
     """
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (actual, expected))
     assert actual.shape == expected.shape
     error, largest = (actual - expected).abs().max().item(), max(terms, expected.abs().max().item())
     assert error <= tolerance * largest, f"off by {error:.3g} of {largest:.3g}"

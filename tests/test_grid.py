@@ -7,6 +7,7 @@ import pytest
 import torch
 from grid import (
     CASES,
+    DEVICE,
     KINDS,
     OBJECTIVES,
     SAMPLES,
@@ -99,7 +100,7 @@ BEYOND = {"two-views": 131, "three-views": 89, "queue": 5987, "one-way": 257, "b
 def test_every_engine_equals_the_dense_one_on_a_batch_beyond_the_double_loop(name, objective, layout, engine):
     expected, found = (pair_of(name, objective, layout, e) for e in ("dense", engine))
     views = embeddings(BEYOND[layout], DIM, views=3 if layout == "three-views" else 2)
-    index = torch.arange(BEYOND[layout]) % SAMPLES
+    index = torch.arange(BEYOND[layout], device=DEVICE) % SAMPLES
     (value, gradients), (own_value, own_gradients) = (pair.package(views, index) for pair in (expected, found))
     assert_close(own_value, value, tolerance(name), terms=1.0)
     assert_close(torch.stack(own_gradients), torch.stack(gradients), tolerance(name))

@@ -4,7 +4,20 @@ import math
 
 import pytest
 import torch
-from grid import CASES, EPOCH, KINDS, OBJECTIVES, Pair, assert_close, build, embeddings, indices, kept, tolerance
+from grid import (
+    CASES,
+    DEVICE,
+    EPOCH,
+    KINDS,
+    OBJECTIVES,
+    Pair,
+    assert_close,
+    build,
+    embeddings,
+    indices,
+    kept,
+    tolerance,
+)
 
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.embeddings import normalize
@@ -33,7 +46,7 @@ def result(temperature, objective="ntxent", *, epoch=EPOCH, views=None, layout="
     """(value, gradients), of a batch of 7; every queue begins with the same keys."""
     torch.manual_seed(0)
     where = {"queue_size": (9, 4)} if layout == "queue" else {"layout": layout}
-    loss = ContrastiveLoss(temperature, objective=objective, **where, **settings)
+    loss = ContrastiveLoss(temperature, objective=objective, **where, **settings).to(DEVICE)
     leaves = [view.requires_grad_() for view in views or embeddings(7, 4)]
     value = loss(*leaves, index=indices(7), epoch=epoch)
     return value.detach(), torch.stack(torch.autograd.grad(value, leaves))
@@ -104,7 +117,7 @@ def test_tables_after_a_warm_up_are_those_of_the_temperature_itself(name):
 
 @every_objective
 def test_temperature_free_is_not_any_constant_but_tends_to_a_half_near_orthogonality(objective):
-    z0 = torch.eye(8, dtype=torch.float64) + 1e-5
+    z0 = torch.eye(8, dtype=torch.float64, device=DEVICE) + 1e-5
     views = [z0[:4] + 1e-6 * z0[4:], z0[4:] + 1e-6 * z0[:4]]
     found, half = (result_of(t, objective, views) for t in (TemperatureFree(), Constant(0.5)))
     assert_same(found, half, 1e-8)
@@ -245,7 +258,7 @@ def test_a_queue_of_the_other_sides_rows_is_one_way(name, objective):
     views, value = [view.float() for view in embeddings(7, 4)], 0.0  # as exact as a queue keeps its keys
     views = [normalize(view).double() for view in views]
     for i in range(7):
-        loss = ContrastiveLoss(build(name), objective=objective, queue_size=(6, 4)).eval().double()
+        loss = ContrastiveLoss(build(name), objective=objective, queue_size=(6, 4)).to(DEVICE).eval().double()
         loss.queue.keys.copy_(torch.cat([views[1][:i], views[1][i + 1 :]]))
         value += loss(views[0][i : i + 1], views[1][i : i + 1], index=indices(7)[i : i + 1], epoch=EPOCH) / 7
     one_way = ContrastiveLoss(build(name), objective=objective, layout="one_way").eval().double()
@@ -281,7 +294,7 @@ def test_both_ways_is_the_mean_of_both_one_ways(name, objective):
 def test_order_of_images_does_not_matter(name, objective, layout):
     where = {"queue_size": (9, 4)} if layout == "queue" else {"layout": layout}
     order, results = indices(7).argsort(), []
-    for rows in (torch.arange(7), order):
+    for rows in (torch.arange(7, device=DEVICE), order):
         torch.manual_seed(0)
         pair = Pair(name, objective, **where).with_history()
         value, gradients = pair.package([view[rows] for view in embeddings(7, 4)], indices(7)[rows])
@@ -306,7 +319,7 @@ def by_hand(objective, views, tau):
     z = torch.cat([normalize(view) for view in views])
     logit = z @ z.T / tau
     images = len(views[0])
-    own = torch.arange(2 * images)
+    own = torch.arange(2 * images, device=DEVICE)
     positive = logit[own, own.roll(images)]
     negative = logit.masked_fill((own[:, None] - own) % images == 0, -math.inf)
     mean = (torch.softmax(negative, 1) * logit).sum(1)
@@ -324,7 +337,7 @@ def by_hand(objective, views, tau):
 @pytest.mark.parametrize("objective", ["ntxent", "macl", "dcl", "dclw"])
 @pytest.mark.parametrize("tau", [0.05, 0.3])
 def test_gradient_of_a_learned_temperature_is_minus_the_softmax_means_of_the_logits(objective, tau, engine):
-    loss = ContrastiveLoss(Learnable(tau), objective=objective, engine=engine).double()
+    loss = ContrastiveLoss(Learnable(tau), objective=objective, engine=engine).to(DEVICE).double()
     views = embeddings(9, 5)
     (found,) = torch.autograd.grad(loss(*views), loss.parameters())
     assert_close(found, by_hand(objective, views, math.exp(loss.temperature.log_tau.item())), 1e-12, terms=1.0)
@@ -335,10 +348,10 @@ def test_gradient_of_a_learned_temperature_is_minus_the_softmax_means_of_the_log
 @pytest.mark.parametrize("objective", ["ntxent", "dcl", "dclw"])  # MACL's value is not what its gradient belongs to
 @pytest.mark.parametrize("warm", [False, True])
 def test_gradient_of_a_learned_temperature_is_the_numerical_derivative(objective, layout, engine, warm):
-    temperature = Learnable(0.2).double()
+    temperature = Learnable(0.2).to(DEVICE).double()
     where = {"queue_size": (9, 5)} if layout == "queue" else {"layout": layout}
     wrapped = WarmUp(temperature, tau=0.5, epochs=2 * EPOCH) if warm else temperature
-    loss = ContrastiveLoss(wrapped, objective=objective, engine=engine, **where).eval()
+    loss = ContrastiveLoss(wrapped, objective=objective, engine=engine, **where).to(DEVICE).eval()
     views, step = embeddings(9, 5), 1e-5
     (found,) = torch.autograd.grad(loss(*views, epoch=EPOCH), temperature.log_tau)
     ends = []

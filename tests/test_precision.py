@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from grid import EPOCH, OBJECTIVES, SAMPLES
+from grid import DEVICE, EPOCH, OBJECTIVES, SAMPLES
 
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.temperature import (
@@ -49,7 +49,7 @@ SMOOTH = [name for name in TEMPERATURES if name != "tempfree"]  # whose slopes d
 def plain(dtype):
     z = torch.randn(2, IMAGES, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z[1] = z[0] + 0.5 * z[1]
-    return z.to(dtype)
+    return z.to(DEVICE, dtype)
 
 
 def duplicates(dtype):
@@ -70,7 +70,7 @@ def zeros_among_them(dtype):
 
 
 def zeros(dtype):
-    return torch.zeros(2, IMAGES, DIM, dtype=dtype)
+    return torch.zeros(2, IMAGES, DIM, dtype=dtype, device=DEVICE)
 
 
 def opposite(dtype):
@@ -84,7 +84,7 @@ def all_opposite(dtype):
 
 
 def orthogonal(dtype):
-    return torch.eye(2 * IMAGES).view(2, IMAGES, -1).to(dtype)
+    return torch.eye(2 * IMAGES, dtype=dtype, device=DEVICE).view(2, IMAGES, -1)
 
 
 def almost_the_same(dtype):
@@ -108,7 +108,8 @@ def of_all_lengths(dtype):
     z /= z.abs().amax(2, keepdim=True)
     low = {torch.float16: -13, torch.bfloat16: -99, torch.float32: -99, torch.float64: -990}[dtype]
     high = {torch.float16: 14, torch.bfloat16: 126, torch.float32: 126, torch.float64: 1022}[dtype]
-    z *= 2.0 ** torch.linspace(low, high, 2 * IMAGES, dtype=torch.float64).round().view(2, IMAGES, 1)
+    powers = torch.linspace(low, high, 2 * IMAGES, dtype=torch.float64).round().view(2, IMAGES, 1)
+    z *= (2.0**powers).to(DEVICE)
     z = z.to(dtype)
     z[0, 3] *= 0
     z[0, 3, 0] = torch.finfo(dtype).smallest_normal / 8
@@ -137,8 +138,8 @@ INPUTS = {
 def step(name, objective, engine, z):
     """Value and gradient, with tables that a batch in float64 has left."""
     loss = ContrastiveLoss(TEMPERATURES[name](), objective=objective, engine=engine)
-    loss.temperature.double()
-    index = torch.arange(IMAGES)
+    loss.to(DEVICE).temperature.double()
+    index = torch.arange(IMAGES, device=DEVICE)
     if loss.temperature.needs_index:
         loss(*plain(torch.float64), index=index, epoch=EPOCH)
     z = z.detach().requires_grad_()
@@ -225,7 +226,7 @@ AUTOCAST = [torch.bfloat16, torch.float16] if hasattr(torch.amp, "GradScaler") e
 
 def network():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(DIM, 16), torch.nn.ReLU(), torch.nn.Linear(16, DIM))
+    return torch.nn.Sequential(torch.nn.Linear(DIM, 16), torch.nn.ReLU(), torch.nn.Linear(16, DIM)).to(DEVICE)
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="this release of torch scales on CUDA only")
@@ -234,13 +235,13 @@ def test_a_scaled_step_is_the_step(name):
     """The scale is a power of two: scaling and unscaling are exact."""
     results = []
     for scale in (1.0, 2.0**16):
-        model, loss = network(), ContrastiveLoss(TEMPERATURES[name]())
+        model, loss = network(), ContrastiveLoss(TEMPERATURES[name]()).to(DEVICE)
         parameters = [*model.parameters(), *loss.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.01)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
         for seed in range(3):
             z = plain(torch.float32) * 2.0**seed
-            value = loss(*[model(view) for view in z], index=torch.arange(IMAGES), epoch=EPOCH)
+            value = loss(*[model(view) for view in z], index=torch.arange(IMAGES, device=DEVICE), epoch=EPOCH)
             scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -255,7 +256,7 @@ def test_a_scaled_step_is_the_step(name):
 def test_an_overflow_of_half_precision_is_left_to_the_scaler_and_changes_no_weight():
     z = (plain(torch.float32) * 1e-3).requires_grad_()
     optimizer = torch.optim.SGD([z], lr=1e-9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
     before, skipped = z.detach().clone(), 0
     for _ in range(30):
         optimizer.zero_grad()
@@ -274,10 +275,10 @@ def test_an_overflow_of_half_precision_is_left_to_the_scaler_and_changes_no_weig
 @pytest.mark.parametrize("dtype", AUTOCAST)
 @pytest.mark.parametrize("name", TEMPERATURES)
 def test_a_network_trains_under_autocast(name, dtype):
-    model, loss = network(), ContrastiveLoss(TEMPERATURES[name]())
-    with torch.autocast("cpu", dtype):
+    model, loss = network(), ContrastiveLoss(TEMPERATURES[name]()).to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype):
         z = [model(view) for view in plain(torch.float32)]
-        value = loss(*z, index=torch.arange(IMAGES), epoch=EPOCH)
+        value = loss(*z, index=torch.arange(IMAGES, device=DEVICE), epoch=EPOCH)
     assert z[0].dtype == dtype
     assert value.dtype == torch.float32
     value.backward()

@@ -3,6 +3,7 @@ import threading
 
 import pytest
 import torch
+from grid import DEVICE
 
 from dystress_plugin import ContrastiveLoss, temperature
 from dystress_plugin.engine import blockwise, dense
@@ -19,15 +20,15 @@ TEMPERATURES = {
 }
 
 
-def views(images, dim=16, dtype=torch.float32, seed=0):
+def views(images, dim=16, dtype=torch.float32, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(2, images, dim, dtype=torch.float64, generator=generator)
     z[1] = z[0] + 0.5 * z[1]
-    return z.to(dtype).requires_grad_()
+    return z.to(device, dtype).requires_grad_()
 
 
 def value_and_gradient(loss, z):
-    index = torch.arange(z.shape[1])
+    index = torch.arange(z.shape[1], device=z.device)
     value = loss(*z, index=index, epoch=0.0)
     return value.detach().double(), torch.autograd.grad(value, z)[0].double()
 
@@ -37,7 +38,7 @@ def losses(name, objective, layout):
         engine: ContrastiveLoss(TEMPERATURES[name](), objective=objective, layout=layout, engine=engine)
         for engine in ("dense", "blockwise")
     }
-    return build["dense"].eval(), build["blockwise"].eval()
+    return build["dense"].to(DEVICE).eval(), build["blockwise"].to(DEVICE).eval()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,13 +58,13 @@ def test_float32_error_is_at_most_that_of_the_dense_engine_and_some_rounding(nam
 @pytest.mark.parametrize("name", sorted(TEMPERATURES.keys() - {"dystress"}))
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
 def test_gradcheck(name, keep_bytes):
-    temperature_ = TEMPERATURES[name]()
+    temperature_ = TEMPERATURES[name]().to(DEVICE)
     z = views(7, 3, torch.float64)
 
     def statistics(z):
         units = torch.nn.functional.normalize(z, dim=2)
         (block,) = LAYOUTS["views"](units, gather=False)
-        batch = Batch(block.positive_cosine.detach(), torch.arange(7).repeat(2), 0.0, 2, torch.mean)
+        batch = Batch(block.positive_cosine.detach(), torch.arange(7, device=DEVICE).repeat(2), 0.0, 2, torch.mean)
         map_ = temperature_.prepare(batch).negative
         return tuple(
             blockwise.negative_stats(
@@ -75,8 +76,8 @@ def test_gradcheck(name, keep_bytes):
 
 
 def saved_bytes(images, keep_bytes):
-    """What autograd holds between forward and backward pass."""
-    units = torch.nn.functional.normalize(views(images), dim=2)
+    """What autograd holds between forward and backward pass; on a CPU, as the size of a tile is the device's."""
+    units = torch.nn.functional.normalize(views(images, device="cpu"), dim=2)
     (block,) = LAYOUTS["views"](units, gather=False)
     map_ = temperature.DySTreSS()._map(0.1, 0.2, None)
     saved = []
@@ -100,7 +101,7 @@ def test_tiles_are_kept_where_all_fit_into_the_budget():
 
 
 def test_tiles_are_kept_in_the_memory_of_the_last_call_once_that_is_free():
-    loss, z = ContrastiveLoss("dystress", engine="blockwise"), views(1024)
+    loss, z = ContrastiveLoss("dystress", engine="blockwise"), views(1024, device="cpu")
 
     def kept():
         """Where the tiles of a forward pass are, and its value."""
@@ -164,7 +165,7 @@ def test_tiles_and_what_is_kept_of_them_change_nothing(tile, keep_bytes):
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_compiled_step_is_the_step():
-    model, loss = torch.nn.Linear(16, 8), ContrastiveLoss("dystress", engine="blockwise")
+    model, loss = torch.nn.Linear(16, 8).to(DEVICE), ContrastiveLoss("dystress", engine="blockwise")
     z = views(150)
 
     def step(a, b):

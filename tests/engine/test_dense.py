@@ -1,6 +1,6 @@
 import pytest
 import torch
-from grid import CASES, EPOCH, assert_close, build, embeddings, tolerance
+from grid import CASES, DEVICE, EPOCH, assert_close, build, embeddings, tolerance
 from oracle import naive_row_stats
 
 from dystress_plugin.engine import ENGINES
@@ -15,8 +15,8 @@ def units(rows, dim, seed=0):
 
 
 def map_of(name, rows, side="negative"):
-    index = torch.arange(rows) if CASES[name].maps is None else None
-    batch = Batch(torch.full((rows, 1), 0.7, dtype=torch.float64), index, EPOCH, 1, torch.mean)
+    index = torch.arange(rows, device=DEVICE) if CASES[name].maps is None else None
+    batch = Batch(torch.full((rows, 1), 0.7, dtype=torch.float64, device=DEVICE), index, EPOCH, 1, torch.mean)
     temperature = build(name)
     if index is not None:
         temperature.tau[:rows] = torch.linspace(0.06, 0.5, rows)
@@ -40,7 +40,7 @@ def test_rows_equal_the_naive_double_loop(name, rows, columns, excluded):
         row_map = map_.rows(slice(i, i + 1))
 
         def logit(s, row_map=row_map):
-            return row_map.logit(torch.tensor([[s]], dtype=torch.float64)).item()
+            return row_map.logit(torch.tensor([[s]], dtype=torch.float64, device=DEVICE)).item()
 
         _, negative, _, negative_cosine = naive_row_stats(
             anchors[i : i + 1].tolist(), candidates.tolist(), [[0]], [excluded_of(i, excluded)], logit
