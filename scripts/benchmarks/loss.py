@@ -3,14 +3,17 @@
 
     python scripts/benchmarks/loss.py --out results/loss-cpu                    # the README's table; about 10 minutes
     python scripts/benchmarks/loss.py --device cuda --batches 256 1024 4096 16384 65536 --out results/loss-cuda
+    python scripts/benchmarks/loss.py --layout both_ways --out results/loss-sides-cpu       # beside open_clip's, Inf-CL
     python scripts/benchmarks/loss.py --batches 65536 --only ours --repeats 0    # one huge batch, one step
 
 Ours has DySTreSS' temperature per pair, the others a fixed one, except "dense PyTorch", which is a plain matrix with
 the same per-pair temperature. They run in turn in one process, so that the machine's ups and downs meet all of them;
-quoted are medians, as times and as multiples of ours. The first of the dims and of the dtypes meet all batches, the
-others each other's first at 256 and 1024 images. "floor" is the time of the two full products of matrices that no
-exact algorithm avoids, tile by tile at the speed measured in the same run. Peak memory is that of one call above its
-inputs, in a process of its own. Writes OUT.csv and OUT.png and prints a Markdown table.
+quoted are medians, as times (a GPU's by its own events) and as multiples of ours. The first of the dims and of the
+dtypes meet all batches, the others each other's first at 256 and 1024 images, dtypes on a GPU all. "autocast" is
+embeddings in bfloat16 under bfloat16 autocast, as networks give them there. "floor" is the time of the two full
+products of matrices that no exact algorithm avoids, tile by tile at the speed measured in the same run. Peak memory is
+that of one call above its inputs, on a CPU in a process of its own. Writes OUT.csv and OUT.png and prints a Markdown
+table.
 """
 
 from __future__ import annotations
@@ -27,18 +30,23 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dystress_plugin import ContrastiveLoss
+from dystress_plugin.engine import ENGINES
+from dystress_plugin.temperature import DySTreSS
 
 Call = Callable[[Tensor, Tensor], Tensor]
 # Images up to which an implementation is tried on a CPU: it holds the matrix several times over; metric-learning also
 # lists every positive with every negative, 4 s and 2 GiB for 256.
 CPU_LIMIT = {"ours": 10**9, "metric-learning": 64}
 CPU_LIMIT_OTHERS = 4096
+COMPILED = "torch.compile"
 
 
 def dense_pytorch(z0: Tensor, z1: Tensor) -> Tensor:
@@ -51,8 +59,18 @@ def dense_pytorch(z0: Tensor, z1: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, target)
 
 
-def contenders(only: list[str] | None) -> dict[str, Call]:
+def dense_pytorch_both_ways(z0: Tensor, z1: Tensor) -> Tensor:
+    s = nn.functional.normalize(z0.float(), dim=1) @ nn.functional.normalize(z1.float(), dim=1).T
+    logits = s / (0.15 - 0.05 * torch.cos(torch.pi * s.detach()))
+    target = torch.arange(len(s), device=s.device)
+    return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def contenders(layout: str, only: list[str] | None) -> dict[str, Call]:
     """Every implementation that is installed, by name."""
+
+    def ours(engine: str = "auto") -> Call:
+        return ContrastiveLoss(DySTreSS(), layout=layout, engine=engine)
 
     def lightly() -> Call:
         return importlib.import_module("lightly.loss").NTXentLoss(temperature=0.15)
@@ -67,13 +85,26 @@ def contenders(only: list[str] | None) -> dict[str, Call]:
         loss = importlib.import_module("pytorch_metric_learning.losses").NTXentLoss(temperature=0.15)
         return lambda z0, z1: loss(torch.cat([z0, z1]), torch.arange(len(z0), device=z0.device).repeat(2))
 
+    def open_clip() -> Call:
+        loss, unit = importlib.import_module("open_clip.loss").ClipLoss(), partial(nn.functional.normalize, dim=1)
+        return lambda z0, z1: loss(unit(z0), unit(z1), 1 / 0.15)
+
+    def inf_cl() -> Call:
+        loss, unit = importlib.import_module("inf_cl").cal_inf_loss, partial(nn.functional.normalize, dim=1)
+        return lambda z0, z1: loss(unit(z0), unit(z1), scale=torch.full((), 1 / 0.15, device=z0.device))
+
+    plain = dense_pytorch if layout == "views" else dense_pytorch_both_ways
+    others: dict[str, Callable[[], Call]] = {"lightly": lightly, "solo-learn": solo_learn}
+    if layout == "both_ways":
+        others = {"open_clip": open_clip, "Inf-CL": inf_cl}
     builders: dict[str, Callable[[], Call]] = {
-        "ours": lambda: ContrastiveLoss("dystress"),
-        "ours, dense": lambda: ContrastiveLoss("dystress", engine="dense"),
-        "dense PyTorch": lambda: dense_pytorch,
-        "lightly": lightly,
-        "solo-learn": solo_learn,
-        "metric-learning": metric_learning,
+        "ours": ours,
+        **{f"ours, {engine}": partial(ours, engine) for engine in ENGINES if engine != "auto"},
+        f"ours, {COMPILED}": lambda: torch.compile(ours(), dynamic=False),  # type: ignore[dict-item]
+        "dense PyTorch": lambda: plain,
+        f"dense PyTorch, {COMPILED}": lambda: torch.compile(plain, dynamic=False),
+        **others,
+        **({"metric-learning": metric_learning} if layout == "views" else {}),
     }
     found = {}
     for name, build in builders.items():
@@ -88,69 +119,94 @@ def contenders(only: list[str] | None) -> dict[str, Call]:
 
 def inputs(batch: int, dim: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
+    dtype = "bfloat16" if dtype == "autocast" else dtype
     z = torch.randn(2, batch, dim, generator=generator).to(device, getattr(torch, dtype))
     return z[0].clone().requires_grad_(), z[1].clone().requires_grad_()
 
 
-def step(loss: Call, z: tuple[Tensor, Tensor]) -> None:
+def step(loss: Call, z: tuple[Tensor, Tensor], dtype: str) -> None:
     for view in z:
         view.grad = None
-    loss(*z).backward()
+    with torch.autocast(z[0].device.type, torch.bfloat16) if dtype == "autocast" else nullcontext():
+        value = loss(*z)
+    value.backward()
 
 
-def floor(z: tuple[Tensor, Tensor]) -> None:
-    """Two full products Z Z^T, by tiles that are thrown away."""
-    rows = torch.cat(z).detach().float()
+def floor(z: tuple[Tensor, Tensor], layout: str) -> None:
+    """Two full products, by tiles that are thrown away: Z Z^T, or Z_0 Z_1^T."""
+    rows, columns = (view.detach().float() for view in z)
+    if layout == "views":
+        rows = columns = torch.cat([rows, columns])
     side = 512 if rows.device.type == "cpu" else 4096
     for _ in range(2):
         for r in rows.split(side):
-            for c in rows.split(side):
+            for c in columns.split(side):
                 torch.mm(r, c.T)
 
 
 def seconds(call: Callable[[], None], device: str) -> float:
     if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
     started = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def time_all(losses: dict[str, Call], z: tuple[Tensor, Tensor], device: str, repeats: int | None) -> dict[str, float]:
-    calls: dict[str, Callable[[], None]] = {
-        name: (lambda loss=loss: step(loss, z))
-        for name, loss in losses.items()  # type: ignore[misc]
-    }
-    calls["floor"] = lambda: floor(z)
+def time_all(calls: dict[str, Callable[[], None]], device: str, repeats: int | None, budget: float) -> dict[str, float]:
+    """Median seconds of each; as many repeats as fit in `budget` seconds unless told."""
+    for call in calls.values():
+        call()
     once = sum(seconds(call, device) for call in calls.values())
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats or max(7, min(100, int(6 / once)))):
+    for _ in range(repeats or max(3 if device == "cuda" else 7, min(100, int(budget / once)))):
         for name, call in calls.items():
             taken[name].append(seconds(call, device))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def alone(name: str, batch: int, dim: int, dtype: str, device: str) -> dict[str, float] | None:
+def alone(name: str, layout: str, batch: int, dim: int, dtype: str) -> dict[str, float] | None:
     """`peak_bytes` of one step above its inputs, and its `seconds`, in a process of its own; None if it failed."""
-    arguments = [sys.executable, __file__, "--measure", name, "--batches", batch, "--dims", dim, "--dtypes", dtype]
-    out = subprocess.run([*map(str, arguments), "--device", device], capture_output=True, text=True, check=False)
+    arguments = [sys.executable, __file__, "--measure", name, "--layout", layout, "--batches", batch, "--dims", dim]
+    out = subprocess.run([*map(str, arguments), "--dtypes", dtype], capture_output=True, text=True, check=False)
     return json.loads(out.stdout.splitlines()[-1]) if out.returncode == 0 else None
 
 
-def measure(loss: Call, batch: int, dim: int, dtype: str, device: str) -> dict[str, float]:
-    step(loss, inputs(64, dim, dtype, device))  # libraries, thread pools and their buffers
+def here(name: str, loss: Call, batch: int, dim: int, dtype: str) -> dict[str, float] | None:
+    """The same on a GPU, whose allocator counts what is asked of it."""
+    try:
+        return measure(name, loss, batch, dim, dtype, "cuda")
+    except Exception as error:  # out of memory, or another library's own reason
+        print(f"{name}, {batch} images: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+        return None
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure(name: str, loss: Call, batch: int, dim: int, dtype: str, device: str) -> dict[str, float]:
+    # Libraries, thread pools and their buffers; a compiler compiles for this size alone.
+    step(loss, inputs(batch if COMPILED in name else 64, dim, dtype, device), dtype)
     z = inputs(batch, dim, dtype, device)
+    return measured(lambda: step(loss, z, dtype), device)
+
+
+def measured(call: Callable[[], None], device: str) -> dict[str, float]:
+    """`peak_bytes` of a call above what there is before it, and its `seconds`."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        taken = seconds(lambda: step(loss, z), device)
+        taken = seconds(call, device)
         return {"seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated() - before}
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
-    taken = seconds(lambda: step(loss, z), device)
+    taken = seconds(call, device)
     return {"seconds": taken, "peak_bytes": _status("VmHWM") - before}
 
 
@@ -206,70 +262,93 @@ def figure(rows: list[dict[str, object]], path: Path, title: str) -> None:
     canvas.savefig(path, dpi=150)
 
 
-def sweep(dtypes: list[str], dims: list[int], batches: list[int]) -> list[tuple[str, int, list[int]]]:
+def write(rows: list[dict[str, object]], path: Path) -> None:
+    """So far: what is interrupted leaves what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sweep(dtypes: list[str], dims: list[int], batches: list[int], device: str) -> list[tuple[str, int, list[int]]]:
     """(dtype, dim, batches) to measure: a star, not a grid."""
     few = [batch for batch in batches if batch in (256, 1024)]
     return [
         (dtypes[0], dims[0], batches),
         *((dtypes[0], dim, few) for dim in dims[1:]),
-        *((dtype, dims[0], few) for dtype in dtypes[1:]),
+        *((dtype, dims[0], few if device == "cpu" else batches) for dtype in dtypes[1:]),
     ]
+
+
+def compared(
+    found: dict[str, Call], layout: str, dtype: str, dim: int, batch: int, args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """What every implementation takes for one size; without those that cannot."""
+    device = args.device
+    losses = {n: loss for n, loss in found.items() if device != "cpu" or batch <= CPU_LIMIT.get(n, CPU_LIMIT_OTHERS)}
+    torch.compiler.reset()  # which would keep graphs of eight sizes at most
+    single = {
+        name: alone(name, layout, batch, dim, dtype) if device == "cpu" else here(name, loss, batch, dim, dtype)
+        for name, loss in losses.items()
+    }
+    done = {name: result for name, result in single.items() if result is not None}
+    z = inputs(batch, dim, dtype, device)
+    calls: dict[str, Callable[[], None]] = {name: partial(step, losses[name], z, dtype) for name in done}
+    calls["floor"] = partial(floor, z, layout)
+    if args.repeats == 0:
+        times = {name: result["seconds"] for name, result in done.items()}
+        times["floor"] = seconds(calls["floor"], device)
+    else:
+        times = time_all(calls, device, args.repeats, args.seconds)
+    peaks = {name: result["peak_bytes"] for name, result in done.items()}
+    return [{"implementation": n, "seconds": s, "peak_bytes": peaks.get(n, -1)} for n, s in times.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    layouts = ["views", "both_ways"]
+    parser.add_argument("--layout", choices=layouts, nargs="+", default=["views"], help="the figure is of the first")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024, 4096, 8192, 16384])
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 64, 256, 512])
     dtypes = ["float32", "bfloat16", "float16"]
-    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes)
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=[*dtypes, "autocast"])
     parser.add_argument("--only", nargs="+", help="names of implementations; 'ours' is always there")
     parser.add_argument(
         "--repeats",
         type=int,
-        help="default: as many as fit in six seconds, at least 7; 0: the one step whose memory is measured",
+        help="default: as many as fit into --seconds, at least 7, on a GPU 3; 0: the one step whose memory is measured",
     )
+    parser.add_argument("--seconds", type=float, default=6.0, help="that the repeats of one size may take")
     parser.add_argument("--out", type=Path, help="where to write OUT.csv and OUT.png")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # of the other libraries' imports
 
+    torch.set_float32_matmul_precision("highest")
+
     if args.measure:
-        loss = contenders([args.measure])[args.measure]
-        print(json.dumps(measure(loss, args.batches[0], args.dims[0], args.dtypes[0], args.device)))
+        loss = contenders(args.layout[0], [args.measure])[args.measure]
+        print(json.dumps(measure(args.measure, loss, args.batches[0], args.dims[0], args.dtypes[0], args.device)))
         return
 
-    found = contenders(args.only and [*args.only, "ours"])
     rows: list[dict[str, object]] = []
-    for dtype, dim, batches in sweep(args.dtypes, args.dims, args.batches):
-        for batch in batches:
-            losses = {
-                name: loss
-                for name, loss in found.items()
-                if args.device != "cpu" or batch <= CPU_LIMIT.get(name, CPU_LIMIT_OTHERS)
-            }
-            single = {name: alone(name, batch, dim, dtype, args.device) for name in losses}
-            done = {name: result for name, result in single.items() if result is not None}
-            losses = {name: loss for name, loss in losses.items() if name in done}
-            z = inputs(batch, dim, dtype, args.device)
-            if args.repeats == 0:
-                times = {name: result["seconds"] for name, result in done.items()}
-                times["floor"] = seconds(lambda z=z: floor(z), args.device)  # type: ignore[misc]
-            else:
-                times = time_all(losses, z, args.device, args.repeats)
-            for name, value in times.items():
-                row = {"device": args.device, "dtype": dtype, "dim": dim, "batch": batch, "implementation": name}
-                rows.append(row | {"seconds": value, "peak_bytes": done[name]["peak_bytes"] if name in done else -1})
-            print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
-    print(table(rows))
+    for layout in args.layout:
+        begun = len(rows)
+        found = contenders(layout, args.only and [*args.only, "ours"])
+        for dtype, dim, batches in sweep(args.dtypes, args.dims, args.batches, args.device):
+            for batch in batches:
+                row = {"device": args.device, "layout": layout, "dtype": dtype, "dim": dim, "batch": batch}
+                rows += [row | own for own in compared(found, layout, dtype, dim, batch, args)]
+                print(table(rows[begun:]).splitlines()[-1], file=sys.stderr, flush=True)
+                if args.out:
+                    write(rows, args.out.with_suffix(".csv"))
+        print(f"{table(rows[begun:])}\n")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        first = [r for r in rows if (r["dim"], r["dtype"]) == (rows[0]["dim"], rows[0]["dtype"])]
+        what = ("layout", "dim", "dtype")
+        first = [r for r in rows if all(r[key] == rows[0][key] for key in what)]
         name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
         figure(
             first,
