@@ -22,7 +22,6 @@ others; OUT/README.md is written anew as each ends. The exit status is 1 if any 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import os
 import platform
@@ -33,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -70,7 +69,6 @@ class Section:
 
     share: float
     commands: Callable[[Settings], list[list[str]]]
-    files: tuple[str, ...]  # tables that they write
     needs: tuple[str, ...] = ()
     alone: bool = False
 
@@ -98,7 +96,6 @@ class Outcome:
     seconds: float = 0.0
     output: str = ""
     failed: bool = False
-    tables: list[Path] = field(default_factory=list)
 
 
 def tests(settings: Settings) -> list[list[str]]:
@@ -116,7 +113,7 @@ def training(settings: Settings) -> list[list[str]]:
 
 
 def steps(settings: Settings) -> list[list[str]]:
-    more = ["--images", 8] if settings.small else ["--images", 64, 512] if settings.quick else []
+    more = [*(["--images", 8] if settings.small else []), *(["--few"] if settings.quick else [])]
     return [settings.script("scripts/checks/gpu_steps.py", "--out", settings.out / "steps.csv", *more)]
 
 
@@ -132,7 +129,7 @@ def losses(settings: Settings) -> list[list[str]]:
     else:
         names = []
         batches, dtypes = [64, 256, 1024, 4096, 16384, 65536], ["float32", "autocast"]
-        each = settings.seconds / 150
+        each = settings.seconds / 300
     if settings.quick and not settings.small:
         batches, dtypes = [64, 1024, 16384], ["float32"]
     options = ["--layout", "views", "both_ways", "--dims", 128, "--dtypes", *dtypes, "--batches", *batches]
@@ -148,46 +145,49 @@ def chunks(settings: Settings) -> list[list[str]]:
 
 
 SECTIONS = {
-    "tests": Section(0.4, tests, (), ("pytest", "hypothesis")),
-    "training": Section(0.4, training, ("training.csv",), COMMAND),
-    "steps": Section(0.4, steps, ("steps.csv",)),
-    "errors": Section(0.4, errors, ("errors.csv",)),
-    "losses": Section(0.4, losses, ("losses.csv"), alone=True),
-    "chunks": Section(0.18, chunks, (), ("timm", "torchvision"), alone=True),
+    "tests": Section(0.4, tests, ("pytest", "hypothesis")),
+    "training": Section(0.4, training, COMMAND),
+    "steps": Section(0.4, steps),
+    "errors": Section(0.4, errors),
+    "losses": Section(0.4, losses, alone=True),
+    "chunks": Section(0.18, chunks, ("timm", "torchvision"), alone=True),
 }
 
 
-def run(name: str, settings: Settings) -> Outcome:
+def run(name: str, settings: Settings, limit: float) -> Outcome:
     """Runs a section's commands within its time; says loudly what it leaves out."""
     section, started = SECTIONS[name], time.monotonic()
     if missing := [module for module in section.needs if importlib.util.find_spec(module) is None]:
         return Outcome(f"LEFT OUT: {', '.join(missing)} not installed")
-    limit, output, failed, status = settings.seconds * section.share, "", False, "passed"
+    output, failed, status = "", False, "passed"
     for command in section.commands(settings):
         left = limit - (time.monotonic() - started)
-        text, code = finished(command, max(left, 1.0))
+        text, code = finished(command, max(left, 1.0), threads=None if section.alone else 2)
         output += f"$ {' '.join(command)}\n{text}\n"
         if code:
             failed = True
             status = f"FAILED, out of its {limit:.0f} s" if code == TIMEOUT else f"FAILED, exit status {code}"
-    tables = [settings.out / file for file in section.files if (settings.out / file).exists()]
-    return Outcome(status, time.monotonic() - started, output, failed, tables)
+    return Outcome(status, time.monotonic() - started, output, failed)
 
 
 TIMEOUT = -1000
 
 
-def finished(command: list[str], limit: float) -> tuple[str, int]:
+def finished(command: list[str], limit: float, threads: int | None) -> tuple[str, int]:
     """What a command says, and its exit status; it and all that it started are ended at the limit."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryFile("w+") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
         try:
             code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = TIMEOUT
-        if code == TIMEOUT:
+        except BaseException as error:  # Ctrl-C too: it does not reach another session
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = TIMEOUT
         file.seek(0)
         return file.read(), code
 
@@ -213,32 +213,21 @@ def version(name: str) -> str:
         return f"no {name}"
 
 
-def markdown(path: Path) -> str:
-    """A table of a CSV file."""
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def printed_tables(output: str) -> list[str]:
-    """Lines of tables, with empty ones between them."""
-    lines = output.splitlines()
-    return [line.strip() for line in lines if line.startswith(("|", "memory")) or not line.strip()]
-
-
 def shown(name: str, outcome: Outcome) -> str:
-    section = SECTIONS[name]
+    """The tables that a section printed, and its last words; all of them where it failed."""
     parts = [f"## {name}: {outcome.status}, {outcome.seconds:.0f} s"]
-    if outcome.failed or name == "tests":
+    if outcome.failed:
         parts.append(f"```\n{outcome.output[-6000:].strip()}\n```")
-    if section.alone:  # benchmarks print Markdown
-        parts.append("\n".join(printed_tables(outcome.output)))
-    elif name == "steps":
-        parts += outcome.output.splitlines()[-1:]
-    else:
-        parts += [markdown(table) for table in outcome.tables]
-    return "\n\n".join(parts)
+    lines, table = outcome.output.splitlines(), False
+    for number, line in enumerate(lines):
+        below = lines[number + 1] if number + 1 < len(lines) else ""
+        begins = line.startswith("|") and below.startswith(("|--", "| --"))
+        table = line.startswith("|") and (table or begins)
+        if table:
+            parts.append(f"\n{line}" if begins else line)
+    words = [line for line in lines if line.strip() and not line.startswith(("|", "$"))]
+    parts += ["", *words[-1:]]
+    return "\n".join(parts)
 
 
 def write(settings: Settings, outcomes: dict[str, Outcome]) -> None:
@@ -268,18 +257,22 @@ def main() -> int:
     settings.out.mkdir(parents=True, exist_ok=True)
 
     outcomes: dict[str, Outcome] = {}
+    started = time.monotonic()
 
-    def do(name: str) -> None:
+    def do(name: str, later: float = 0.0) -> None:
+        """One section; those alone may take what is left of the time, less what is kept for later ones."""
         print(f"{name} ...", flush=True)
-        outcomes[name] = run(name, settings)
+        share, left = SECTIONS[name].share, settings.seconds - (time.monotonic() - started)
+        own = settings.seconds * share if name not in alone else left - settings.seconds * later
+        outcomes[name] = run(name, settings, own)
         write(settings, outcomes)
         print(f"{name}: {outcomes[name].status}, {outcomes[name].seconds:.0f} s", flush=True)
 
     alone = [name for name in chosen if SECTIONS[name].alone]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
         list(pool.map(do, [name for name in chosen if name not in alone]))
-    for name in alone:
-        do(name)
+    for number, name in enumerate(alone):
+        do(name, sum(SECTIONS[other].share for other in alone[number + 1 :]))
     print(settings.out / "README.md")
     return int(any(outcome.failed for outcome in outcomes.values()))
 

@@ -13,13 +13,13 @@ under autocast is above 1e-6 / tau, or that of a bfloat16 in the gradient, which
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import gpu_tables
 import torch
 from torch import Tensor
 
@@ -77,6 +77,20 @@ def is_close(row: dict[str, object]) -> bool:
     return value <= limit and gradient <= (2**-8 if row["precision"] == "autocast" else limit)
 
 
+def summary(rows: gpu_tables.Rows) -> gpu_tables.Rows:
+    """The largest over the layouts."""
+    found = []
+    for precision, name in dict.fromkeys((row["precision"], row["temperature"]) for row in rows):
+        one: dict[str, object] = {"precision": precision, "temperature": name}
+        for engine in dict.fromkeys(str(row["engine"]) for row in rows):
+            own = [r for r in rows if (r["precision"], r["temperature"], r["engine"]) == (precision, name, engine)]
+            for what in ("value", "gradient"):
+                errors_ = [float(str(row[what])) for row in own]
+                one[f"{engine}, {what}"] = f"{max(errors_):.1e}" if errors_ else "–"
+        found.append(one)
+    return found
+
+
 def in_precision(precision: str, device: str) -> AbstractContextManager[object]:
     torch.set_float32_matmul_precision("high" if precision == "TF32" else "highest")
     return torch.autocast(device, torch.bfloat16) if precision == "autocast" else nullcontext()
@@ -88,7 +102,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows: list[dict[str, object]] = []
+    rows: gpu_tables.Rows = []
     for precision in ("float32", "TF32", "autocast"):
         half = precision == "autocast"
         z = embeddings(args.images, args.device).to(torch.bfloat16 if half else torch.float32)
@@ -104,12 +118,8 @@ def main() -> int:
                         found = errors(case(), exact)
                     row = {"precision": precision, "temperature": name, "layout": layout, "engine": engine}
                     rows.append(row | {key: f"{value:.1e}" for key, value in found.items()})
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    gpu_tables.write(rows, args.out)
+    print(gpu_tables.markdown(summary(rows)))
     kept = [row for row in rows if row["engine"] != "plain" and row["precision"] != "TF32"]
     far = [row for row in kept if not is_close(row)]
     for row in far:

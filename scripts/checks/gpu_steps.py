@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gpu_tables
 import torch
 from torch import Tensor
 
@@ -31,15 +31,19 @@ DIM, SAMPLES, EPOCH = 128, 100_000, 3.0
 Step = Callable[[], list[Tensor]]
 
 
-def cells() -> Iterator[tuple[str, str]]:
-    """Every method in the layouts that it has."""
+def cells(variants: bool) -> Iterator[tuple[str, str]]:
+    """Every method in the layouts that it has, with its variants of another objective or without."""
     for name, recipe in recipes.METHODS.items():
-        yield from ((name, layout) for layout in (["queue"] if recipe.queue else ["views", "one_way", "both_ways"]))
+        if variants or not name.endswith(("_dcl", "_dclw")):
+            yield from ((name, layout) for layout in (["queue"] if recipe.queue else ["views", "one_way", "both_ways"]))
 
 
 def loss_of(name: str, layout: str, engine: str, device: str) -> ContrastiveLoss:
     own = {"queue_size": (65536 if device == "cuda" else 4096, DIM)} if layout == "queue" else {"layout": layout}
-    return ContrastiveLoss(name, engine=engine, **recipes.METHODS[name].sized(own, SAMPLES, DIM)).to(device)
+    loss = ContrastiveLoss(name, engine=engine, **recipes.METHODS[name].sized(own, SAMPLES, DIM)).to(device)
+    for temperature in loss.temperatures:
+        temperature.eval()  # without dropout, which draws other masks in a graph
+    return loss
 
 
 def step_of(loss: ContrastiveLoss, views: Tensor, index: Tensor) -> Step:
@@ -98,7 +102,7 @@ def differs(found: list[Tensor], expected: list[Tensor]) -> str:
     return ""
 
 
-def captured(loss: ContrastiveLoss, views: Tensor, index: Tensor) -> tuple[str, float]:
+def captured(loss: ContrastiveLoss, views: Tensor, index: Tensor) -> tuple[str, float | None]:
     """What is wrong with a graph of a step, or nothing; and how long it takes."""
     try:
         graph, results = graph_of(step_of(loss, views, index))
@@ -106,7 +110,7 @@ def captured(loss: ContrastiveLoss, views: Tensor, index: Tensor) -> tuple[str, 
         graph.replay()
         expected = step_of(plain, views, index)()
     except Exception as error:  # of CUDA or of Python
-        return where(error), float("nan")
+        return where(error), None
     wrong = differs([*results, *loss.buffers()], [*expected, *plain.buffers()])
     return wrong, milliseconds(graph.replay, "cuda")
 
@@ -143,40 +147,47 @@ def check(name: str, layout: str, engine: str, images: int, device: str) -> dict
         return row | {"step": where(error)}
     row["step"] = "done"
     if device == "cuda":
-        wrong, taken = waits(step), float("nan")
+        wrong = waits(step)
         row["waits"] = wrong or "no"
-        graph, taken = captured(loss, views, index) if not wrong else ("not tried, as it waits", taken)
-        row |= {"graph": graph or "yes", "graph_ms": f"{taken:.3f}"}
+        graph, taken = captured(loss, views, index) if not wrong else ("not tried, as it waits", None)
+        row |= {"graph": graph or "yes", **({"graph_ms": f"{taken:.3f}"} if taken else {})}
     return row
 
 
-def write(rows: list[dict[str, object]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        fields = ["method", "layout", "engine", "images", "step", "ms", "waits", "graph", "graph_ms"]
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
+def summary(rows: gpu_tables.Rows) -> gpu_tables.Rows:
+    """By size and engine: how many steps there are, of what kind, and medians of their times."""
+    found = []
+    for images, engine in dict.fromkeys((row["images"], row["engine"]) for row in rows):
+        own = [row for row in rows if (row["images"], row["engine"]) == (images, engine)]
+        ms, graph_ms = ([float(str(row[key])) for row in own if key in row] for key in ("ms", "graph_ms"))
+        one: dict[str, object] = {"images": images, "engine": engine, "steps": len(own)}
+        one |= {"done": sum(row["step"] == "done" for row in own)}
+        one |= {"without waiting": sum(row.get("waits") == "no" for row in own)}
+        one |= {"in a graph": sum(row.get("graph") == "yes" for row in own)}
+        one |= {"median ms": f"{statistics.median(ms):.3f}" if ms else "–"}
+        found.append(one | {"in a graph, ms": f"{statistics.median(graph_ms):.3f}" if graph_ms else "–"})
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--images", type=int, nargs="+", default=[64, 3000])
+    parser.add_argument("--few", action="store_true", help="without the methods that differ in the objective alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # of a temperature that sinks, and of graphs
-    rows = []
+    rows: gpu_tables.Rows = []
     for images in args.images:
         for engine in ENGINES:
-            for name, layout in cells():
+            for name, layout in cells(not args.few):
                 row = check(name, layout, engine, images, args.device)
                 rows.append(row)
                 bad = {row.get("step", "done"), row.get("waits", "no"), row.get("graph", "yes")} - {"done", "no", "yes"}
                 if bad:
                     print(f"{name}, {layout}, {engine}, {images} images: {'; '.join(map(str, bad))}", flush=True)
-            if args.out:
-                write(rows, args.out)
+            gpu_tables.write(rows, args.out)
+    print(f"\n{gpu_tables.markdown(summary(rows))}")
     done = sum(row["step"] == "done" for row in rows)
     text = f"{done} of {len(rows)} steps were done"
     if args.device == "cuda":
