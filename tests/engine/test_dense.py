@@ -64,7 +64,8 @@ def test_gradients_are_softmax_weights_times_slopes_and_plain_softmax_weights(en
     found = ENGINES[engine](anchors, candidates, excluded, map_, want_cosine=True)
 
     cosine = (anchors @ candidates.T).detach()
-    weight = torch.softmax(map_.logit(cosine).scatter(1, torch.tensor([[3], [4], [3], [4]]), -torch.inf), 1)
+    out = torch.tensor([[3], [4], [3], [4]], device=DEVICE)
+    weight = torch.softmax(map_.logit(cosine).scatter(1, out, -torch.inf), 1)
     for statistic, coefficient in ((found.negative, weight * map_.slope(cosine)), (found.negative_cosine, weight)):
         by_anchors, by_candidates = torch.autograd.grad(statistic.sum(), (anchors, candidates), retain_graph=True)
         assert_close(by_anchors, coefficient @ candidates.detach(), tolerance(name))
