@@ -46,6 +46,9 @@ TESTS = (
     "tests/test_queue.py",
     "tests/engine/test_dense.py",
     "tests/engine/test_blockwise.py",
+    "tests/temperature/test_individual.py::test_twelve_steps_equal_a_plain_loop",
+    "tests/temperature/test_individual.py::test_twelve_steps_of_another_layout_equal_a_plain_loop",
+    "tests/temperature/test_temp_net.py::test_value_and_gradient_equal_the_double_loop",
 )
 # What the command imports, beside torch.
 COMMAND = (
@@ -128,7 +131,7 @@ def losses(settings: Settings) -> list[list[str]]:
         batches, dtypes, each = [64], ["float32"], 0.2
     else:
         names = []
-        batches, dtypes = [64, 256, 1024, 4096, 16384, 65536], ["float32", "autocast"]
+        batches, dtypes = [64, 256, 1024, 4096, 8192, 16384, 65536], ["float32", "autocast"]
         each = settings.seconds / 300
     if settings.quick and not settings.small:
         batches, dtypes = [64, 1024, 16384], ["float32"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import sys
 import time
@@ -177,6 +178,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # of a temperature that sinks, and of graphs
+    gc.freeze()  # each capture collects garbage, and would look through all that was imported
     rows: gpu_tables.Rows = []
     for images in args.images:
         for engine in ENGINES:

@@ -5,7 +5,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from grid import assert_close, assert_tables_equal, embeddings, trained_on
+from grid import DEVICE, assert_close, assert_tables_equal, embeddings, trained_on
 
 from dystress_plugin import ContrastiveLoss
 from dystress_plugin.temperature import Individual
@@ -32,7 +32,7 @@ SETTINGS = [
 
 def both(settings):
     temperature = Individual(11, **settings)
-    return ContrastiveLoss(temperature), temperature, oracle.Tables(oracle.Individual(11, **settings))
+    return ContrastiveLoss(temperature).to(DEVICE), temperature, oracle.Tables(oracle.Individual(11, **settings))
 
 
 def assert_step_equal(loss, reference, batch, index):
@@ -46,7 +46,7 @@ def assert_step_equal(loss, reference, batch, index):
     expected = oracle.loss(views, maps, "sogclr", running=reference.running(samples), **where)
     reference.update(samples, views, **where)
     leaves = [view.requires_grad_() for view in batch]
-    value = loss(*leaves, index=index)
+    value = loss(*leaves, index=index.to(DEVICE))
     assert_close(value, expected.value, 1e-12, terms=1.0)
     assert_close(torch.stack(torch.autograd.grad(value, leaves)), expected.gradients, 1e-12)
     assert_tables_equal(loss, reference)
@@ -68,7 +68,7 @@ def test_twelve_steps_equal_a_plain_loop(settings, views, duplicates):
 @pytest.mark.parametrize("where", [{"queue_size": (9, 4)}, {"layout": "one_way"}, {"layout": "both_ways"}])
 @pytest.mark.parametrize("gradient", ["cosine", "difference"])
 def test_twelve_steps_of_another_layout_equal_a_plain_loop(where, gradient):
-    loss = ContrastiveLoss(Individual(11, gradient=gradient), **where)
+    loss = ContrastiveLoss(Individual(11, gradient=gradient), **where).to(DEVICE)
     reference = oracle.Tables(*(oracle.Individual(11, gradient=gradient) for _ in loss.temperatures))
     for seed in range(12):
         index = torch.randperm(11, generator=torch.Generator().manual_seed(seed))[:5]

@@ -6,7 +6,7 @@ import gloo
 import oracle
 import pytest
 import torch
-from grid import OBJECTIVES, assert_close, embeddings, trained_on
+from grid import DEVICE, OBJECTIVES, assert_close, embeddings, trained_on
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -128,7 +128,7 @@ LAYOUTS = {
 def test_value_and_gradient_equal_the_double_loop(objective, layout, engine):
     torch.manual_seed(0)
     where = LAYOUTS[layout]
-    loss = ContrastiveLoss(build(), objective=objective, engine=engine, **where).double().eval()
+    loss = ContrastiveLoss(build(), objective=objective, engine=engine, **where).to(DEVICE).double().eval()
     if layout == "both-ways":
         loss.temperatures[1].load_state_dict(build(1).state_dict())
     views = trained_on(embeddings(5, DIM, views=3 if layout == "three-views" else 2))
