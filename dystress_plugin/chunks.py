@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dystress_plugin.checks import check_count
 
 
-def embed_in_chunks(encoder: nn.Module, images: Any, chunk_size: int) -> Any:
+def embed_in_chunks(encoder: nn.Module, images: Any, chunk_size: int | None) -> Any:
     """[encoder(x_1); encoder(x_2); ...] for the parts x_k of a batch, with gradient and the activations of one part.
 
     The parts are of as equal sizes as can be, at most `chunk_size`. The backward pass embeds each again, with the
@@ -34,7 +34,7 @@ def embed_in_chunks(encoder: nn.Module, images: Any, chunk_size: int) -> Any:
     Args:
         encoder: the network, in DistributedDataParallel or not.
         images: (batch, ...) tensor, or a nested tuple, list or dict of them, as the encoder takes it.
-        chunk_size: images of a part at most, at least 1.
+        chunk_size: images of a part at most, at least 1; None is all of them.
 
     Returns:
         What `encoder(images)` gives, a tensor or a structure of tensors with the batch first.
@@ -47,6 +47,8 @@ def embed_in_chunks(encoder: nn.Module, images: Any, chunk_size: int) -> Any:
         >>> z0, z1 = (embed_in_chunks(encoder, view, 64) for view in views)
         >>> loss(z0, z1).backward()
     """
+    if chunk_size is None:
+        return encoder(images)
     chunk_size = check_count("chunk_size", chunk_size)
     leaves, structure = pytree.tree_flatten(images)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
@@ -66,6 +68,37 @@ def embed_in_chunks(encoder: nn.Module, images: Any, chunk_size: int) -> Any:
     return pytree.tree_unflatten(joined, flat[0][1])
 
 
+def check_chunks(chunk_size: int | None, *networks: nn.Module, name: str = "chunk_size") -> int | None:
+    """The size of a chunk as a setting of a training, checked; None is none.
+
+    Args:
+        chunk_size: as given.
+        *networks: what embeds in chunks.
+        name: of the setting, for the messages.
+
+    Raises:
+        ValueError: if it is no whole number, below 1, or 1 with batch norm, which one image tells nothing.
+    """
+    if chunk_size is None:
+        return None
+    chunk_size = check_count(name, chunk_size)
+    if chunk_size == 1 and any(isinstance(part, _BatchNorm) for network in networks for part in network.modules()):
+        raise ValueError(f"{name}=1 leaves batch norm, which this network has, a single image: take 2 or more.")
+    return chunk_size
+
+
+class Encoder(nn.Module):
+    """A function of images as `embed_in_chunks` takes it, with the networks that it calls."""
+
+    def __init__(self, function: Callable[[Any], Any], *networks: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Any) -> Any:
+        return self.function(images)
+
+
 def _embed(encoder: nn.Module, structured: Callable[[Any], Any], part: tuple[Tensor, ...]) -> Any:
     if not torch.is_grad_enabled():
         return encoder(structured(part))
@@ -76,7 +109,9 @@ def _embed(encoder: nn.Module, structured: Callable[[Any], Any], part: tuple[Ten
     def embed(*own: Tensor) -> Any:
         return (network if repeating.entered else encoder)(structured(own))
 
-    return checkpoint(embed, *part, use_reentrant=False, context_fn=lambda: (nullcontext(), repeating))
+    embedded = checkpoint(embed, *part, use_reentrant=False, context_fn=lambda: (nullcontext(), repeating))
+    repeating.keep_what_changed()
+    return embedded
 
 
 class _Repeating:
@@ -87,14 +122,29 @@ class _Repeating:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._places = [
-            (module, name, None if isinstance(module, _BatchNorm) else buffer.detach().clone())
+        found = [
+            (module, name, buffer)
             for module in network.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        self._versions = [(buffer, buffer._version) for _, _, buffer in found]
+        self._places = [
+            (module, name, None if isinstance(module, _NormBase) else buffer.detach().clone())
+            for module, name, buffer in found
+        ]
         self._kept: list[Tensor | None] = []
         self.entered = False
+
+    def keep_what_changed(self) -> None:
+        """Drops what the first pass has only read, such as masks: every part would hold a copy until its second."""
+        self._places = [
+            (module, name, before)
+            for (module, name, before), (buffer, version) in zip(self._places, self._versions, strict=True)
+            # Normalisation counts no versions of what it writes.
+            if before is None or module._buffers[name] is not buffer or buffer._version != version
+        ]
+        self._versions = []
 
     def __enter__(self) -> None:
         self.entered = True

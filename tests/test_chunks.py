@@ -1,6 +1,7 @@
 """A batch embedded in chunks: its gradients, its random numbers, its batch norm, and what it holds."""
 
 import copy
+import itertools
 
 import gloo
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
 import dystress_plugin as dp
-from dystress_plugin import ContrastiveLoss, embed_in_chunks
+from dystress_plugin import ContrastiveLoss, chunks, embed_in_chunks
 
 BATCH = 64
 
@@ -25,11 +26,11 @@ def images(views=2):
     return torch.randn(views, BATCH, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def loss_of(layout):
+def loss_of(layout, **settings):
     if layout == "queue":
         torch.manual_seed(2)
-        return ContrastiveLoss("dystress_moco", queue_size=(96, 5)).double()
-    return ContrastiveLoss("dystress", layout=layout)
+        return ContrastiveLoss("dystress_moco", queue_size=(96, 5), **settings).double()
+    return ContrastiveLoss("dystress", layout=layout, **settings)
 
 
 def gradients(encoder, embed, layout="views"):
@@ -63,9 +64,10 @@ def loop(encoder, view, chunk_size):
         lambda: nn.Dropout(0.5),
         lambda: nn.BatchNorm1d(16),
         lambda: nn.BatchNorm1d(16, momentum=None),
+        lambda: nn.Sequential(nn.Unflatten(1, (4, 4)), nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten()),
         lambda: spectral_norm(nn.Linear(16, 16)),
     ],
-    ids=["dropout", "batch norm", "batch norm, cumulative", "spectral norm"],
+    ids=["dropout", "batch norm", "batch norm, cumulative", "instance norm", "spectral norm"],
 )
 @pytest.mark.parametrize("chunk_size", [7, 20])
 def test_random_numbers_and_buffers_are_those_of_a_plain_loop(layer, chunk_size):
@@ -149,18 +151,95 @@ def test_only_one_part_is_held_at_a_time():
     assert saved(lambda e, view: embed_in_chunks(e, view, 8)) <= 0.25 * whole
 
 
+LAYOUTS = ("views", "queue", "both_ways")
+RANK_CHUNKS = (1, 7, BATCH // 2)
+
+
 def on_a_rank(rank):
-    """Gradients of two ranks that chunk their halves."""
-    encoder = DistributedDataParallel(network())
-    loss = ContrastiveLoss("dystress", gather_distributed=True)
-    loss(*(embed_in_chunks(encoder, view, 10) for view in images().chunk(2, dim=1)[rank])).backward()
-    return [parameter.grad for parameter in encoder.parameters()]
+    """Gradients of two ranks that chunk their halves, with each layout and size of chunk."""
+    found = {}
+    for layout, chunk_size in itertools.product(LAYOUTS, RANK_CHUNKS):
+        encoder = DistributedDataParallel(network())
+        loss = loss_of(layout, gather_distributed=True)
+        own = images().chunk(2, dim=1)[rank]
+        loss(*(embed_in_chunks(encoder, view, chunk_size) for view in own)).backward()
+        found[layout, chunk_size] = [parameter.grad for parameter in encoder.parameters()]
+    return found
 
 
 def test_two_ranks_with_distributed_data_parallel_equal_one_process(tmp_path):
-    expected = gradients(network(), lambda encoder, view: encoder(view))[1:]
-    for found in gloo.run(on_a_rank, 2, tmp_path):
-        assert_same(found, expected)
+    ranks = gloo.run(on_a_rank, 2, tmp_path)
+    for layout in LAYOUTS:
+        expected = gradients(network(), lambda encoder, view: encoder(view), layout)[1:]
+        for found, chunk_size in itertools.product(ranks, RANK_CHUNKS):
+            assert_same(found[layout, chunk_size], expected)
+
+
+class Masked(nn.Module):
+    """With buffers that it reads, one that it writes, and one that it replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = network()
+        self.register_buffer("mask", torch.ones(6))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(6))
+
+    def forward(self, x):
+        self.seen += len(x)
+        self.last = x[-1] + self.last
+        return self.layer(x * self.mask + self.seen / 100 + self.last)
+
+
+def test_buffers_are_read_written_and_replaced_as_by_a_plain_loop():
+    encoders = [Masked().double() for _ in range(2)]
+    found = [
+        gradients(encoder, lambda e, x, embed=embed: embed(e, x, 7))
+        for encoder, embed in zip(encoders, (embed_in_chunks, loop), strict=True)
+    ]
+    assert_same(*found)
+    for a, b in zip(*(encoder.buffers() for encoder in encoders), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_part_keeps_no_copy_of_buffers_that_are_only_read(monkeypatch):
+    kept = []
+    whole = chunks._Repeating.keep_what_changed
+    monkeypatch.setattr(
+        chunks._Repeating, "keep_what_changed", lambda self: (whole(self), kept.append([n for _, n, _ in self._places]))
+    )
+    embed_in_chunks(Masked().double(), images()[0], 32).sum().backward()
+    assert kept == [["seen", "last"]] * 2
+
+
+def test_a_compiled_encoder_has_the_gradients_of_a_plain_one():
+    torch._dynamo.reset()
+    encoders = [network(lambda: nn.BatchNorm1d(16)) for _ in range(2)]
+    compiled = torch.compile(encoders[0], backend="aot_eager")
+    found = [
+        gradients(encoder, lambda e, x, embed=embed: embed(e, x, 20))
+        for encoder, embed in zip((compiled, encoders[1]), (embed_in_chunks, loop), strict=True)
+    ]
+    assert_same(*found)
+    for a, b in zip(*(encoder.buffers() for encoder in encoders), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(0, "size=0 must be an int"), (2.0, "size=2.0 must"), (True, "size=True must"), (1, "size=1 leaves batch norm")],
+)
+def test_the_size_of_chunks_as_a_setting(given, message):
+    with pytest.raises(ValueError, match=message):
+        chunks.check_chunks(given, network(lambda: nn.BatchNorm1d(16)), name="size")
+    assert chunks.check_chunks(None, network()) is None
+    assert chunks.check_chunks(1, network()) == 1
+
+
+def test_none_is_the_whole_batch():
+    model = Counting()
+    embed_in_chunks(model, images()[0], None)
+    assert model.sizes == [BATCH]
 
 
 def test_a_frozen_encoder_and_a_second_backward_pass():

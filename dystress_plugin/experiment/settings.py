@@ -25,6 +25,8 @@ KNOWN_PROTOCOLS = (
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
+SHARDING = ("fsdp", "deepspeed")  # strategies that gather a network's weights for its own passes alone
+
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 
 SEED = f"[0, {2**32 - 1}]"  # NumPy's, and so Lightning's
@@ -63,6 +65,11 @@ class PretrainSettings:
     indices: str | None = option(None, "file of the training images to keep, .npy, .json or text; before long_tail")
     image_size: int | None = option(None, "pixels of a view; null: digits 8, CIFAR 32, folders 224", "[1, 4096]")
     batch_size: int = option(256, "images per step and device; the rest of an epoch is dropped", "[2, 1_000_000]")
+    chunk_size: int | None = option(
+        None,
+        "images that the backbone embeds at a time, for large batches in little memory; null: all of a step",
+        "[1, 1_000_000]",
+    )
     num_workers: int = option(
         0,
         "processes that load images, a number or auto; 0 loads in the training process",
@@ -153,6 +160,11 @@ class PretrainSettings:
         """A ValueError for values that do not go together."""
         if (self.warmup_epochs or 0) > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must lie between 0 and epochs={self.epochs}.")
+        if self.chunk_size is not None and self.strategy.startswith(SHARDING):
+            raise ValueError(
+                f"chunk_size={self.chunk_size} embeds twice, for which strategy={self.strategy} does not have the "
+                "weights: choose ddp, or leave chunk_size out."
+            )
         check_protocols(self.protocols)
 
     def check_names(self) -> None:

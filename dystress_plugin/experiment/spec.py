@@ -60,10 +60,15 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Backbone, for images of one size, and projection head."""
+    """Backbone, for images of one size, and projection head.
+
+    Attributes:
+        chunk_size: images that the backbone embeds at a time; None: all.
+    """
 
     backbone: str
     image_size: int
+    chunk_size: int | None
     hidden_dim: int
     projection_dim: int
 

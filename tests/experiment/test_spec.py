@@ -22,7 +22,7 @@ PARTS = [kind for kind in vars(spec_module).values() if is_dataclass(kind) and k
 PARTS.remove(RunSpec)
 
 # And a queue's keys without one, and parameters of a method.
-MAY_BE_NONE = {"labels", "val", "long_tail", "indices", "arm", "family"}
+MAY_BE_NONE = {"chunk_size", "labels", "val", "long_tail", "indices", "arm", "family"}
 
 # As version 0.1.0 wrote it, with paths as they were typed; some keys are newer.
 OF_0_1_0 = """

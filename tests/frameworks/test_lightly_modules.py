@@ -111,6 +111,31 @@ def test_a_learned_temperature_is_trained_in_a_group_of_its_own(method, folder, 
     assert model.criterion.temperature.log_tau.item() != before
 
 
+@pytest.mark.parametrize("method", ["dystress", "macl_moco"])
+def test_in_chunks_it_trains_alike_and_the_backbone_sees_no_more(method, folder, tmp_path):
+    sizes, weights = [], []
+    for chunk_size in (None, 3):
+        torch.manual_seed(0)
+        model = tiny(method, chunk_size=chunk_size)
+        seen = []
+        for backbone in (model.backbone, getattr(model, "key_backbone", model.backbone)):
+            backbone[1] = nn.GroupNorm(2, 8)  # batch norm would see a chunk
+            backbone.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0])))
+        fit(model, folder, tmp_path)
+        sizes.append(max(seen))
+        weights.append(model.state_dict())
+    assert sizes == [{"dystress": 8, "macl_moco": 5}[method], 3]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_chunks_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="chunk_size=0 must be an int of at least 1"):
+        tiny("dystress", chunk_size=0)
+    with pytest.raises(ValueError, match="chunk_size=1 leaves batch norm"):
+        tiny("dystress_moco", chunk_size=1)
+
+
 def test_every_method_of_the_table_is_there():
     assert modules.BENCHMARK_METHODS.keys() >= METHODS.keys()  # another test may have registered more, for a while
 

@@ -234,6 +234,19 @@ def test_diagnostics_are_written_on_request(pretrain, tmp_path):
     assert len(list(tmp_path.rglob("diagnostics.csv"))) == 1
 
 
+@pytest.mark.parametrize("method", ["dystress", "dystress_moco"])
+def test_in_chunks_it_trains_alike_and_the_model_sees_no_more(pretrain, method, monkeypatch):
+    seen, states = [], []
+    features = Tiny.forward_features
+    monkeypatch.setattr(Tiny, "forward_features", lambda self, x: (seen.append(len(x)), features(self, x))[1])
+    for chunk_size, most in ((None, 16 if method == "dystress" else 8), (3, 3)):
+        seen.clear()
+        states.append(pretrain(method, epochs=1, method_args={"chunk_size": chunk_size})[1])
+        assert max(seen) == most
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
 @pytest.mark.parametrize("method", ["dystress", "isogclr"])
 def test_a_last_batch_of_one_image_trains(pretrain, method):
     rows, _ = pretrain(method, batch_size=IMAGES - 1, loader_args={"drop_last": False})
@@ -274,6 +287,7 @@ def test_defaults_are_the_tables_and_lightly_trains(host):
         ("isogclr", {"num_samples": 5}, "Unknown key: 'num_samples'"),
         ("dystress_moco", {"queue_size": "all"}, "queue_size"),
         ("dystress_moco", {"momentum_end": 1.5}, "momentum_end"),
+        ("dystress", {"chunk_size": 0}, "chunk_size"),
     ],
 )
 def test_method_args_are_checked_as_lightly_train_checks_its_own(host, method, settings, message):

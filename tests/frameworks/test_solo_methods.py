@@ -185,6 +185,33 @@ def test_multi_crop_trains(solo, method):
     assert torch.isfinite(logged["train_nce_loss"])
 
 
+@pytest.mark.parametrize(("method", "small_crops"), [("dystress", 1), ("macl_moco", 0)])
+def test_in_chunks_it_trains_alike_and_the_backbone_sees_no_more(solo, method, small_crops):
+    sizes, weights = [], []
+    for chunk_size in (None, 3):
+        torch.manual_seed(0)
+        settings = {"queue_size": 8} if small_crops == 0 else {}
+        model = solo.METHODS[method](config(method, small_crops, chunk_size=chunk_size, **settings))
+        seen = []
+        for name in {"backbone", "momentum_backbone"} & set(dict(model.named_children())):
+            layers = torch.nn.Conv2d(3, 512, 4, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+            setattr(model, name, torch.nn.Sequential(*layers))  # without batch norm, which would see a chunk
+            getattr(model, name).register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0])))
+        fit(model, batches=2)
+        sizes.append(max(seen))
+        weights.append(model.state_dict())
+    assert sizes == [4, 2]  # of equal size
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def test_chunks_that_cannot_be_are_refused(solo):
+    with pytest.raises(ValueError, match=r"method_kwargs\.chunk_size=0 must be an int of at least 1"):
+        solo.METHODS["dystress"](config("dystress", chunk_size=0))
+    with pytest.raises(ValueError, match=r"method_kwargs\.chunk_size=1 leaves batch norm"):
+        solo.METHODS["dystress"](config("dystress", chunk_size=1))
+
+
 def queues(model):
     return torch.stack([model.swapped.queue.keys, model.contrastive.queue.keys])
 

@@ -17,6 +17,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from dystress_plugin import diagnostics, training
+from dystress_plugin.chunks import embed_in_chunks
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.evaluate.protocols import knn_classes
 from dystress_plugin.experiment.io.config import recorded
@@ -80,6 +81,11 @@ class PretrainModule(LightningModule, ABC):
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the loss compares, (batch, projection_dim) each."""
 
+    def project(self, backbone: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
+        """(batch, projection_dim); the head, of which little is held, sees the batch as a whole."""
+        z: Tensor = head(embed_in_chunks(backbone, images, self.spec.model.chunk_size).flatten(1))
+        return z
+
     def on_train_start(self) -> None:
         # Of a run that goes on to more epochs the checkpoint has the length that it had.
         self.lr_schedulers().max_epochs = int(self.trainer.estimated_stepping_batches)  # type: ignore[union-attr]
@@ -101,7 +107,8 @@ class PretrainModule(LightningModule, ABC):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, labels, _ = batch
-        self._features[dataloader_idx].append(self.backbone(images).flatten(1).float())
+        features = embed_in_chunks(self.backbone, images, self.spec.model.chunk_size)
+        self._features[dataloader_idx].append(features.flatten(1).float())
         self._labels[dataloader_idx].append(labels)
 
     def on_validation_epoch_end(self) -> None:
@@ -152,7 +159,7 @@ class ViewsModule(PretrainModule):
     """One encoder for all views, as in SimCLR."""
 
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
-        return _project(self.backbone, self.projection_head, torch.cat(list(views))).chunk(len(views))
+        return self.project(self.backbone, self.projection_head, torch.cat(list(views))).chunk(len(views))
 
 
 @final
@@ -193,13 +200,8 @@ class QueueModule(PretrainModule):
         training.update_momentum(pairs, momentum)
 
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
-        anchors = _project(self.backbone, self.projection_head, views[0])
+        anchors = self.project(self.backbone, self.projection_head, views[0])
         with torch.no_grad():
             images = views[1].to(next(self.key_backbone.parameters()).dtype)
-            keys = _project(self.key_backbone, self.key_projection_head, images)
+            keys = self.project(self.key_backbone, self.key_projection_head, images)
         return anchors, keys
-
-
-def _project(backbone: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
-    z: Tensor = head(backbone(images).flatten(1))
-    return z

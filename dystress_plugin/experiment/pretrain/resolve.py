@@ -9,6 +9,7 @@ from typing import Any
 from pytorch_lightning import seed_everything
 
 from dystress_plugin import recipes
+from dystress_plugin.chunks import check_chunks
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data.datasets import Data
@@ -89,6 +90,7 @@ def build_module(spec: RunSpec, data: Data) -> PretrainModule:
     seed_everything(spec.seed, workers=True, verbose=False)
     # First of all that is drawn, so that it starts the same with every method.
     backbone, features = build_backbone(spec.model.backbone, spec.model.image_size)
+    check_chunks(spec.model.chunk_size, backbone)
     loss = ContrastiveLoss(
         spec.method,
         queue_size=None if spec.queue is None else (spec.queue.size, spec.model.projection_dim),

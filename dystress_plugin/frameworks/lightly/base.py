@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from torchvision.models import resnet50
 
 from dystress_plugin import diagnostics, training
+from dystress_plugin.chunks import check_chunks, embed_in_chunks
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.recipes import recipe
 
@@ -57,6 +58,7 @@ class ContrastiveModule(LightningModule, ABC):
         feature_dim: length of the backbone's features.
         queue_size: (keys, dim), None where the layout has no queue.
         diagnostics_every_n_steps: how often to write `diagnostics.csv`, see `dystress_plugin.diagnostics`; None never.
+        chunk_size: images that the backbone embeds at a time, see `dystress_plugin.embed_in_chunks`; None is all.
         **settings: parameters of the method, such as `tau_max=0.3`.
 
     Attributes:
@@ -77,6 +79,7 @@ class ContrastiveModule(LightningModule, ABC):
         *,
         queue_size: tuple[int, int] | None = None,
         diagnostics_every_n_steps: int | None = None,
+        chunk_size: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class ContrastiveModule(LightningModule, ABC):
             backbone = resnet50()
             backbone.fc = nn.Identity()
         self.backbone = backbone
+        self.chunk_size = check_chunks(chunk_size, backbone)
         method = recipe(self.method)
         method.check_names(settings)
         # A table has one entry until setup() or a checkpoint knows better.
@@ -116,7 +120,7 @@ class ContrastiveModule(LightningModule, ABC):
         return diagnostics.callbacks(self.diagnostics_every_n_steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.backbone(x)
+        features: Tensor = embed_in_chunks(self.backbone, x, self.chunk_size)
         return features
 
     def setup(self, stage: str) -> None:

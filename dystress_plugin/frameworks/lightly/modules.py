@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import training
+from dystress_plugin.chunks import embed_in_chunks
 from dystress_plugin.errors import needing
 from dystress_plugin.recipes import Recipe, follow
 
@@ -126,7 +127,8 @@ class MoCoModule(ContrastiveModule):
         return features, (queries, keys)
 
     def _encode_keys(self, images: Tensor) -> Tensor:
-        keys: Tensor = self.key_projection_head(self.key_backbone(images).flatten(start_dim=1))
+        features = embed_in_chunks(self.key_backbone, images, self.chunk_size).flatten(start_dim=1)
+        keys: Tensor = self.key_projection_head(features)
         return keys
 
     def configure_optimizers(self) -> Any:

@@ -28,10 +28,12 @@ class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type
     Attributes:
         hidden_dim, output_dim, num_layers, batch_norm: the projector, with the defaults of LightlyTrain's SimCLR.
         diagnostics_every_n_steps: how often to write `diagnostics.csv`, see `dystress_plugin.diagnostics`; None never.
+        chunk_size: images that the model embeds at a time, see `dystress_plugin.embed_in_chunks`; None is all.
     """
 
     recipe: ClassVar[Recipe]
     diagnostics_every_n_steps: int | None = Field(default=None, ge=1)
+    chunk_size: int | None = Field(default=None, ge=1)
 
     def criterion(self, **more: Any) -> ContrastiveLoss:
         """The loss with these settings, over all ranks; with an empty table where the method keeps one.

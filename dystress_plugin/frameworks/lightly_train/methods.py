@@ -12,9 +12,10 @@ from lightly_train._methods.densecl.densecl import DenseCL
 from lightly_train._methods.method import TrainingStepResult
 from lightly_train._methods.simclr import simclr as host
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dystress_plugin import diagnostics, training
+from dystress_plugin.chunks import check_chunks, embed_in_chunks
 from dystress_plugin.frameworks.lightly_train.arguments import ViewsArgs, args_class
 from dystress_plugin.recipes import Recipe
 
@@ -33,6 +34,7 @@ class ViewsMethod(host.SimCLR):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_chunks(self.method_args.chunk_size, self.embedding_model)
         self.criterion = self.method_args.criterion()
         self._sample_numbers: dict[str, int] = {}
 
@@ -42,8 +44,12 @@ class ViewsMethod(host.SimCLR):
 
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         """From the views of a batch, each (batch, channels, height, width), to what the loss compares."""
-        z: Tensor = self.projection_head(self.flatten(self.embedding_model(torch.cat(list(views)))))
+        z = self._project(self.embedding_model, self.projection_head, torch.cat(list(views)))
         return z.chunk(len(views))
+
+    def _project(self, model: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
+        z: Tensor = head(self.flatten(embed_in_chunks(model, images, self.method_args.chunk_size)))
+        return z
 
     def training_step_impl(self, batch: Mapping[str, Any], batch_idx: int) -> TrainingStepResult:
         z = self.embed(batch["views"])
@@ -107,7 +113,7 @@ class QueueMethod(ViewsMethod):
 
     def embed(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         query_images, key_images = views
-        queries: Tensor = self.projection_head(self.flatten(self.embedding_model(query_images)))
+        queries = self._project(self.embedding_model, self.projection_head, query_images)
         momentum = cosine_schedule(
             step=self.trainer.global_step,
             max_steps=self.trainer.estimated_stepping_batches,
@@ -120,8 +126,7 @@ class QueueMethod(ViewsMethod):
         return queries, keys
 
     def _encode_keys(self, images: Tensor) -> Tensor:
-        keys: Tensor = self.key_projection_head(self.flatten(self.key_embedding_model(images)))
-        return keys
+        return self._project(self.key_embedding_model, self.key_projection_head, images)
 
 
 # By whether a recipe has a queue.

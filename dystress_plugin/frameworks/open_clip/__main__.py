@@ -1,22 +1,29 @@
 """`python -m dystress_plugin.frameworks.open_clip method=isogclr -- ...`: open_clip's training with a method of ours.
 
 Before `--` stand the method and its parameters, `method_kwargs.tau_min=0.01`, and `temperature_lr=3e-5` for networks of
-temperatures (Adam); after it the arguments of `python -m open_clip_train.main`, as they are.
+temperatures (Adam); after it the arguments of `python -m open_clip_train.main`, as they are. To these comes
+`--chunk-size 64`: pairs that are embedded at a time, so that a large batch needs the memory of a small one, with all of
+its negatives.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
 from dystress_plugin.checks import check_positive, unknown_name
+from dystress_plugin.chunks import check_chunks
 from dystress_plugin.errors import needing
 from dystress_plugin.recipes import Recipe, recipe
 
 with needing("open-clip"):
     from omegaconf import OmegaConf
 
-USAGE = "python -m dystress_plugin.frameworks.open_clip method=NAME [method_kwargs.PARAMETER=VALUE ...] -- ARGUMENTS"
+USAGE = (
+    "python -m dystress_plugin.frameworks.open_clip method=NAME [method_kwargs.PARAMETER=VALUE ...] "
+    "-- [--chunk-size PAIRS] ARGUMENTS"
+)
 KEYS = ("method", "method_kwargs", "temperature_lr")
 
 
@@ -27,23 +34,30 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{__doc__}\nusage: {USAGE}")
         return 0
     try:
-        keys, rest = _split(words)
+        keys, rest, chunk_size = _split(words)
         method, settings, rate = _given(keys)
         from dystress_plugin.frameworks.open_clip import program
 
-        loss = program.build(method, settings, rest)
+        loss = program.build(method, settings, rest, chunk_size)
     except (ValueError, TypeError, ImportError) as error:
         print(f"dystress: {error}", file=sys.stderr)
         return 2
-    program.train(loss, rest, **rate)  # what fails from here on, open_clip shows where
+    program.train(loss, rest, chunk_size=chunk_size, **rate)  # what fails from here on, open_clip shows where
     return 0
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """The keys, and open_clip's arguments, which begin at `--` or at the first option."""
+def _split(words: list[str]) -> tuple[list[str], list[str], int | None]:
+    """The keys, open_clip's arguments, which begin at `--` or at the first option, and our own among them.
+
+    Raises:
+        ValueError: for a --chunk-size that is no whole number of at least 1.
+    """
     first = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    rest = words[first:]
-    return words[:first], rest[1:] if rest[:1] == ["--"] else rest
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--chunk-size")
+    given, rest = own.parse_known_args([word for word in words[first:] if word != "--"])
+    size = given.chunk_size
+    return words[:first], rest, check_chunks(int(size) if size and size.isdecimal() else size, name="--chunk-size")
 
 
 def _given(keys: list[str]) -> tuple[Recipe, dict[str, Any], dict[str, float]]:

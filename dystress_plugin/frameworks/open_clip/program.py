@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import logging
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dystress_plugin import distributed
+from dystress_plugin.chunks import Encoder, check_chunks, embed_in_chunks
 from dystress_plugin.errors import needing
 from dystress_plugin.frameworks.open_clip.loss import MAX_SCALE, ContrastiveClipLoss
 from dystress_plugin.metrics import temperature_summary
@@ -29,6 +31,7 @@ with needing("open-clip"):
 
     from dystress_plugin.frameworks.open_clip import numbers
 
+ENCODERS = ("encode_image", "encode_audio", "encode_text")  # of a model, those that it has
 TASKS = ("CLIPTask", "CLAPTask")
 STATE = "contrastive_loss"  # of the loss, in a checkpoint
 LR = 3e-5  # TempNet's, 2024, https://arxiv.org/abs/2404.04575
@@ -37,13 +40,16 @@ LOGGED = ("tau_positive_mean", "tau_negative_mean", "alignment", "uniformity")
 _logger = logging.getLogger(__name__)
 
 
-def build(method: Recipe, settings: Mapping[str, Any], arguments: Sequence[str]) -> ContrastiveClipLoss:
+def build(
+    method: Recipe, settings: Mapping[str, Any], arguments: Sequence[str], chunk_size: int | None = None
+) -> ContrastiveClipLoss:
     """A method's loss for a training with open_clip's arguments.
 
     Args:
         method: the method.
         settings: its parameters; the lengths of tables and of embeddings may be left out.
         arguments: open_clip's.
+        chunk_size: pairs that will be embedded at a time; None is all.
 
     Raises:
         ValueError: before anything is loaded, for arguments or settings that do not go with each other.
@@ -53,22 +59,29 @@ def build(method: Recipe, settings: Mapping[str, Any], arguments: Sequence[str])
     lengths = [UNSIZED, *([model["embed_dim"]] if "embed_dim" in model else [])]
     loss = ContrastiveClipLoss(method.name, **method.sized(settings, *lengths))
     _check(args, loss)
+    if chunk_size is not None:
+        _check_chunks(args, chunk_size)
     return loss
 
 
-def train(loss: ContrastiveClipLoss, arguments: Sequence[str], lr: float = LR) -> None:
+def train(loss: ContrastiveClipLoss, arguments: Sequence[str], lr: float = LR, chunk_size: int | None = None) -> None:
     """Runs `open_clip_train.main` with the arguments given, and the loss in the place of ClipLoss.
 
     Args:
         loss: as `build` makes it.
         arguments: open_clip's.
         lr: learning rate of what the temperature learns beside the model's scale, by Adam.
+        chunk_size: pairs that are embedded at a time, see `dystress_plugin.embed_in_chunks`; None is all.
 
     Raises:
         ValueError: for data, or a checkpoint, that do not go with the loss.
     """
     with ExitStack() as replaced:
-        for name, function in _Training(loss, lr).replacements.items():
+        replacements = _Training(loss, lr).replacements
+        if chunk_size is not None:
+            create = program.create_model_and_transforms
+            replacements["create_model_and_transforms"] = functools.partial(_create_in_chunks, create, chunk_size)
+        for name, function in replacements.items():
             replaced.enter_context(mock.patch.object(program, name, function))
         program.main(list(arguments))
 
@@ -84,12 +97,36 @@ def _check(args: Any, loss: ContrastiveClipLoss) -> None:
     if _has_state(loss) and args.accum_freq > 1:
         raise ValueError(
             f"--accum-freq {args.accum_freq} computes the loss of a batch {args.accum_freq} times, and this method "
-            "keeps state that moves each time: leave it out."
+            "keeps state that moves each time: use --chunk-size, which saves as much memory and keeps all negatives."
         )
     if _has_state(loss) and getattr(args, "fsdp", False) and getattr(args, "fsdp_checkpoint", "full") == "sharded":
         raise ValueError("--fsdp-checkpoint sharded has no place for the state of this method: choose full.")
     if args.local_loss or args.gather_with_grad:
         _logger.warning("--local-loss and --gather-with-grad change nothing: the loss gathers itself, with gradient.")
+
+
+def _check_chunks(args: Any, chunk_size: int) -> None:
+    """A ValueError for what has no place for encoders that are called in parts, and again in the backward pass."""
+    for name in ("torchcompile", "torchscript", "trace", "fsdp"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"--{name} takes a model as it is, and --chunk-size {chunk_size} changes it: leave one out."
+            )
+
+
+def _create_in_chunks(create: Callable[..., Any], chunk_size: int, *given: Any, **named: Any) -> Any:
+    """open_clip's model, whose encoders embed in chunks, and its transforms."""
+    model, *transforms = create(*given, **named)
+    check_chunks(chunk_size, model, name="--chunk-size")
+    for name in filter(lambda name: hasattr(model, name), ENCODERS):
+        setattr(model, name, functools.partial(_encode, model, getattr(model, name), chunk_size))
+    return model, *transforms
+
+
+def _encode(
+    model: nn.Module, encode: Callable[..., Tensor], chunk_size: int, samples: Any, *given: Any, **named: Any
+) -> Any:
+    return embed_in_chunks(Encoder(lambda part: encode(part, *given, **named), model), samples, chunk_size)
 
 
 def _has_state(loss: ContrastiveClipLoss) -> bool:

@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dystress_plugin import ContrastiveLoss, diagnostics, training
+from dystress_plugin.chunks import Encoder, check_chunks, embed_in_chunks
 from dystress_plugin.errors import to_install
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
-from dystress_plugin.frameworks.solo.settings import DIAGNOSTICS, complete, loss_settings
+from dystress_plugin.frameworks.solo.settings import CHUNK, DIAGNOSTICS, complete, loss_settings
 from dystress_plugin.recipes import Recipe
 from dystress_plugin.temperature import Temperature
 
@@ -60,6 +61,7 @@ class AdaptiveTemperature(LightningModule):
             self.recipe.name, queue_size=_queue_size(cfg), gather_distributed=True, **settings
         )
         _warn_if_too_short(cfg, self.contrastive.temperature)
+        check_chunks(self._chunk_size, self.backbone, name=f"method_kwargs.{CHUNK}")
 
     @classmethod
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
@@ -101,6 +103,21 @@ class AdaptiveTemperature(LightningModule):
         mean: Tensor = sum(values[1:], values[0]) / len(values)
         self.log("train_nce_loss", mean, on_epoch=True, sync_dist=True)
         return mean
+
+    @property
+    def _chunk_size(self) -> int | None:
+        size: int | None = self.cfg.method_kwargs.get(CHUNK)
+        return size
+
+    def forward(self, X: Tensor) -> Any:
+        """solo-learn's, in chunks where `method_kwargs` asks for them."""
+        encoder = Encoder(super().forward, self.backbone, self.projector, self.classifier)
+        return embed_in_chunks(encoder, X, self._chunk_size)
+
+    def multicrop_forward(self, X: Tensor) -> Any:
+        """Likewise, of small crops."""
+        encoder = Encoder(super().multicrop_forward, self.backbone, self.projector)
+        return embed_in_chunks(encoder, X, self._chunk_size)
 
     def setup(self, stage: str) -> None:
         """Gives a table of samples its length, from `method_kwargs.num_samples` or the data set itself."""
@@ -197,6 +214,10 @@ class TwoQueues(AdaptiveTemperature, MoCoV2Plus):
                 "of these augmentations: take them out."
             )
         return cfg
+
+    def momentum_forward(self, X: Tensor) -> Any:
+        """MoCoV2Plus's, in chunks likewise; it has no gradient."""
+        return embed_in_chunks(Encoder(super().momentum_forward), X, self._chunk_size)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         # BaseMomentumMethod's: MoCoV2Plus's own would compute its loss as well.

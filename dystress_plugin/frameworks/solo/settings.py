@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dystress_plugin.checks import unknown_name
+from dystress_plugin.chunks import check_chunks
 from dystress_plugin.recipes import METHODS, Recipe
 
 HEAD = ("proj_hidden_dim", "proj_output_dim")  # of the projector, named as solo-learn's SimCLR names them
 DIAGNOSTICS = "diagnostics_every_n_steps"  # None or 0 for none; changes nothing about what is trained
+CHUNK = "chunk_size"  # images that are embedded at a time; None for all
 # What a method with a queue has beside the temperature and the objective, with solo-learn's own default.
 QUEUE: dict[str, Any] = {"queue_size": 65536}
 
@@ -31,11 +33,11 @@ def complete(
         of_others: returns keys of solo-learn's own methods, with the method that has each; only asked where needed.
 
     Raises:
-        ValueError: for a key that no method has (with the nearest that this one has), a missing one, or a queue without
-            keys.
+        ValueError: for a key that no method has (with the nearest that this one has), a missing one, a queue without
+            keys, or a size of chunks that is no whole number of at least 1.
     """
     parameters, notes = parameters_of(recipe), []
-    known = [*parameters, *HEAD, DIAGNOSTICS, "temperature"]
+    known = [*parameters, *HEAD, DIAGNOSTICS, CHUNK, "temperature"]
     for key in [key for key in given if key not in known]:
         owner = of_others().get(key)
         if owner is None:
@@ -46,7 +48,8 @@ def complete(
         example = ", ".join(f"method_kwargs.{key}=2048" for key in missing)
         raise ValueError(f"Method '{recipe.name}' needs {example}, or another size of your projector.")
 
-    filled = {key: given[key] for key in HEAD} | {DIAGNOSTICS: given.get(DIAGNOSTICS)}
+    filled = {key: given[key] for key in HEAD} | {key: given.get(key) for key in (DIAGNOSTICS, CHUNK)}
+    check_chunks(filled[CHUNK], name=f"method_kwargs.{CHUNK}")
     for name, default in parameters.items():
         value = given.get(name)
         filled[name] = (None if default is inspect.Parameter.empty else default) if value is None else value
