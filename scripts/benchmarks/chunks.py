@@ -6,8 +6,8 @@
 
 A step is two views, forward and backward pass, and DySTreSS' loss. Memory is the peak of one step above the network
 and the images, in a process of its own: of a whole batch as large as a chunk, and of the large batch in chunks. Time is
-of a batch that fits without chunks too, both in turn, medians. Prints a Markdown table, and the two ratios; exits with
-1 where memory is above 1.5 or time above 1.4.
+of a batch that fits without chunks too, both in turn, medians. Prints a Markdown table, and the two ratios; with
+--strict it exits with 1 where memory is above 1.5 or time above 1.4.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import sys
 import torch
 from loss import measured, seconds
 from torch import Tensor, nn
+from torchvision import models
 
 from dystress_plugin import ContrastiveLoss, embed_in_chunks
-from dystress_plugin.experiment.backbone import build_backbone
 
 MOST_MEMORY, MOST_TIME = 1.5, 1.4
 DIM = 128
@@ -34,8 +34,11 @@ class Training:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        backbone, width = build_backbone(options.network, options.image_size)
-        self.encoder = nn.Sequential(backbone, nn.Flatten(), nn.Linear(width, DIM)).to(options.device)
+        self.encoder = models.get_model(options.network, weights=None, num_classes=DIM)
+        if options.image_size <= 64:  # the usual stem for small images, as in `dystress pretrain`
+            self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            self.encoder.maxpool = nn.Identity()
+        self.encoder.to(options.device)
         self.loss = ContrastiveLoss("dystress").to(options.device)
         self.options = options
 
@@ -80,7 +83,7 @@ def median_seconds(training: Training, batch: int, chunks: tuple[int, ...], repe
 def main(given: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--network", default="resnet18", help="of torchvision or timm (default: %(default)s)")
+    parser.add_argument("--network", default="resnet18", help="a ResNet of torchvision (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=32, help="pixels (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=64, help="images of a chunk (default: %(default)s)")
     parser.add_argument(
@@ -89,6 +92,7 @@ def main(given: list[str]) -> int:
     parser.add_argument("--timed", type=int, default=256, help="images whose time is (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="of the timed step (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
+    parser.add_argument("--strict", action="store_true", help="fail where a ratio is too large")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     training = Training(options)
@@ -106,7 +110,7 @@ def main(given: list[str]) -> int:
     print(f"| {options.timed} | in chunks | | {chunked:.3f} |\n")
     memory, time = large / small, chunked / whole
     print(f"memory {memory:.2f} (at most {MOST_MEMORY}), time {time:.2f} (at most {MOST_TIME})")
-    return int(memory > MOST_MEMORY or time > MOST_TIME)
+    return int(options.strict and (memory > MOST_MEMORY or time > MOST_TIME))
 
 
 if __name__ == "__main__":

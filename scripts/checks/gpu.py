@@ -153,7 +153,7 @@ SECTIONS = {
     "steps": Section(0.4, steps),
     "errors": Section(0.4, errors),
     "losses": Section(0.4, losses, alone=True),
-    "chunks": Section(0.18, chunks, ("timm", "torchvision"), alone=True),
+    "chunks": Section(0.18, chunks, ("torchvision",), alone=True),
 }
 
 

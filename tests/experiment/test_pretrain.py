@@ -9,6 +9,7 @@ import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from dystress_plugin import training
 from dystress_plugin.experiment.io.config import read_config
@@ -214,6 +215,28 @@ def test_what_a_temperature_learns_has_a_rate_of_its_own_and_no_decay(tiny, quic
     assert {group["initial_lr"] for group in others} == {0.3}
 
 
+@pytest.mark.parametrize(("method", "sizes"), [("dystress", [18, 4]), ("macl_moco", [9, 3])])
+def test_in_chunks_a_run_is_the_same_but_for_batch_norm(method, sizes, tiny, quick, tmp_path, monkeypatch):
+    weights, most, seen = [], [], []
+    forward = VisionTransformer.forward
+    monkeypatch.setattr(VisionTransformer, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
+    for chunk_size in ("null", 4):
+        out = tmp_path / str(chunk_size)
+        settings = settings_of(method, tiny) | {"epochs": 2, "backbone": "test_vit", "image_size": 16}
+        assert (
+            dystress(
+                "pretrain", settings | {"batch_size": 9, "precision": "64-true", "chunk_size": chunk_size, "out": out}
+            )
+            == 0
+        )
+        weights.append(torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        most.append(max(seen))
+        seen.clear()
+    assert most == sizes  # both views of nine images, or one; parts are of equal size
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
 def test_a_finished_run_is_shown_again_and_not_repeated(tiny, capsys):
     assert dystress("pretrain", tiny | {"epochs": 1}) == 0
     first = capsys.readouterr().out
@@ -283,6 +306,9 @@ def test_a_folder_with_another_run_or_other_files_is_refused(tiny, tmp_path, cap
         ({"momentum_encoder": 0.9}, "momentum_encoder=0.9 is for methods with a queue"),
         ({"method": "ts_moco", "momentum_encoder": 1.5}, "momentum_encoder=1.5 must be at least 0 and at most 1"),
         ({"method": "ts_moco", "queue_size": 0}, "queue_size=0 must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
+        ({"chunk_size": 1}, "chunk_size=1 leaves batch norm, which this network has, a single image"),
+        ({"chunk_size": 2, "strategy": "fsdp"}, "chunk_size=2 embeds twice, for which strategy=fsdp does not"),
         ({"diagnostics_every_n_steps": -1}, "diagnostics_every_n_steps=-1 must be at least 0"),
         ({"wandb": "onlin"}, "Unknown wandb 'onlin'. Did you mean 'online'?"),
     ],

@@ -291,6 +291,20 @@ def test_what_is_learned_is_learned_in_two_processes(folder, method):
         assert all((head != 1).any() for head in heads)  # as it began
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_in_chunks_it_trains_alike(folder, version):
+    runs = {"all": [], "parts": ["--chunk-size", 3], "twice": ["--chunk-size", 3, "--grad-checkpointing"]}
+    options = ["--epochs", 1, "--eps", 1, "--lr", 1e-4]  # or training would make much of rounding
+    commands = [arguments(folder, version, name, ["method=dystress"], *options, *more) for name, more in runs.items()]
+    printed = run(folder, version, *[word for words in commands for word in ("+", *words)][1:])
+    most = [line.rpartition(" ")[2] for line in printed.splitlines() if line.startswith("images at once")]
+    assert most == ["4", "2", "2"]  # parts of equal size
+    whole, *others = (checkpoint(folder, version, name, 1)[0] for name in runs)
+    for other in others:
+        for name, value in whole.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
 # What is wrong
 
 
@@ -302,6 +316,14 @@ def refused(capsys, *words):
 def test_what_open_clip_would_do_to_the_loss_is_refused_before_it_begins(capsys):
     data = ["--", "--train-data", "x.csv"]
     assert "--accum-freq 2" in refused(capsys, "method=isogclr", *data, "--accum-freq", 2)
+    assert "use --chunk-size" in refused(capsys, "method=isogclr", *data, "--accum-freq", 2)
+    for option in ("--torchcompile", "--torchscript"):
+        said = refused(capsys, "method=dystress", "--chunk-size", 64, *data, option)
+        assert f"{option} takes a model as it is, and --chunk-size 64 changes it" in said
+    for size in (0, 2.5, -3, "all"):
+        said = refused(capsys, "method=dystress", *data, "--chunk-size", size)
+        assert f"--chunk-size={size!r} must be" in said or f"--chunk-size='{size}' must be" in said
+        assert said.count("\n") == 1
     assert "--siglip" in refused(capsys, "method=dystress", *data, "--siglip")
     assert "coca" in refused(capsys, "method=dystress", *data, "--model", "coca_ViT-B-32")
 

@@ -31,7 +31,8 @@ with needing("open-clip"):
 
     from dystress_plugin.frameworks.open_clip import numbers
 
-ENCODERS = ("encode_image", "encode_audio", "encode_text")  # of a model, those that it has
+# What a model's forward pass calls, in 3.3 and in 4; those that it has.
+ENCODERS = [f"{start}encode_{side}" for start in ("", "_") for side in ("image", "audio", "text")]
 TASKS = ("CLIPTask", "CLAPTask")
 STATE = "contrastive_loss"  # of the loss, in a checkpoint
 LR = 3e-5  # TempNet's, 2024, https://arxiv.org/abs/2404.04575
