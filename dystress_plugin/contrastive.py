@@ -68,9 +68,9 @@ class ContrastiveLoss(nn.Module):
             `dystress_plugin.temperature`; with the layout "both_ways" also a pair of instances, one a side. There each
             side has a state of its own where the temperature keeps one per side, as `Individual` does; of a single
             instance the other side takes a copy.
-        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw", or a `dystress_plugin.objectives.Objective`. None takes
-            the recipe's; for an instance of a temperature its own: "macl" for ModelAware, "sogclr" for Individual, for
-            WarmUp that of the temperature it arrives at, "ntxent" for the others.
+        objective: "ntxent", "macl", "sogclr", "dcl", "dclw" or "dual", or a `dystress_plugin.objectives.Objective`.
+            None takes the recipe's; for an instance of a temperature its own: "macl" for ModelAware, "sogclr" for
+            Individual, for WarmUp and Hardness that of the temperature inside, "ntxent" for the others.
         queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
@@ -87,7 +87,8 @@ class ContrastiveLoss(nn.Module):
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
         **settings: parameters of the temperature where it is given by name, such as `tau_max=0.3`, and of the
-            objective, `sigma=0.5` for "dclw"; "isogclr" needs `num_samples`, which may be a pair with "both_ways".
+            objective, `sigma=0.5` for "dclw" and `ratio=10` for "dual"; "isogclr" needs `num_samples`, which may be a
+            pair with "both_ways".
 
     Raises:
         ValueError: for an unknown name (with the nearest valid one) or a parameter out of its range.
@@ -199,8 +200,8 @@ class ContrastiveLoss(nn.Module):
                 temperature.begin(units[0 if self._in_views or number else 1])
             stats, sides, each, own = self._row_stats(units, indices, epoch)
             one_by_one = self.positives == "mean"
-            terms = _one_by_one(stats, *each, self._objective.competing) if one_by_one else stats
-            rows = self._objective.row_loss(terms, **self.objective_settings)
+            terms = _one_by_one(stats, *each, self._objective.competing, self._ratio) if one_by_one else stats
+            rows = self._objective.rows(terms, self.objective_settings)
             views = len(stats.positive) // units.shape[1]
             value = rows.mean() if own is None else rows.mean() + own
             value = value * (views if self._objective.sum_over_views else 1)
@@ -340,6 +341,10 @@ class ContrastiveLoss(nn.Module):
             positive_logit=_over_positives(torch.mean, positive_logit),
             mean=sides[0].batch.mean,
         )
+        if self._ratio is not None:
+            soft = [part.soft_negative for part in negatives if part.soft_negative is not None]
+            positive = _over_positives(torch.logsumexp, positive_logit.detach() / self._ratio)
+            stats = replace(stats, soft_positive=positive, soft_negative=torch.cat(soft))
         stats = _with_running_means(stats, sides)
         own_losses = [
             side.temperature.own_loss(its, stats.rows(side.rows), side.batch)
@@ -356,10 +361,11 @@ class ContrastiveLoss(nn.Module):
             block.candidates,
             logit_map=negative,
             want_cosine=self._counts_negatives,
+            ratio=self._ratio,
         )
         if hard is None or block.hard is None:
             return of_engine(excluded=block.excluded)
-        added = _stats_of(block.hard, hard, want_cosine=self._counts_negatives)
+        added = _stats_of(block.hard, hard, self._counts_negatives, self._ratio)
         if block.candidates is not None and block.own.copies == len(block.candidates):  # nothing is left
             return added
         return _joined(of_engine(excluded=block.own), added)
@@ -422,6 +428,10 @@ class ContrastiveLoss(nn.Module):
         return self.layout == "views" and self.queue is None
 
     @property
+    def _ratio(self) -> float | None:
+        return self._objective.ratio(self.objective_settings)
+
+    @property
     def _counts_negatives(self) -> bool:
         return self._objective.needs_negative_cosine or any(own.needs_negative_cosine for own in self.temperatures)
 
@@ -460,7 +470,7 @@ def _with_running_means(stats: RowStats, sides: Sequence[_Side]) -> RowStats:
     return replace(stats, log_s=log_s, difference=difference)
 
 
-def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool) -> RowStats:
+def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool, ratio: float | None) -> RowStats:
     """A row for every positive of every anchor; the anchor's others are among its negatives if they are `competing`."""
 
     def repeated(x: Tensor | None) -> Tensor | None:
@@ -480,23 +490,28 @@ def _one_by_one(stats: RowStats, logit: Tensor, cosine: Tensor, competing: bool)
         log_s=repeated(stats.log_s),
         difference=repeated(stats.difference),
         positive_logit=logit.flatten(),
+        soft_positive=None if ratio is None else logit.detach().flatten() / ratio,
+        soft_negative=repeated(stats.soft_negative),
     )
 
 
-def _stats_of(cosine: Tensor, logit_map: LogitMap, *, want_cosine: bool) -> NegativeStats:
+def _stats_of(cosine: Tensor, logit_map: LogitMap, want_cosine: bool, ratio: float | None) -> NegativeStats:
     """What an engine computes, of negatives whose cosines are there, (rows, negatives)."""
     logit = logit_map.logit(cosine)
     mean = (torch.softmax(logit.detach(), dim=1) * cosine).sum(dim=1) if want_cosine else None
-    return NegativeStats(torch.logsumexp(logit, dim=1), mean)
+    soft = None if ratio is None else torch.logsumexp(logit.detach() / ratio, dim=1)
+    return NegativeStats(torch.logsumexp(logit, dim=1), mean, soft)
 
 
 def _joined(one: NegativeStats, other: NegativeStats) -> NegativeStats:
     """The statistics of the negatives of both."""
-    negative = torch.logaddexp(one.negative, other.negative)
-    if one.negative_cosine is None or other.negative_cosine is None:
-        return NegativeStats(negative, None)
-    share = torch.sigmoid((other.negative - one.negative).detach())
-    return NegativeStats(negative, (1 - share) * one.negative_cosine + share * other.negative_cosine)
+    mean = soft = None
+    if one.negative_cosine is not None and other.negative_cosine is not None:
+        share = torch.sigmoid((other.negative - one.negative).detach())
+        mean = (1 - share) * one.negative_cosine + share * other.negative_cosine
+    if one.soft_negative is not None and other.soft_negative is not None:
+        soft = torch.logaddexp(one.soft_negative, other.soft_negative)
+    return NegativeStats(torch.logaddexp(one.negative, other.negative), mean, soft)
 
 
 def _rows(blocks: Sequence[Block]) -> list[tuple[slice, Block]]:

@@ -8,6 +8,7 @@ With P and L the logsumexp of the positives' and of the negatives' logits and d 
     gcl      the same, but the mean over views or sides       FastCLIP, 2024, https://arxiv.org/abs/2407.01445
     dcl      d                                                DCL, 2021, https://arxiv.org/abs/2110.06848
     dclw     L - w P, w = sg[2 - e^(s/sigma) / mean of it]    the same paper
+    dual     macl's, times sg[1 - p at a second temperature]  SimCo, 2022, https://arxiv.org/abs/2203.17248
 """
 
 from __future__ import annotations
@@ -79,6 +80,18 @@ def dclw(stats: RowStats, *, sigma: float) -> Tensor:
     return stats.negative - weight.to(stats.positive.dtype) * stats.positive
 
 
+def dual(stats: RowStats) -> Tensor:
+    """-sg[(1 - p_soft) / (1 - p)] log p, p the positive's probability and p_soft that of all logits over a ratio.
+
+    The gradient is 1 - p_soft times that of d = L - P: how an anchor weighs in the batch does not depend on the
+    temperature that tells its negatives apart. SimCo's negatives are those of the other view alone, which is the
+    layout "both_ways" of the two (temperature 0.1, ratio 10).
+    """
+    assert stats.soft_negative is not None  # Objective.softened_by; narrows the types
+    assert stats.soft_positive is not None
+    return torch.sigmoid(stats.soft_negative - stats.soft_positive) * macl(stats)
+
+
 @dataclass(frozen=True)
 class Objective:
     """A row's loss and how rows are joined.
@@ -88,10 +101,12 @@ class Objective:
 
     Attributes:
         name: what a user types.
-        row_loss: from the statistics, and the parameters by keyword, to (rows,).
+        row_loss: from the statistics, and the parameters but `softened_by` by keyword, to (rows,).
         needs_negative_cosine: whether it reads `RowStats.negative_cosine`.
         sum_over_views: sum over the views of an image instead of their mean; always the mean over images.
         parameters: its own parameters with their defaults, positive numbers.
+        softened_by: the parameter that says by what logits are divided in `RowStats.soft_positive` and `soft_negative`;
+            None where it reads neither.
         competing: whether the positives of an anchor that are taken one by one are compared with each other too.
     """
 
@@ -100,12 +115,22 @@ class Objective:
     needs_negative_cosine: bool = False
     sum_over_views: bool = False
     parameters: Mapping[str, float] = field(default_factory=dict)
+    softened_by: str | None = None
     competing: bool = False
 
     def checked(self, settings: Mapping[str, float]) -> dict[str, float]:
-        """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf)."""
-        # Below, the weights of a batch underflow.
-        return {name: check_at_least(name, settings.get(name, value), 0.01) for name, value in self.parameters.items()}
+        """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf), or in [1, inf)."""
+        # Below, the weights of a batch underflow, and exp(logit / ratio) overflows.
+        least = {name: 1.0 if name == self.softened_by else 0.01 for name in self.parameters}
+        return {n: check_at_least(n, settings.get(n, value), least[n]) for n, value in self.parameters.items()}
+
+    def rows(self, stats: RowStats, settings: Mapping[str, float]) -> Tensor:
+        """The loss of every row."""
+        return self.row_loss(stats, **{name: value for name, value in settings.items() if name != self.softened_by})
+
+    def ratio(self, settings: Mapping[str, float]) -> float | None:
+        """By what logits are divided for the softened statistics; None where they are not wanted."""
+        return None if self.softened_by is None else settings[self.softened_by]
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -117,5 +142,6 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("gcl", sogclr, needs_negative_cosine=True),
         Objective("dcl", dcl),
         Objective("dclw", dclw, parameters={"sigma": 0.5}),
+        Objective("dual", dual, parameters={"ratio": 10.0}, softened_by="ratio"),
     )
 }

@@ -131,11 +131,12 @@ class Recipe:
 
 
 def _variants(base: Recipe) -> list[Recipe]:
-    """The method itself, with DCL's two objectives, and with a queue of negatives."""
+    """The method itself, with DCL's two objectives, with SimCo's, and with a queue of negatives."""
     return [
         base,
         replace(base, name=f"{base.name}_dcl", title=f"{base.title} DCL", objective="dcl"),
         replace(base, name=f"{base.name}_dclw", title=f"{base.title} DCLW", objective="dclw"),
+        replace(base, name=f"{base.name}_dual", title=f"{base.title} Dual", objective="dual"),
         replace(base, name=f"{base.name}_moco", title=f"{base.title} MoCo", queue=True),
     ]
 
@@ -168,6 +169,8 @@ _ISOGCLR = Recipe(
     both_ways={"tau_init": 0.01, "tau_min": 0.005, "rho": 6.0, "beta": 0.9, "clip": 5.0},
 )
 
+# What `simclr_dual` would be.
+_SIMCO = Recipe("simco", "SimCo", Constant, "dual", "SimCo, 2022", "https://arxiv.org/abs/2203.17248")
 _TEMO = Recipe(
     "temo",
     "TeMo",
@@ -191,8 +194,9 @@ _DYSTRESS_CLIP = Recipe(
 GROUP = "dystress_plugin.methods"
 
 METHODS: dict[str, Recipe]  # `__getattr__` has it
-_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP, _TEMPNET, _TEMO)}
+_TABLE = {recipe.name: recipe for recipe in (*_BASES, _ISOGCLR, _CLIP, _FASTCLIP, _TEMPNET, _TEMO, _SIMCO)}
 _TABLE |= {recipe.name: recipe for base in (*_BASES, _CLIP) for recipe in _variants(base)[1:]}
+del _TABLE["simclr_dual"]
 _TABLE[_DYSTRESS_CLIP.name] = _DYSTRESS_CLIP
 _BY = dict.fromkeys(_TABLE, "dystress_plugin")
 _FOLLOWERS: list[Callable[[Recipe], None]] = []

@@ -27,6 +27,8 @@ class RowStats:
         difference: for which anchors SogCLR is of the negatives' cosines less the positive's, weights and loss alike;
             None is for none.
         positive_logit: mean logit of i's positives, as far as something reads it.
+        soft_positive, soft_negative: P_i and L_i of all logits over a second temperature's ratio to the first,
+            detached. None unless asked for.
         mean: mean of a tensor over the batch; over all ranks where the batch is gathered from them.
     """
 
@@ -38,6 +40,8 @@ class RowStats:
     log_s: Tensor | None = None
     difference: Tensor | None = None
     positive_logit: Tensor | None = None
+    soft_positive: Tensor | None = None
+    soft_negative: Tensor | None = None
     mean: Callable[[Tensor], Tensor] = torch.mean
 
     def rows(self, rows: slice) -> RowStats:
@@ -47,7 +51,8 @@ class RowStats:
 
 
 class NegativeStats(NamedTuple):
-    """The two members of `RowStats` that need the matrix of similarities: all that an engine returns."""
+    """The members of `RowStats` that need the matrix of similarities: all that an engine returns."""
 
     negative: Tensor
     negative_cosine: Tensor | None
+    soft_negative: Tensor | None = None

@@ -23,7 +23,7 @@ from dystress_plugin.engine import blockwise, dense
 from dystress_plugin.errors import first_line
 from dystress_plugin.layout import LAYOUTS, Block, queue
 from dystress_plugin.objectives import OBJECTIVES
-from dystress_plugin.rows import RowStats
+from dystress_plugin.rows import NegativeStats, RowStats
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMap, LogitMaps, PartsReader
 
@@ -540,7 +540,7 @@ def _engines(build: Build, name: str) -> None:
 
 
 def _negatives(
-    build: Build, engine: Callable[..., tuple[Tensor, Tensor | None]], layout: str, views: int
+    build: Build, engine: Callable[..., NegativeStats], layout: str, views: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L and N of all rows; the gradients of a sum of them, by embeddings and by parameters."""
     temperature = _trained(build)
@@ -551,7 +551,7 @@ def _negatives(
         for rows, block in _with_rows(seen.blocks)
         for value in engine(
             block.anchors, block.candidates, block.excluded, seen.maps.negative.rows(rows), want_cosine=True
-        )
+        )[:2]
     ]
     values = torch.cat(found)  # type: ignore[arg-type]
     total = (values * torch.linspace(-1, 2, len(values), dtype=values.dtype)).sum()

@@ -16,7 +16,7 @@ from dystress_plugin import ContrastiveLoss, temperature
 DEVICE = torch.device("cpu")  # before any test is imported, --device sets another
 EPOCH = 37.5
 SAMPLES = 50
-OBJECTIVES = ("ntxent", "macl", "sogclr", "gcl", "dcl", "dclw")
+OBJECTIVES = ("ntxent", "macl", "sogclr", "gcl", "dcl", "dclw", "dual")
 
 
 class Case(NamedTuple):

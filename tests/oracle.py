@@ -267,6 +267,19 @@ def dclw(row, positive, negative, running, weight):
     return lower - weight * upper, [weight * c for c in up], down
 
 
+def dual(row, positive, negative, running, weight, ratio=10.0):
+    """SimCo, https://arxiv.org/abs/2203.17248: -sg[(1 - P(ratio tau)) / (1 - P(tau))] log P(tau)"""
+
+    def probability(by):
+        p = math.fsum(math.exp(positive.logit(s) / by) for s in row.positive_cosine)
+        return p / (p + math.fsum(math.exp(negative.logit(s) / by) for s in row.negative_cosine))
+
+    soft = 1 - probability(ratio)
+    value, _, _ = macl(row, positive, negative, running, weight)  # -log P / (1 - P), which keeps its digits
+    _, up, down = distance(row, positive, negative)
+    return soft * value, [soft * c for c in up], [soft * c for c in down]
+
+
 def von_mises_fisher(rows, sigma):
     """2 - B softmax_i(s_i / sigma) over the positives' cosines of the whole batch, constants in the gradient."""
     energy = [math.exp(math.fsum(row.positive_cosine) / len(row.positive_cosine) / sigma) for row in rows]
@@ -293,7 +306,7 @@ def sogclr(row, positive, negative, running, weight):
     return value, [-share for _ in row.positives], weights
 
 
-OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr, "gcl": sogclr, "dcl": dcl, "dclw": dclw}
+OBJECTIVES = {"ntxent": ntxent, "macl": macl, "sogclr": sogclr, "gcl": sogclr, "dcl": dcl, "dclw": dclw, "dual": dual}
 
 
 def one_by_one(row, positive, compete):

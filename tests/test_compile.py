@@ -29,8 +29,8 @@ OTHERS = {  # what no recipe has
     "shifted-by-the-maximum": lambda: Constant(0.01),
     "watched-floor": lambda: ModelAware(0.1, alpha=2.0),
 }
-OWN = [name for name in recipes.METHODS if not name.endswith(("_dcl", "_dclw", "_moco"))]
-VARIANTS = [name for name in recipes.METHODS if name.endswith(("_dcl", "_dclw"))]
+OWN = [name for name in recipes.METHODS if not name.endswith(("_dcl", "_dclw", "_dual", "_moco"))]
+VARIANTS = [name for name in recipes.METHODS if name.endswith(("_dcl", "_dclw"))] + ["dystress_dual"]
 QUEUES = [name for name in recipes.METHODS if name.endswith("_moco")] + ["isogclr"]
 CELLS = {
     ("views", "auto"): [*OWN, *VARIANTS, *OTHERS],

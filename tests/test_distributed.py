@@ -52,7 +52,7 @@ class Cell(NamedTuple):
     engine: str = "auto"
 
 
-OBJECTIVES = [name for name in OBJECTIVES if name != "gcl"]  # but for a factor it is "sogclr"
+OBJECTIVES = [name for name in OBJECTIVES if name not in ("gcl", "dual")]  # but for factors "sogclr" and "macl"
 KINDS = [name for name in KINDS if name != "hardness-dystress-live"]  # pointwise, as "dystress-two-ranges-live"
 SOME = ["dystress-cosine", "isogclr", "macl", "learnable"]
 GRID = [
@@ -65,6 +65,7 @@ GRID = [
             *itertools.product(SOME, OBJECTIVES, ["two", "both_ways"], ["unequal"], ["blockwise"]),
             *itertools.product(SOME, OBJECTIVES, ["three-one-by-one"], ["unequal"]),
             *itertools.product(["isogclr", "isogclr-released"], ["sogclr"], ["captions"], SIZES),
+            *itertools.product(SOME, ["dual"], ["two", "both_ways", "three-one-by-one"], ["unequal"], ["blockwise"]),
             *itertools.product(["hardness-learnable"], ["ntxent", "sogclr"], ["three-with-hard-ones"], SIZES),
             *itertools.product(["robust-global", "robust-global-means"], ["gcl"], ["two", "captions"], SIZES),
         ]

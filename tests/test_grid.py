@@ -79,10 +79,13 @@ def test_the_grid_has_every_name_there_is():
     assert {type(CASES[name].build()) for name in KINDS} == {kind for kind in ours if not inspect.isabstract(kind)}
 
 
+# Of the dual one all but the second temperature is "macl".
+CELLS = [(name, objective) for name in CASES for objective in OBJECTIVES if objective != "dual" or name in KINDS]
+
+
 @pytest.mark.parametrize("engine", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "objective"), CELLS)
 def test_value_gradient_and_tables_equal_the_double_loop(name, objective, layout, engine, monkeypatch):
     options = OPTIONS[engine]
     engine = engine_of(engine.removesuffix("-in-fours"), options, monkeypatch) if options else engine

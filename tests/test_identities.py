@@ -141,6 +141,29 @@ def test_macl_has_the_gradient_of_dcl_at_the_same_temperature(name, layout):
     assert value > 1  # while the value is another: V log(1/p) exceeds its limit
 
 
+@pytest.mark.parametrize("engine", ["dense", "blockwise"])
+@pytest.mark.parametrize("name", ["constant", "dystress-cosine-live", "dystress-two-ranges"])
+def test_the_dual_gradient_is_dcls_by_the_softened_share_of_the_negatives_of_every_anchor(name, engine):
+    views, maps = embeddings(5, 4, views=6), build(name).prepare(None)
+    for anchor in range(5):  # each alone with hard negatives, so that the mean over anchors hides nothing
+        gradients = {}
+        leaves = [view[anchor : anchor + 1].clone().requires_grad_() for view in views]
+        for objective in ("dual", "dcl"):
+            loss = ContrastiveLoss(build(name), objective=objective, layout="one_way", engine=engine)
+            gradients[objective] = torch.stack(torch.autograd.grad(loss(*leaves), leaves))
+        first, positive, *hard = (normalize(leaf.detach()) for leaf in leaves)
+        up = (maps.positive.logit(first @ positive.T) / 10).exp()
+        down = sum((maps.negative.logit(first @ other.T) / 10).exp() for other in hard)
+        assert_close(gradients["dual"], down / (up + down) * gradients["dcl"], 1e-12)
+
+
+@every_layout
+def test_dual_over_a_ratio_of_one_has_the_gradient_of_ntxent(layout):
+    found = result(DySTreSS(0.1, 0.2), "dual", layout=layout, ratio=1.0)
+    expected = result(DySTreSS(0.1, 0.2), "ntxent", layout=layout)
+    assert_same(found, expected)
+
+
 @every_layout
 def test_model_aware_without_awareness_has_the_gradient_of_dcl_at_its_tau(layout):
     _, found = result(ModelAware(0.2, alpha=0), "macl", layout=layout)
@@ -189,21 +212,29 @@ def test_sogclr_gradient_is_tau_times_that_of_dcl_summed_over_views(tau, layout)
 def by_rectangles(name, objective, rectangles, engine):
     """The loss of (anchors, positive cosines, candidates, excluded), one by one and with candidates of their own."""
     everything = torch.cat([positive for _, positive, _, _ in rectangles])
-    index = indices(7).repeat(len(rectangles)) if CASES[name].maps is None else None
+    index = indices(7).repeat(len(rectangles)) if build(name).needs_index else None
     batch = Batch(everything.detach(), index, EPOCH, len(rectangles), torch.mean)
     temperature = build(name).double()
     maps = temperature.prepare(batch)
     start, parts = 0, []
     for anchors, _, candidates, excluded in rectangles:
         rows = slice(start, start := start + len(anchors))
-        part = ENGINES[engine](anchors, candidates, excluded, maps.negative.rows(rows), want_cosine=True)
-        parts.append((part.negative, part.negative_cosine))
-    negative, negative_cosine = (torch.cat(column) for column in zip(*parts, strict=True))
-    positive, number = torch.logsumexp(maps.positive.logit(everything), 1), rectangles[0][2].shape[0]
-    stats = RowStats(positive, negative, everything.mean(1), negative_cosine, number - rectangles[0][3].copies)
+        part = ENGINES[engine](anchors, candidates, excluded, maps.negative.rows(rows), want_cosine=True, ratio=10.0)
+        parts.append(part)
+    negative, negative_cosine, soft_negative = (torch.cat(column) for column in zip(*parts, strict=True))
+    logit, number = maps.positive.logit(everything), rectangles[0][2].shape[0]
+    stats = RowStats(
+        torch.logsumexp(logit, 1),
+        negative,
+        everything.mean(1),
+        negative_cosine,
+        number - rectangles[0][3].copies,
+        soft_positive=torch.logsumexp(logit.detach() / 10, 1),
+        soft_negative=soft_negative,
+    )
     definition = DEFINITIONS[objective]
-    settings = dict(definition.parameters)
-    return definition.row_loss(stats, **settings).mean() * (len(rectangles) if definition.sum_over_views else 1)
+    rows = definition.rows(stats, definition.parameters)
+    return rows.mean() * (len(rectangles) if definition.sum_over_views else 1)
 
 
 def assert_rectangles_equal(pair, views, rectangles_of, engine):

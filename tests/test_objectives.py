@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -143,7 +144,8 @@ def test_sogclr_weighs_by_the_batch_mean_over_the_running_mean_and_keeps_the_wei
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_says_whether_it_reads_the_negative_cosine(name):
     rows = stats(*ROWS)
-    used = gradients(OBJECTIVES[name].row_loss(rows, **OBJECTIVES[name].parameters), rows)[3] is not None
+    rows = dataclasses.replace(rows, soft_positive=rows.positive.detach(), soft_negative=rows.negative.detach())
+    used = gradients(OBJECTIVES[name].rows(rows, OBJECTIVES[name].parameters), rows)[3] is not None
     assert OBJECTIVES[name].needs_negative_cosine == used
 
 
@@ -151,9 +153,25 @@ def test_only_sogclr_is_summed_over_the_views_of_an_image():
     assert [name for name, objective in OBJECTIVES.items() if objective.sum_over_views] == ["sogclr"]
 
 
-def test_only_dclw_has_a_parameter():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dual_is_macl_by_the_softened_share_of_the_negatives_also_where_either_is_certain(dtype):
+    d, soft = torch.tensor([[-200.0, -20.0], [-3.0, -0.3], [0.5, 0.05], [90.0, 9.0]], dtype=dtype).T.contiguous()
+    zero = torch.zeros_like(d)
+    rows = RowStats(zero.requires_grad_(), d, zero, None, 4, soft_positive=zero.detach(), soft_negative=soft)
+    value = OBJECTIVES["dual"].rows(rows, {"ratio": 10.0})
+    share = torch.sigmoid(soft.double())
+    exact = torch.nn.functional.softplus(d.double()) / torch.sigmoid(d.double())
+    exact[0] = 1.0  # the limit
+    assert torch.allclose(value.double(), share * exact, rtol=1e-6)
+    (by_positive,) = torch.autograd.grad(value.sum(), rows.positive)
+    assert torch.allclose(by_positive.double(), -share, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"ratio=.* must be at least 1"):
+        OBJECTIVES["dual"].checked({"ratio": 0.5})
+
+
+def test_only_dclw_and_dual_have_a_parameter():
     parameters = {name: dict(objective.parameters) for name, objective in OBJECTIVES.items() if objective.parameters}
-    assert parameters == {"dclw": {"sigma": 0.5}}
+    assert parameters == {"dclw": {"sigma": 0.5}, "dual": {"ratio": 10.0}}
     assert OBJECTIVES["dclw"].checked({}) == {"sigma": 0.5}
     assert OBJECTIVES["dclw"].checked({"sigma": 2}) == {"sigma": 2.0}
 

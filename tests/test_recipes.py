@@ -48,10 +48,11 @@ PLAIN = {
     "clip": (Learnable, "ntxent", {"tau": 0.07, "tau_min": 0.01}),
     "fastclip": (RobustGlobal, "gcl", {"tau": 0.07, "rho": None, "gamma": 1.0, "tau_min": 0.01, "released": False}),
     "tempnet": (TempNet, "sogclr", {"rho": None, "gamma": 1.0, "tau_min": 0.005, "tau_max": 0.05}),
+    "simco": (Constant, "dual", {"tau": 0.1, "ratio": 10.0}),
     "temo": (DySTreSS, "ntxent", {"tau_min": 0.01, "tau_max": 0.05, "profile": "root", "detach": False}),
     "dystress_clip": (DySTreSS, "ntxent", {"tau_min": 0.01, "tau_max": 0.04, "profile": "cosine", "detach": True}),
 }
-ALONE = {"isogclr", "fastclip", "tempnet", "temo", "dystress_clip"}  # without suffix
+ALONE = {"simco", "isogclr", "fastclip", "tempnet", "temo", "dystress_clip"}  # without suffix
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -64,7 +65,8 @@ def test_plain_methods_have_the_papers_temperature_objective_and_values(name):
 
 def test_methods_are_those_of_the_contract():
     """Each but those with an objective of their own also with one suffix, for the objective or for the queue."""
-    suffixed = [f"{name}_{suffix}" for name in PLAIN if name not in ALONE for suffix in ("dcl", "dclw", "moco")]
+    suffixed = [f"{name}_{suffix}" for name in PLAIN if name not in ALONE for suffix in ("dcl", "dclw", "dual", "moco")]
+    suffixed.remove("simclr_dual")  # which is "simco"
     assert set(METHODS) == {*PLAIN, *suffixed}
 
 
@@ -72,7 +74,7 @@ def test_methods_are_those_of_the_contract():
 def test_a_suffix_changes_the_objective_or_the_layout_and_nothing_else(name):
     base, suffix = METHODS[name.rsplit("_", 1)[0]], name.rsplit("_", 1)[1]
     changed = {"queue": True} if suffix == "moco" else {"objective": suffix}
-    title = f"{base.title} {'MoCo' if suffix == 'moco' else suffix.upper()}"
+    title = f"{base.title} { {'moco': 'MoCo', 'dual': 'Dual'}.get(suffix, suffix.upper()) }"
     assert METHODS[name] == dataclasses.replace(base, name=name, title=title, **changed)
     assert not base.queue
 
@@ -228,9 +230,9 @@ def test_a_registered_method_is_one_of_the_table(table):
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({}, ["own", "own_dclw", "own_moco"]),
-        ({"objective": "ntxent"}, ["own", "own_dcl", "own_dclw", "own_moco"]),
-        ({"queue": True}, ["own", "own_dclw"]),
+        ({}, ["own", "own_dclw", "own_dual", "own_moco"]),
+        ({"objective": "ntxent"}, ["own", "own_dcl", "own_dclw", "own_dual", "own_moco"]),
+        ({"queue": True}, ["own", "own_dclw", "own_dual"]),
     ],
 )
 def test_variants_are_those_that_differ(table, change, names):
@@ -239,7 +241,7 @@ def test_variants_are_those_that_differ(table, change, names):
     for name in names:
         assert table[name].temperature is Own
         suffix = name.partition("_")[2]
-        assert table[name].objective == (suffix if "dcl" in suffix else own.objective)
+        assert table[name].objective == (suffix if suffix in OBJECTIVES else own.objective)
         assert table[name].queue == (suffix == "moco" or own.queue)
 
 
@@ -248,7 +250,7 @@ def test_who_follows_the_table_is_told_of_what_is_there_and_of_what_comes(table)
     recipes.follow(told.append)
     assert told == list(METHODS.values())
     recipes.register(OWN, variants=True)
-    assert [recipe.name for recipe in told[len(METHODS) :]] == ["own", "own_dclw", "own_moco"]
+    assert [recipe.name for recipe in told[len(METHODS) :]] == ["own", "own_dclw", "own_dual", "own_moco"]
 
 
 @pytest.mark.parametrize(

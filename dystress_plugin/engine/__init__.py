@@ -27,7 +27,13 @@ def dense_entries(like: Tensor) -> int:
 
 
 def auto(
-    anchors: Tensor, candidates: Tensor | None, excluded: Excluded, logit_map: LogitMap, *, want_cosine: bool
+    anchors: Tensor,
+    candidates: Tensor | None,
+    excluded: Excluded,
+    logit_map: LogitMap,
+    *,
+    want_cosine: bool,
+    ratio: float | None = None,
 ) -> NegativeStats:
     """The faster of the two engines for this size, or the one that can."""
     entries = len(anchors) * len(anchors if candidates is None else candidates)
@@ -35,7 +41,9 @@ def auto(
         entries <= blockwise.WHOLE_ENTRIES and not blockwise.in_tiles(anchors, candidates, logit_map)
     )
     engine = dense if whole else blockwise
-    stats: NegativeStats = engine.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
+    stats: NegativeStats = engine.negative_stats(
+        anchors, candidates, excluded, logit_map, want_cosine=want_cosine, ratio=ratio
+    )
     return stats
 
 

@@ -37,6 +37,7 @@ def negative_stats(
     logit_map: LogitMap,
     *,
     want_cosine: bool,
+    ratio: float | None = None,
     tile: int | None = None,
     keep_bytes: int = KEEP_BYTES,
 ) -> NegativeStats:
@@ -51,6 +52,7 @@ def negative_stats(
         excluded: the columns that are not negatives of each row.
         logit_map: a.
         want_cosine: whether to return the negatives' mean cosine as well.
+        ratio: by which to divide the logits, at least 1, for a second L without gradient; None for none.
         tile: rows of a tile, and columns unless there are fewer rows; None chooses for the device.
         keep_bytes: what all tiles together may take up to be kept between forward and backward pass.
 
@@ -63,23 +65,22 @@ def negative_stats(
     """
     if not in_tiles(anchors, candidates, logit_map):
         _check_whole(len(anchors) * len(anchors if candidates is None else candidates))
-        return dense.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine)
+        return dense.negative_stats(anchors, candidates, excluded, logit_map, want_cosine=want_cosine, ratio=ratio)
     if tracing.compiled(anchors) and not tracing.HAS_OPERATIONS:
-        stats: NegativeStats = _uncompiled(
-            anchors, candidates, excluded, logit_map, want_cosine=want_cosine, tile=tile, keep_bytes=keep_bytes
-        )
+        given: Any = {"want_cosine": want_cosine, "ratio": ratio, "tile": tile, "keep_bytes": keep_bytes}
+        stats: NegativeStats = _uncompiled(anchors, candidates, excluded, logit_map, **given)
         return stats
     trains = logit_map.parameter_term(anchors[:, 0]) is not None
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (anchors, candidates))
     kept = keep_bytes if learns else 0
-    plan = Plan.make(anchors, candidates, excluded, logit_map, want_cosine or trains, tile, kept)
+    plan = Plan.make(anchors, candidates, excluded, logit_map, want_cosine or trains, ratio, tile, kept)
     if tracing.compiled(anchors):
-        negative, cosine = compiled.statistics(plan, anchors, candidates)
+        negative, cosine, soft = compiled.statistics(plan, anchors, candidates)
         term = logit_map.parameter_term(cosine)
         negative = negative if term is None else negative + term
     else:
-        negative, cosine = _Blockwise.apply(plan, anchors, candidates, *_tensors(logit_map))  # type: ignore[no-untyped-call]
-    return NegativeStats(negative, cosine if want_cosine else None)
+        negative, cosine, soft = _Blockwise.apply(plan, anchors, candidates, *_tensors(logit_map))  # type: ignore[no-untyped-call]
+    return NegativeStats(negative, cosine if want_cosine else None, None if ratio is None else soft)
 
 
 # For torch before 2.4: outside of the compiled graph.
@@ -110,22 +111,24 @@ def _check_whole(entries: int) -> None:
 
 
 class _Blockwise(torch.autograd.Function):
-    """L and N of all rows, from the embeddings and the tensors of the map."""
+    """L and N of all rows, and the second L, from the embeddings and the tensors of the map."""
 
     @staticmethod
     def forward(
         ctx: Any, plan: Plan, anchors: Tensor, candidates: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        negative, cosine, passed = forward(plan, anchors, candidates)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        negative, cosine, soft, passed = forward(plan, anchors, candidates)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         by_tensors = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(*passed, cosine if by_tensors else None, anchors, candidates, *tensors)
-        return negative, cosine
+        ctx.mark_non_differentiable(soft)
+        return negative, cosine, soft
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> Tensors:
         total, shift, kept, cosine, *inputs = ctx.saved_tensors
+        arriving = arriving[:2]  # none for the second L
         if tracing.transformed(*arriving) or tracing.batched(*arriving):  # by autograd.grad(..., is_grads_batched=True)
             return None, *_plain_gradient(ctx.plan, arriving, inputs)
         known = ctx.plan, Passed(total, shift, kept), cosine, ctx.needs_input_grad[1:]
@@ -206,7 +209,7 @@ def _gradient_of_rows(plan: Plan, rows: slice, arriving: Tensors, inputs: Tensor
         logit_map.rows(rows),
         want_cosine=plan.want_cosine,
     )
-    return _gradient_of(found, inputs, [None if x is None else x[rows] for x in arriving], again=again)
+    return _gradient_of(found[:2], inputs, [None if x is None else x[rows] for x in arriving], again=again)
 
 
 def _gradient_of(results: Tensors, inputs: Tensors, arriving: Tensors, *, again: bool) -> Tensors:

@@ -15,15 +15,15 @@ from dystress_plugin.temperature.maps import PartsReader
 # compiler would make another graph for each of a schedule's.
 _GIVEN = (
     "Tensor anchors, Tensor? candidates, SymInt[] excluded, str words, Tensor numbers, Tensor[] tensors, "
-    "SymInt row_tile, SymInt column_tile, bool want_cosine, int keep_bytes"
+    "SymInt row_tile, SymInt column_tile, bool want_cosine, float? ratio, int keep_bytes"
 )
 
 
-def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
-    """L and N of all rows, with gradients by the embeddings, not by the tensors of the map."""
+def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """L, N and the second L of all rows, with gradients by the embeddings, not by the tensors of the map."""
     parts = plan.logit_map.parts()
     assert parts is not None  # as `blockwise.in_tiles` asks; narrows the type
-    negative, cosine, *_ = _tiles(
+    negative, cosine, soft, *_ = _tiles(
         anchors,
         candidates,
         list(plan.excluded),
@@ -33,11 +33,12 @@ def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[
         plan.row_tile,
         plan.column_tile,
         plan.want_cosine,
+        plan.ratio,
         plan.keep_bytes,
         plan.rows if plan.shifted else 0,
         plan.kept_entries(anchors),
     )
-    return negative, cosine
+    return negative, cosine, soft.detach()
 
 
 def _plan(
@@ -59,14 +60,14 @@ def _plan(
 @torch.library.custom_op(
     "dystress_plugin::tiles",
     mutates_args=(),
-    schema=f"({_GIVEN}, SymInt shifts, SymInt kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_GIVEN}, SymInt shifts, SymInt kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _tiles(*given: Any) -> tuple[Tensor, ...]:
-    """L, N, and what the backward pass needs: an operation returns tensors only, so empty ones stand for None."""
+    """L, N, the second L, and what the backward pass needs: tensors only, so empty ones stand for None."""
     *planned, _, _ = given
     anchors, candidates, *_ = planned
-    negative, cosine, passed = forward(_plan(*planned), anchors, candidates)
-    return negative, cosine, *(anchors.new_empty(0) if x is None else x for x in passed)
+    *found, passed = forward(_plan(*planned), anchors, candidates)
+    return *found, *(anchors.new_empty(0) if x is None else x for x in passed)
 
 
 @_tiles.register_fake
@@ -74,7 +75,7 @@ def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
     *_, shifts, kept = given
     total = anchors.new_empty(len(anchors), dtype=torch.float64)
     return (
-        *(anchors.new_empty(len(anchors)) for _ in range(2)),
+        *(anchors.new_empty(len(anchors)) for _ in range(3)),
         total,
         anchors.new_empty(shifts),
         anchors.new_empty(kept),
@@ -106,7 +107,7 @@ def _(anchors: Tensor, candidates: Tensor | None, *given: Any) -> tuple[Tensor, 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     anchors, candidates, excluded, words, numbers, tensors, *sizes, _, _ = inputs
-    _, _, *passed = output
+    _, _, _, *passed = output
     ctx.excluded, ctx.words, ctx.sizes = excluded, words, sizes
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*passed, anchors, candidates, numbers, *tensors)

@@ -13,7 +13,13 @@ from dystress_plugin.temperature.maps import LogitMap
 
 
 def negative_stats(
-    anchors: Tensor, candidates: Tensor | None, excluded: Excluded, logit_map: LogitMap, *, want_cosine: bool
+    anchors: Tensor,
+    candidates: Tensor | None,
+    excluded: Excluded,
+    logit_map: LogitMap,
+    *,
+    want_cosine: bool,
+    ratio: float | None = None,
 ) -> NegativeStats:
     """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i; the arguments are those of `blockwise`."""
     cosine = anchors @ (anchors if candidates is None else candidates).T
@@ -25,4 +31,5 @@ def negative_stats(
     if want_cosine:
         weight = torch.softmax(logit.detach(), dim=1)
         mean_cosine = (weight * cosine).sum(1)
-    return NegativeStats(torch.logsumexp(logit, dim=1), mean_cosine)
+    soft = None if ratio is None else torch.logsumexp(logit.detach() / ratio, dim=1)
+    return NegativeStats(torch.logsumexp(logit, dim=1), mean_cosine, soft)

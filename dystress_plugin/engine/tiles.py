@@ -7,8 +7,9 @@ import math
 import mmap
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Plan:
         rows, columns: size of the whole matrix.
         symmetric: whether it is the anchors' with themselves, so that only tiles on and above the diagonal are made.
         row_tile, column_tile: size of a tile.
-        excluded: as given.
+        excluded, ratio: as given.
         keep_bytes: as given; 0 where no gradient will be asked for.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     excluded: Excluded
     logit_map: LogitMap
     want_cosine: bool
+    ratio: float | None
     keep_bytes: int
 
     @staticmethod
@@ -64,6 +66,7 @@ class Plan:
         excluded: Excluded,
         logit_map: LogitMap,
         want_cosine: bool,
+        ratio: float | None,
         tile: int | None,
         keep_bytes: int,
     ) -> Plan:
@@ -77,7 +80,8 @@ class Plan:
         row_tile = min(rows, side)
         # Few anchors against a long queue get wide tiles; those of a symmetric matrix have to be square.
         column_tile = side if candidates is None or tile else side * side // row_tile
-        return Plan(rows, columns, candidates is None, side, column_tile, excluded, logit_map, want_cosine, keep_bytes)
+        sizes = rows, columns, candidates is None, side, column_tile
+        return Plan(*sizes, excluded, logit_map, want_cosine, ratio, keep_bytes)
 
     @property
     def shifted(self) -> bool:
@@ -123,13 +127,24 @@ class Plan:
         return maxima
 
     def exponentials(
-        self, scaled: Tensor, rows: slice, columns: slice, shift: Tensor | None, work: Work
+        self,
+        scaled: Tensor,
+        rows: slice,
+        columns: slice,
+        shift: Tensor | None,
+        work: Work,
+        see: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Times]:
-        """exp(a(s) - shift) of a tile of gain * s, 0 in its excluded entries; and how to multiply with a' / gain."""
+        """exp(a(s) - shift) of a tile of gain * s, 0 in its excluded entries; and how to multiply with a' / gain.
+
+        `see` is shown a(s) - shift before it is overwritten.
+        """
         logit, multiply_by_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
         out = work and work[0]
         if shift is not None:
             logit = torch.sub(logit, shift[rows, None], out=out)
+        if see is not None:
+            see(logit)
         e = torch.exp(logit, out=out)
         return self.excluded.fill_(e, 0.0, row=rows.start, column=columns.start), multiply_by_slope
 
@@ -210,13 +225,20 @@ class Passed(NamedTuple):
     kept: Tensor | None
 
 
-def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Passed]:
-    """L of all rows, and the mean cosine of their negatives if the plan wants it."""
+def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Passed]:
+    """L of all rows, and the mean cosine of their negatives and the second L if the plan wants them."""
     others = anchors if candidates is None else candidates
     shift = plan.row_maxima(anchors, others)
     # Sums over many tiles in double: they decide the accuracy, and are only vectors.
     total = torch.zeros(plan.rows, dtype=torch.float64, device=anchors.device)
-    moment = torch.zeros_like(total)
+    moment, soft = torch.zeros_like(total), torch.zeros_like(total)
+
+    def soften(logit: Tensor, rows: slice, columns: slice, *, ratio: float, twice: bool) -> None:
+        """Adds a tile's exp(logit / ratio) to those of its rows, and of its columns where it is theirs as well."""
+        tile = plan.excluded.fill_((logit / ratio).exp_(), 0.0, row=rows.start, column=columns.start)
+        soft[rows] += tile.sum(1)
+        if twice:
+            soft[columns] += tile.sum(0)
 
     shared, kept, scratch = plan.shared, _room(plan, anchors), _Scratch(plan, anchors)
     roll = None if kept is None else _Roll(kept)
@@ -225,12 +247,16 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
         mirrored = plan.symmetric and rows != columns
         if roll is not None:
             work = (roll.tile(scaled.shape), work[1])
-        e, multiply_by_slope = plan.exponentials(scaled, rows, columns, shift, work)
+        see = see_mirror = None
+        if plan.ratio is not None:
+            see = partial(soften, rows=rows, columns=columns, ratio=plan.ratio, twice=shared and mirrored)
+            see_mirror = partial(soften, rows=columns, columns=rows, ratio=plan.ratio, twice=False)
+        e, multiply_by_slope = plan.exponentials(scaled, rows, columns, shift, work, see)
         total[rows] += e.sum(1)
         if plan.want_cosine:
             moment[rows] += (e * scaled).sum(1)
         if mirrored:
-            e_mirror = e.T if shared else plan.exponentials(scaled.T, columns, rows, shift, None)[0]
+            e_mirror = e.T if shared else plan.exponentials(scaled.T, columns, rows, shift, None, see_mirror)[0]
             total[columns] += e_mirror.sum(1)
             if plan.want_cosine:
                 moment[columns] += (e_mirror * scaled.T).sum(1)
@@ -238,7 +264,9 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
             multiply_by_slope(roll.tile(e.shape).copy_(e) if plan.want_cosine else e)
     negative = total.log() if shift is None else total.log() + shift
     cosine = moment / (total * plan.logit_map.gain)
-    return negative.to(anchors.dtype), cosine.to(anchors.dtype), Passed(total, shift, kept)
+    soft = soft.log() if shift is None or plan.ratio is None else soft.log() + shift / plan.ratio
+    dtype = anchors.dtype
+    return negative.to(dtype), cosine.to(dtype), soft.to(dtype), Passed(total, shift, kept)
 
 
 def backward(

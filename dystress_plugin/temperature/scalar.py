@@ -18,7 +18,8 @@ from dystress_plugin.temperature.maps import LogitMaps, Scaled
 class Constant(Temperature):
     """a(s) = s / tau with one fixed number.
 
-    SimCLR, 2020, https://arxiv.org/abs/2002.05709 (0.1 for ImageNet, 0.5 for CIFAR-10).
+    SimCLR, 2020, https://arxiv.org/abs/2002.05709 (0.1 for ImageNet, 0.5 for CIFAR-10); SimCo, 2022,
+    https://arxiv.org/abs/2203.17248 (0.1, with the objective "dual").
 
     Args:
         tau: temperature, above 0.

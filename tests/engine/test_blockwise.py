@@ -155,9 +155,9 @@ def test_tiles_and_what_is_kept_of_them_change_nothing(tile, keep_bytes):
     units = torch.nn.functional.normalize(views(41, dtype=torch.float64), dim=2)
     (block,) = LAYOUTS["views"](units, gather=False)
     map_ = temperature.DySTreSS()._map(0.1, 0.2, None)
-    plain = dense.negative_stats(block.anchors, None, block.excluded, map_, want_cosine=True)
+    plain = dense.negative_stats(block.anchors, None, block.excluded, map_, want_cosine=True, ratio=3.0)
     tiled = blockwise.negative_stats(
-        block.anchors, None, block.excluded, map_, want_cosine=True, tile=tile, keep_bytes=keep_bytes
+        block.anchors, None, block.excluded, map_, want_cosine=True, ratio=3.0, tile=tile, keep_bytes=keep_bytes
     )
     for one, other in zip(plain, tiled, strict=True):
         assert torch.allclose(one, other, rtol=1e-13, atol=1e-13)

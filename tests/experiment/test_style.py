@@ -68,8 +68,9 @@ def test_a_method_has_one_colour_in_every_figure_and_pairs_have_others():
     bases = [name for name in METHODS if "_" not in name]
     colors = {name: style.method_color(name) for name in bases}
     assert not set(colors.values()) & {style.POSITIVE, style.NEGATIVE}
-    assert [name for name in bases if colors[name] == style.GREY] == ["simclr"]
-    assert len(set(colors.values())) == min(len(bases), 1 + len(style.COLORS))
+    assert [name for name in bases if colors[name] == style.GREY] == ["simclr", "simco"]
+    kinds = {METHODS[name].temperature for name in bases}
+    assert len(set(colors.values())) == min(len(kinds), 1 + len(style.COLORS))
     arms = styles(
         {name: name for name in METHODS} | {"constant-0.1": "simclr"}, dict.fromkeys([*METHODS, "constant-0.1"])
     )

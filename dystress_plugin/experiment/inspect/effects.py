@@ -119,7 +119,11 @@ def effect(loss: ContrastiveLoss, seen: Similarities) -> Effect:
     )
     difference = torch.full_like(stats.negative, loss.temperature.by_difference(batch), dtype=torch.bool)
     stats = replace(stats, log_s=loss.temperature.running_mean(stats, batch), difference=difference)
-    rows = OBJECTIVES[loss.objective].row_loss(stats, **loss.objective_settings)
+    objective = OBJECTIVES[loss.objective]
+    if (ratio := objective.ratio(loss.objective_settings)) is not None:
+        soft = torch.logsumexp(maps.positive.logit(positive).detach() / ratio, dim=1)
+        stats = replace(stats, soft_positive=soft, soft_negative=torch.logsumexp(logits.detach() / ratio, dim=1))
+    rows = objective.rows(stats, loss.objective_settings)
     pull, push = torch.autograd.grad(rows.sum(), (positive, negative))
     return Effect(maps, weight, push, pull, measure(maps, weight, push, seen))
 

@@ -101,7 +101,7 @@ class DySTreSSLoss(Criterion):
         detach: Take tau(s) for a constant in the gradient, as in the authors' code.
         negative_range: Another (tau_min, tau_max) for the negatives.
         stabilise: Epochs over which tau_min rises to tau_max; the epoch is then needed with every batch. None: never.
-        objective: "ntxent", "macl", "sogclr", "dcl" or "dclw"; see `dystress_plugin.objectives`.
+        objective: "ntxent", "macl", "sogclr", "dcl", "dclw" or "dual"; see `dystress_plugin.objectives`.
         sigma: Of "dclw", in [0.01, inf); None is 0.5.
 
     Raises:
