@@ -143,7 +143,7 @@ def losses(settings: Settings) -> list[list[str]]:
 def chunks(settings: Settings) -> list[list[str]]:
     sizes = ["--network", "resnet50", "--image-size", 224, "--batch", 2048, "--timed", 256, "--bf16"]
     if settings.small:
-        sizes = ["--image-size", 8, "--batch", 256, "--timed", 128, "--repeats", 1]
+        sizes = ["--image-size", 16, "--batch", 128, "--timed", 64, "--chunk", 16, "--repeats", 1]
     return [settings.script("scripts/benchmarks/chunks.py", *sizes)]
 
 
