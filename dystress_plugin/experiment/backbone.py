@@ -1,4 +1,4 @@
-"""Backbones by name, from torchvision or timm, without their classifier."""
+"""Backbones by name, from torchvision or timm, without their classifier, and a small one of our own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ TORCHVISION_SETTINGS = {"googlenet": NO_SECOND_HEAD, "inception_v3": NO_SECOND_H
 TORCHVISION_SIZES: dict[str, Callable[[int], dict[str, Any]]] = {
     "vit_": lambda size: {"image_size": size},
     "maxvit_": lambda size: {"input_size": (size, size)},
+}
+
+# Our own: timm's of another name, with other settings. One basic block a stage, for images of 16 to 32 pixels.
+SMALL_RESNET = "small_resnet"
+OF_TIMM: dict[str, tuple[str, dict[str, Any]]] = {
+    SMALL_RESNET: ("resnet10t", {"layers": (1, 1, 1), "channels": (16, 32, 64), "stem_width": 8, "avg_down": False})
 }
 
 HEADS = ("fc", "classifier", "head", "heads")  # what torchvision calls its classifiers
@@ -59,7 +65,7 @@ def library(name: str) -> str:
 
     if name in models.list_models(module=models):
         return "torchvision"
-    if timm.is_model(name):
+    if name in OF_TIMM or timm.is_model(name):
         return "timm"
     if name in models.list_models():
         kind = models.get_model_builder(name).__module__.split(".")[2].replace("_", " ")
@@ -67,24 +73,27 @@ def library(name: str) -> str:
             f"backbone={name} is one of torchvision's models for {kind}; choose one that classifies images, such as "
             "resnet18."
         )
-    known = [*models.list_models(module=models), *timm.list_models()]
-    raise ValueError(unknown_name("backbone", name, known, choices="the models of torchvision and of timm"))
+    known = [*OF_TIMM, *models.list_models(module=models), *timm.list_models()]
+    choices = f"{', '.join(OF_TIMM)}, the models of torchvision and of timm"
+    raise ValueError(unknown_name("backbone", name, known, choices=choices))
 
 
 def build(name: str, image_size: int, of: str) -> nn.Module:
     """The network of this name in a library, for a size of images, without its classifier."""
     backbone = _whole(name, image_size, of)
-    for part, layer in _replaced(backbone, image_size, of).items():
+    for part, layer in _replaced(name, backbone, image_size, of).items():
         setattr(backbone, part, layer)
-    return backbone
+    # Convolutions of so few channels are bound by memory, which this layout needs less of.
+    return backbone.to(memory_format=torch.channels_last) if name in OF_TIMM else backbone  # type: ignore[call-overload]
 
 
 def code(name: str, image_size: int, of: str, load: str) -> list[str]:
     """Lines of Python that make the same network without this package; `load` gives its state dict."""
     settings = ", ".join(f"{key}={value!r}" for key, value in _settings(name, image_size, of).items())
-    made = f"models.{name}({settings})" if of == "torchvision" else f'create_model("{name}", {settings})'
+    known = OF_TIMM[name][0] if name in OF_TIMM else name
+    made = f"models.{name}({settings})" if of == "torchvision" else f'create_model("{known}", {settings})'
     lines = ["import torch", f"import {of}", f"model = {of}.{made}"]
-    replaced = _replaced(_whole(name, image_size, of), image_size, of)
+    replaced = _replaced(name, _whole(name, image_size, of), image_size, of)
     if stem := [part for part in replaced if part in STEM]:
         why = f"up to {SMALL_IMAGE} pixels a ResNet shrinks no image in its stem"
         lines.append(f"# {' and '.join(stem)} are not {of}'s own: {why}")
@@ -97,7 +106,8 @@ def _whole(name: str, image_size: int, of: str) -> nn.Module:
     from torchvision import models
 
     make = models.get_model if of == "torchvision" else timm.create_model
-    whole: nn.Module = make(name, **_settings(name, image_size, of))
+    known = OF_TIMM[name][0] if name in OF_TIMM else name
+    whole: nn.Module = make(known, **_settings(name, image_size, of))
     return whole
 
 
@@ -108,13 +118,16 @@ def _settings(name: str, image_size: int, of: str) -> dict[str, Any]:
     if of == "torchvision":
         sizes = (make(image_size) for start, make in TORCHVISION_SIZES.items() if name.startswith(start))
         return {"weights": None} | TORCHVISION_SETTINGS.get(name, {}) | next(sizes, {})
+    if name in OF_TIMM:
+        return {"num_classes": 0} | OF_TIMM[name][1]
     cfg = timm.models.get_pretrained_cfg(name)
     # The ways that timm's other networks take any size are not the same; those of one size all have this setting.
     return {"num_classes": 0} | ({"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {})
 
 
-def _replaced(whole: nn.Module, image_size: int, of: str) -> dict[str, nn.Module]:
-    """The layers that stand for others: of a ResNet's stem for small images, and for torchvision's classifiers.
+def _replaced(name: str, whole: nn.Module, image_size: int, of: str) -> dict[str, nn.Module]:
+    """The layers that stand for others: of a ResNet's stem for small images, for torchvision's classifiers, and for
+    the stage that our own network lacks.
 
     A ResNet may be of either library and of any make. Of a classifier is left what is pooled in it.
     """
@@ -123,6 +136,8 @@ def _replaced(whole: nn.Module, image_size: int, of: str) -> dict[str, nn.Module
     if image_size <= SMALL_IMAGE and width is not None and all(hasattr(whole, part) for part in STEM):
         stem = (nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False), nn.Identity())
         found |= dict(zip(STEM, stem, strict=True))
+    if name in OF_TIMM:
+        found["layer4"] = nn.Identity()
     for head in HEADS if of == "torchvision" else ():
         if hasattr(whole, head):
             pools = [part for part in getattr(whole, head).modules() if isinstance(part, nn.AdaptiveAvgPool2d)]

@@ -33,6 +33,7 @@ def script():
         ("mnasnet0_5", 1280),
         ("vit_b_32", 768),  # made for one size
         ("test_vit", 64),  # and by timm
+        ("small_resnet", 64),  # our own
         ("starnet_s050", 128),
     ],
 )
