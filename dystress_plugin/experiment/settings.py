@@ -78,7 +78,9 @@ class PretrainSettings:
         auto=spare_cores,
     )
 
-    backbone: str | None = option(None, "name in torchvision or timm; null: resnet10t for digits, else resnet18")
+    backbone: str | None = option(
+        None, "small_resnet, or a name in torchvision or timm; null: resnet10t for digits, else resnet18"
+    )
     hidden_dim: int = option(512, "hidden width of the projection head", "[1, 65_536]")
     projection_dim: int = option(128, "numbers per embedding", "[1, 65_536]")
     queue_size: int | None = option(None, "negatives in the queue of a *_moco method; null: 4096", "[1, 10_000_000]")
@@ -105,6 +107,11 @@ class PretrainSettings:
         None, "epochs of linear warm-up, at most all; null: a tenth, at most 10; then a cosine", "[0, 1_000_000]"
     )
 
+    augment: str = option(
+        "loader",
+        "where views are made: image by image in the loader, or a batch at a time on the device, of images of one size",
+        words=("loader", "batch"),
+    )
     min_scale: float | None = option(
         None, "smallest crop, a share of the image; null: 0.5 for digits, else 0.2", "(0, 1]"
     )
@@ -146,6 +153,16 @@ class PretrainSettings:
     strategy: str = option("auto", "Lightning's strategy, such as ddp")
     precision: str = option("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
     progress: bool = option(True, "show a progress bar", free=True)
+    check_every_n_epochs: int = option(
+        1, "epochs between two checkpoints, each with a weighted kNN or effective rank", "[1, 1_000_000]", free=True
+    )
+    log_every_n_steps: int = option(
+        1,
+        "steps between two samples of temperatures, alignment and uniformity, for their means of an epoch in "
+        "metrics.csv; the first of an epoch is always one",
+        "[1, 1_000_000_000]",
+        free=True,
+    )
     diagnostics_every_n_steps: int | None = option(
         None,
         "steps between two samples of similarities and temperatures, into diagnostics.csv; null: 40 samples; 0: none",

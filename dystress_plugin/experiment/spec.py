@@ -95,8 +95,9 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class AugmentationSpec:
-    """How a view differs from its picture."""
+    """How a view differs from its picture, and where it is made: image by image in the loader, or a batch at a time."""
 
+    augment: str
     min_scale: float
     jitter: float
     grayscale: float
@@ -132,6 +133,8 @@ class LoggingSpec:
     """What is shown, kept and watched over while it trains."""
 
     progress: bool
+    check_every_n_epochs: int
+    log_every_n_steps: int
     diagnostics_every_n_steps: int
     wandb: str
     wandb_project: str

@@ -65,7 +65,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     """The accuracies of a run, in percent, or what stands for them without labels, beside its untrained backbone's."""
     lines = [
         f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {summary['epochs']} epochs, "
-        f"{summary['seconds']} s",
+        f"{summary['seconds']} s{_speed(summary)}",
         f"{'top-1 accuracy (%)' if 'knn_top1' in summary else '':<22}{'untrained':>10}{'trained':>10}{'gain':>8}",
     ]
     for name, label in MEASURES.items():
@@ -74,3 +74,9 @@ def summary_table(summary: dict[str, Any]) -> str:
             lines.append(f"{label:<22}{before:>10.2f}{after:>10.2f}{after - before:>+8.2f}")
     last = [f"{name} {summary[name]:.4g}" for name in ("loss", "alignment", "uniformity") if name in summary]
     return "\n".join([*lines, *([f"last epoch: {', '.join(last)}"] if last else [])])
+
+
+def _speed(summary: dict[str, Any]) -> str:
+    """How fast it has trained; nothing where nothing was left to train, or of an earlier version."""
+    speed = summary.get("images_per_second")
+    return "" if speed is None else f", {speed:,.0f} images/s in training"

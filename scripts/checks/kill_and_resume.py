@@ -138,7 +138,8 @@ def results(out):
     """Everything that must be equal, by a name."""
     found = {name: (out / name).read_text() for name in ("metrics.csv", "diagnostics.csv")}
     summary = json.loads((out / "summary.json").read_text())
-    found |= {f"summary {key}": value for key, value in summary.items() if key != "seconds"}
+    times = ("seconds", "images_per_second")
+    found |= {f"summary {key}": value for key, value in summary.items() if key not in times}
     checkpoint = load(out / "checkpoints" / "last.ckpt", "a checkpoint", "")
     found |= flat(checkpoint, "checkpoint") | flat(load(out / "backbone.pt", "weights", ""), "backbone")
     return {name: value for name, value in found.items() if str(out) not in str(value)}

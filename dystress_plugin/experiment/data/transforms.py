@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightly.transforms import SimCLRTransform
+from torch import Tensor
 from torchvision import transforms as T
+from torchvision.transforms import functional as F
 
 from dystress_plugin.experiment.backbone import SMALL_IMAGE
 from dystress_plugin.experiment.data.datasets import Data
@@ -44,8 +47,17 @@ def view_transform(spec: AugmentationSpec, image_size: int, normalize: dict[str,
 
 
 def plain_transform(image_size: int, normalize: dict[str, list[float]]) -> T.Compose:
-    """The picture itself: shorter side to the size (8/7 of it above 64 pixels, as for ImageNet), centre, normalise."""
+    """The picture itself, as `plain_view` shows it, as a normalised tensor."""
+    return T.Compose([plain_view(image_size), T.ToTensor(), T.Normalize(normalize["mean"], normalize["std"])])
+
+
+def plain_view(image_size: int) -> T.Compose:
+    """The picture itself: shorter side to the size (8/7 of it above 64 pixels, as for ImageNet), and its centre."""
     resized = image_size if image_size <= SMALL_IMAGE else image_size * 8 // 7
-    return T.Compose(
-        [T.Resize(resized), T.CenterCrop(image_size), T.ToTensor(), T.Normalize(normalize["mean"], normalize["std"])]
-    )
+    return T.Compose([T.Resize(resized), T.CenterCrop(image_size)])
+
+
+def plain_tensor(pixels: Tensor, normalize: dict[str, list[float]]) -> Tensor:
+    """What `plain_transform` makes of pictures with these pixels, (batch, 3, height, width) uint8."""
+    shown: Tensor = F.normalize(pixels.to(torch.float32) / 255, normalize["mean"], normalize["std"])
+    return shown

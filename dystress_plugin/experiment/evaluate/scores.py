@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from dystress_plugin.experiment.backbone import build_backbone
 from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_for_run
+from dystress_plugin.experiment.data.memory import plain_batches
 from dystress_plugin.experiment.data.transforms import plain_transform
 from dystress_plugin.experiment.devices import torch_device
 from dystress_plugin.experiment.evaluate.protocols import Features, Protocol, groups, protocol, weighted_knn
@@ -28,6 +29,7 @@ from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.spec import EvaluationSpec, RunSpec
 from dystress_plugin.metrics import effective_rank
 
+WEIGHTS = "backbone.pt"
 TABLE, MAP = "protocols.csv", "map.csv"
 
 UNTRAINED = "untrained_"  # before the names of the files that are of the backbone before training
@@ -148,13 +150,13 @@ def score_features(features: Features, spec: EvaluationSpec) -> Scores:
 
 
 @torch.no_grad()
-def extract(backbone: nn.Module, loader: DataLoader[Any], device: str) -> tuple[Tensor, Tensor]:
+def extract(backbone: nn.Module, loader: Iterable[Any], device: str) -> tuple[Tensor, Tensor]:
     """Features (images, features) and labels (images,), on the CPU, computed in float32 whatever it was trained in.
 
     The backbone is left in float32 and in eval mode.
     """
     backbone.to(device, torch.float32).eval()
-    parts = [(backbone(images.to(device)).flatten(1).cpu(), labels) for images, labels, _ in loader]
+    parts = [(backbone(images.to(device)).flatten(1).cpu(), labels.cpu()) for images, labels, _ in loader]
     return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
@@ -164,7 +166,7 @@ def trained_backbone(run: Path) -> tuple[RunSpec, nn.Module]:
     Raises:
         ValueError: for a folder without a finished run, or with damaged files.
     """
-    config, weights = run / "config.yaml", run / "backbone.pt"
+    config, weights = run / "config.yaml", run / WEIGHTS
     if not config.exists() or not weights.exists():
         missing = config if not config.exists() else weights
         raise ValueError(f"checkpoint={run} holds no finished run of `dystress pretrain`: {missing} is missing.")
@@ -186,12 +188,17 @@ def features_of(
         device: what it runs on; None: a GPU, unless the run was to do without. It may be scored where there is none.
         pool: where few labelled images are drawn from, if not from the training images.
     """
-    transform = plain_transform(spec.model.image_size, data.normalize)
+    size: dict[str, Any] = {"image_size": spec.model.image_size, "normalize": data.normalize}
     device = device or torch_device("cpu" if spec.hardware.accelerator == "cpu" else "auto")
 
     def of(images: Images) -> tuple[Tensor, Tensor]:
-        views = Views(images, transform)
-        return extract(backbone, DataLoader(views, spec.data.batch_size, num_workers=spec.data.num_workers), device)
+        loader: Any = None
+        if spec.augmentation.augment == "batch":
+            loader = plain_batches(images, spec.data.batch_size, lambda: torch.device(device), **size)
+        if loader is None:
+            views = Views(images, plain_transform(**size))
+            loader = DataLoader(views, spec.data.batch_size, num_workers=spec.data.num_workers)
+        return extract(backbone, loader, device)
 
     shown = data.evaluated
     test = of(shown.test)
@@ -260,6 +267,11 @@ def is_scored(run: Path, names: Iterable[str], with_map: bool) -> bool:
     return not _missing(run, "", names, with_map)
 
 
+def has_weights(run: Path) -> bool:
+    """Whether a finished run is there as a whole, and not its tables alone."""
+    return (run / WEIGHTS).exists()
+
+
 def is_labelled(run: Path) -> bool:
     """Whether a finished run has accuracies."""
     summary = run / "summary.json"
@@ -294,10 +306,9 @@ def _add(run: Path, prefix: str, missing: Sequence[str]) -> None:
 
 def _current(path: Path, prefix: str) -> bool:
     """Whether a file is there and no older than the weights that it is of."""
-    if not path.exists() or prefix == UNTRAINED:
+    if not path.exists() or prefix == UNTRAINED or not has_weights(path.parent):
         return path.exists()
-    weights = path.parent / "backbone.pt"
-    return weights.exists() and path.stat().st_mtime >= weights.stat().st_mtime
+    return path.stat().st_mtime >= (path.parent / WEIGHTS).stat().st_mtime
 
 
 def _write_scores(table: Path, scores: Iterable[Score]) -> None:

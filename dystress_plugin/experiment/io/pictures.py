@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
@@ -25,6 +25,8 @@ TOLD_ALONE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 WITHOUT_FRAMES = ("MPO", "PSD")  # what Pillow calls frames there are previews and layers
 
 WHITE_IS_ZERO = 0  # of a TIFF's photometric interpretation
+
+TURNED = (5, 6, 7, 8)  # by 90 degrees, as EXIF has it
 
 SIGNED = 2  # of a TIFF's sample format
 
@@ -74,6 +76,16 @@ def has_frames(file: str) -> bool:
     """Whether an image has several frames, of which `decode` takes the first."""
     with opened(file) as picture:
         return bool(getattr(picture, "is_animated", False)) and picture.format not in WITHOUT_FRAMES
+
+
+def size(file: str) -> tuple[int, int]:
+    """Height and width that `decode` gives the picture in a file; its pixels are not read."""
+    with opened(file) as picture:
+        width, height = picture.size
+        turned = False
+        with suppress(Exception):  # as in `decode`
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
+    return (width, height) if turned else (height, width)
 
 
 def read(file: str) -> Image.Image:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
-from torch.utils.data import DataLoader
 
 from dystress_plugin import recipes, training
 from dystress_plugin.experiment import places
@@ -29,7 +28,14 @@ from dystress_plugin.experiment.pretrain.folder import RunFolder
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
-from dystress_plugin.experiment.pretrain.trainer import HOST_NOISE, Loaders, make_loaders, make_trainer
+from dystress_plugin.experiment.pretrain.trainer import (
+    HOST_NOISE,
+    ImagesPerSecond,
+    Loader,
+    Loaders,
+    make_loaders,
+    make_trainer,
+)
 from dystress_plugin.experiment.settings import PretrainSettings, output_folder
 from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
 from dystress_plugin.experiment.style import method_color
@@ -83,7 +89,10 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
     untrained = _untrained(folder.path, module, data) if first else {}
     loaders = make_loaders(spec, data, trainer)
     fit(module, loaders, trainer, folder)
-    return summarise(module, data, loaders[0], folder, untrained, started) if first else {}
+    if not first:
+        return {}
+    (speed,) = (its for its in trainer.callbacks if isinstance(its, ImagesPerSecond))  # type: ignore[attr-defined]
+    return summarise(module, data, loaders[0], folder, untrained, started, speed.median)
 
 
 def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, dict[str, Scan]]:
@@ -100,7 +109,7 @@ def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunF
     if last is not None:
         # Lightning does so as well, but after workers have begun to load what the loader would show first.
         done = files.load(last, "a checkpoint", files.NO_CHECKPOINT)["epoch"] + 1
-        loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
+        loaders[0].sampler.set_epoch(done)  # type: ignore[union-attr]
     # Lightning does so after it has loaded a checkpoint, of which float64 would be rounded.
     module = trainer.precision_plugin.convert_module(module)
     with warnings.catch_warnings():
@@ -118,10 +127,11 @@ def fit(module: PretrainModule, loaders: Loaders, trainer: Trainer, folder: RunF
 def summarise(
     module: PretrainModule,
     data: Data,
-    loader: DataLoader[Any],
+    loader: Loader,
     folder: RunFolder,
     untrained: dict[str, Any],
     started: float,
+    images_per_second: float | None,
 ) -> dict[str, Any]:
     """Scores what was trained, and writes backbone, figures and, last, `summary.json`, whose content it returns."""
     spec, out = module.spec, folder.path
@@ -147,6 +157,8 @@ def summarise(
         **trained.top1,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
+        # None where nothing was left to train.
+        "images_per_second": images_per_second and round(images_per_second, 1),
     }
     files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
@@ -162,12 +174,13 @@ def _last_epoch(metrics: Path, data: Data) -> dict[str, float]:
     return {name: float(row[name]) for name in shown}
 
 
-def _draw(module: PretrainModule, loader: DataLoader[Any], out: Path) -> None:
+def _draw(module: PretrainModule, loader: Loader, out: Path) -> None:
     recipe, last = recipes.recipe(module.spec.method), module.spec.epochs - 1
     (out / "figures").mkdir(exist_ok=True)
     figures.curves(out / "metrics.csv", out / "figures" / "curves.png", recipe.title, method_color(recipe.name))
-    loader.sampler.set_epoch(last)  # type: ignore[attr-defined]  # also where nothing was left to train
-    views, _, index = next(iter(loader))
+    loader.sampler.set_epoch(last)  # type: ignore[union-attr]  # also where nothing was left to train
+    images, _, index = next(iter(loader))
+    views = module.views(images, last, 0)
     figures.profile(module, views, index, last, out / "figures" / "temperature.png", recipe.title)
 
 

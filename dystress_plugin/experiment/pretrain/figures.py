@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,7 +26,8 @@ QUALITY = {
 def curves(metrics: Path, path: Path, title: str, color: str) -> None:
     """Loss, kNN or effective rank, temperatures, alignment and uniformity over epochs; `color`: of the method."""
     with metrics.open() as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        # Nothing in a column where the epoch has not been measured.
+        rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
     column = {name: [row[name] for row in rows] for name in rows[0]}
     epoch = column["epoch"]
     with mpl.rc_context(PNG):
@@ -35,7 +37,8 @@ def curves(metrics: Path, path: Path, title: str, color: str) -> None:
         loss.plot(epoch, column["loss"], color=color)
         loss.set(title="Loss", ylabel="loss (nats)")
         measure = "knn_top1" if "knn_top1" in column else "effective_rank"
-        quality.plot(epoch, column[measure], color=color)
+        measured = [(at, value) for at, value in zip(epoch, column[measure], strict=True) if not math.isnan(value)]
+        quality.plot([at for at, _ in measured], [value for _, value in measured], color=color)
         quality.set(title=QUALITY[measure][0], ylabel=QUALITY[measure][1])
         for pairs, its, start in (("positive", POSITIVE, 0), ("negative", NEGATIVE, 2)):
             tau.plot(epoch, column[f"tau_{pairs}_mean"], color=its, label=f"{pairs} pairs: mean, least and most")

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from lightly.models.modules import SimCLRProjectionHead
@@ -23,6 +23,9 @@ from dystress_plugin.experiment.evaluate.protocols import knn_classes
 from dystress_plugin.experiment.io.config import recorded
 from dystress_plugin.experiment.spec import RunSpec
 from dystress_plugin.metrics import effective_rank
+
+if TYPE_CHECKING:
+    from dystress_plugin.experiment.data.views import BatchViews
 
 MOMENTUM = 0.99  # of the key encoder
 
@@ -62,10 +65,17 @@ class PretrainModule(LightningModule, ABC):
         loss: what to minimise.
         spec: the run, which the checkpoint and the loggers record.
         num_classes: number of classes, for the kNN; 0 without labels.
+        batch_views: makes views of a batch of whole images; None where the loader has made them.
     """
 
     def __init__(
-        self, backbone: nn.Module, features: int, loss: ContrastiveLoss, spec: RunSpec, num_classes: int
+        self,
+        backbone: nn.Module,
+        features: int,
+        loss: ContrastiveLoss,
+        spec: RunSpec,
+        num_classes: int,
+        batch_views: BatchViews | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -73,6 +83,7 @@ class PretrainModule(LightningModule, ABC):
         self.loss = loss
         self.spec = spec
         self.num_classes = num_classes
+        self.batch_views = batch_views
         self.last_step: Step | None = None
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -95,9 +106,17 @@ class PretrainModule(LightningModule, ABC):
         for logger in self.trainer.loggers:
             logger.log_hyperparams(recorded(self.spec))
 
-    def training_step(self, batch: tuple[list[Tensor], Tensor, Tensor], batch_idx: int) -> Tensor:
-        views, _, index = batch
-        z = self.embed(views)
+    def views(self, images: list[Tensor] | Tensor, epoch: int, batch_idx: int) -> list[Tensor]:
+        """The views of a batch as the loader gives it: two or more of them already, or whole images."""
+        if isinstance(images, list):
+            return images
+        assert self.batch_views is not None  # narrows the type
+        made = self.batch_views(images, self.spec.seed, epoch, batch_idx, self.global_rank)
+        return [view.to(next(self.backbone.parameters()).dtype) for view in made]
+
+    def training_step(self, batch: tuple[list[Tensor] | Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, _, index = batch
+        z = self.embed(self.views(images, self.current_epoch, batch_idx))
         epoch = training.clock(self, self.loss.temperature, batch_idx)
         self.last_step = Step(tuple(view.detach() for view in z), index, epoch)
         loss = training.contrast(self, self.loss, z, batch_idx, index=index, epoch=epoch, on_epoch=True)

@@ -98,4 +98,9 @@ def build_module(spec: RunSpec, data: Data) -> PretrainModule:
         **spec.method_kwargs,
     )
     module = ViewsModule if spec.queue is None else QueueModule
-    return module(backbone, features, loss, spec, data.evaluated.num_classes)
+    views = None
+    if spec.augmentation.augment == "batch":
+        from dystress_plugin.experiment.data.views import BatchViews  # kornia with it, which takes its time
+
+        views = BatchViews(spec.augmentation, spec.model.image_size, data.normalize)
+    return module(backbone, features, loss, spec, data.evaluated.num_classes, views)

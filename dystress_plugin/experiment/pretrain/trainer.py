@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
+from dystress_plugin.experiment.data import memory
 from dystress_plugin.experiment.data.datasets import Data, EpochOrder, OwnGenerator, Views, seed_cpu
 from dystress_plugin.experiment.data.transforms import plain_transform, view_transform
 from dystress_plugin.experiment.devices import build_trainer
@@ -39,11 +43,12 @@ COLUMNS = (
     "uniformity",
 )
 
-Loaders: TypeAlias = "tuple[DataLoader[Any], list[DataLoader[Any]]]"
+Loader: TypeAlias = "DataLoader[Any] | memory.MemoryLoader"
+Loaders: TypeAlias = "tuple[Loader, list[Loader]]"
 
 
 def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
-    """The loader of views to train on, and those of plain images for the kNN or the effective rank."""
+    """The loader of views, or of whole images to make them of, and those of plain ones for kNN or effective rank."""
     batch_size, image_size = spec.data.batch_size, spec.model.image_size
     common: dict[str, Any] = {
         "num_workers": spec.data.num_workers,
@@ -55,11 +60,20 @@ def make_loaders(spec: RunSpec, data: Data, trainer: Trainer) -> Loaders:
     views = Views(data.train, view_transform(spec.augmentation, image_size, data.normalize), spec.seed)
     # Not shuffle=True: the order of a resumed run must not depend on what was drawn before. Lightning sets the epoch.
     order = EpochOrder(views, trainer.world_size, trainer.global_rank, shuffle=True, seed=spec.seed)
-    train = DataLoader(views, batch_size, sampler=order, drop_last=True, **common)
-    plain = plain_transform(image_size, data.normalize)
     shown = data.evaluated
     measured = (shown.train, shown.test) if shown.classes else (shown.test,)
-    return train, [DataLoader(Views(images, plain), batch_size, **common) for images in measured]
+    plain = plain_transform(image_size, data.normalize)
+    if spec.augmentation.augment == "loader":
+        train = DataLoader(views, batch_size, sampler=order, drop_last=True, **common)
+        return train, [DataLoader(Views(images, plain), batch_size, **common) for images in measured]
+    # Asked for when the training begins, which may be in another process.
+    device = partial(getattr, trainer.strategy, "root_device")
+    size: dict[str, Any] = {"image_size": image_size, "normalize": data.normalize}
+    return memory.batches(data.train, batch_size, device, sampler=order, **common), [
+        memory.plain_batches(images, batch_size, device, **size)
+        or DataLoader(Views(images, plain), batch_size, **common)
+        for images in measured
+    ]
 
 
 def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
@@ -72,7 +86,15 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
         SeedEveryEpoch(settings.seed),
         EpochTable(out / "metrics.csv"),
         *([NanGuard(out)] if settings.nan_guard else []),
-        ModelCheckpoint(out / "checkpoints", "last", save_top_k=1, enable_version_counter=False),
+        ModelCheckpoint(
+            out / "checkpoints",
+            "last",
+            save_top_k=1,
+            enable_version_counter=False,
+            every_n_epochs=settings.check_every_n_epochs,
+            save_on_train_epoch_end=True,  # when the epoch has its row in the table
+        ),
+        ImagesPerSecond(),
     ]
     if settings.progress:
         callbacks.append(TQDMProgressBar())
@@ -86,7 +108,8 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        check_val_every_n_epoch=settings.check_every_n_epochs,
+        log_every_n_steps=settings.log_every_n_steps,
         default_root_dir=out,
     )
 
@@ -123,8 +146,34 @@ class SeedEveryEpoch(Callback):
         torch.cuda.manual_seed_all(int(torch.randint(2**31, ())))
 
 
+class ImagesPerSecond(Callback):
+    """Measures how many images an epoch trains on in a second, on all devices, without what is measured after it."""
+
+    def __init__(self) -> None:
+        self._epochs: list[float] = []
+        self._started = 0.0
+
+    @property
+    def median(self) -> float | None:
+        """Of the epochs of this process, so that the first one's start counts little; None without any."""
+        return median(self._epochs) if self._epochs else None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_last_batch:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        images = len(batch[-1]) * trainer.num_training_batches * trainer.world_size
+        self._epochs.append(images / (time.monotonic() - self._started))
+
+
 class EpochTable(Callback):
-    """Writes `metrics.csv`, a row an epoch.
+    """Writes `metrics.csv`, a row an epoch; nothing in a column where the epoch has not been measured.
 
     The rows are part of the checkpoint, so that after an interruption the table has each epoch exactly once.
     Lightning's own CSVLogger deletes the earlier rows when a run resumes.
@@ -132,10 +181,17 @@ class EpochTable(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, float | None]] = []
+        self._measured: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        values: dict[str, float | None] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if self._measured != trainer.current_epoch:  # Lightning keeps those of an earlier epoch
+            measure = "knn_top1" if pl_module.num_classes else "effective_rank"
+            values[measure] = None
         self.rows.append({"epoch": trainer.current_epoch} | {name: values[name] for name in COLUMNS if name in values})
         if trainer.global_rank == 0:
             files.write_table(self.path, list(self.rows[-1]), self.rows)

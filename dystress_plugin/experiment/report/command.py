@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
-from dystress_plugin.experiment.evaluate.scores import is_labelled, score_run
+from dystress_plugin.experiment.evaluate.scores import has_weights, is_labelled, score_run
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
@@ -92,10 +92,14 @@ def write(
 
 
 def _score_missing(runs: Sequence[Run], names: Sequence[str], progress: bool) -> None:
-    """Scores the runs by what they have not been scored by, and once per seed what they started from."""
+    """Scores the runs by what they have not been scored by, and once per seed what they started from.
+
+    A run of which only tables were kept gets no map: that takes weights and images.
+    """
     first_seed = min(run.settings.seed for run in runs)
     for run in tqdm(runs, "scoring", unit="run", disable=None if progress else True):  # None: shown by terminals alone
         own_first = min(other.settings.seed for other in runs if other.name == run.name)
-        score_run(run.folder, names, with_map=run.settings.seed == own_first)
+        score_run(run.folder, names, with_map=run.settings.seed == own_first and has_weights(run.folder))
     for run in one_per(runs, lambda run: run.settings.seed):
-        score_run(run.folder, names, with_map=run.settings.seed == first_seed, untrained=True)
+        with_map = run.settings.seed == first_seed and has_weights(run.folder)
+        score_run(run.folder, names, with_map=with_map, untrained=True)

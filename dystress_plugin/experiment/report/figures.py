@@ -112,8 +112,10 @@ def _curves(
             curves = [pd.read_csv(run.folder / "metrics.csv")[column] for run in mine]
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
-            epochs, mean = np.arange(length), values.mean(0)
-            marker = "o" if length < 3 else "none"  # which a line of one epoch needs
+            epochs = np.flatnonzero(np.isfinite(values).all(0))  # those that were measured
+            values = values[:, epochs]
+            mean = values.mean(0)
+            marker = "o" if len(epochs) < 3 else "none"  # which a line of one epoch needs
             its = style[name]
             axes.plot(epochs, mean, label=its.title, marker=marker, **its.of_line)
             if len(values) > 1:
