@@ -1,6 +1,7 @@
 import csv
 import importlib
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -135,12 +136,13 @@ HARMLESS = {
     **{"protocols": "[knn_1]", "map": "true", "arm": "x", "family": "simclr", "diagnostics_every_n_steps": 1},
     **{"wandb": "offline", "wandb_project": "other", "tensorboard": "true"},
 }
+MEASURED = {"check_every_n_epochs": 3, "log_every_n_steps": 50}  # change what metrics.csv says, and nothing else
 
 
 def test_a_run_goes_on_with_other_settings_that_are_free_and_with_others_spelled_otherwise(
     tiny, tmp_path, monkeypatch, quick
 ):
-    assert set(HARMLESS) | {"out"} == {f.name for f in fields(PretrainSettings) if f.metadata["free"]}
+    assert {*HARMLESS, *MEASURED, "out"} == {f.name for f in fields(PretrainSettings) if f.metadata["free"]}
     monkeypatch.chdir(tmp_path)
     spelled = {"data": f"./{Path(tiny['data']).name}/", "precision": "32", "lr": "3e-1", "devices": "1"}
     for name in ("whole", "cut"):
@@ -150,9 +152,13 @@ def test_a_run_goes_on_with_other_settings_that_are_free_and_with_others_spelled
         else:
             interrupt(tiny, 1, monkeypatch)
     (tmp_path / "cut").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "measured")
     monkeypatch.setattr(pretraining, "score_run", lambda *args, **kwargs: None)  # of the protocols
     assert dystress("pretrain", tiny | HARMLESS | spelled | {"out": tmp_path / "moved"}) == 0
     assert_same_end(tmp_path / "whole", tmp_path / "moved")
+    assert dystress("pretrain", tiny | MEASURED | {"out": tmp_path / "measured"}) == 0
+    mine, its = (torch.load(tmp_path / name / "backbone.pt", weights_only=True) for name in ("whole", "measured"))
+    assert all(map(torch.equal, mine.values(), its.values()))
 
 
 def test_a_run_in_its_warm_up_goes_on_to_more_epochs_as_if_it_had_been_asked_for_them(
