@@ -112,7 +112,8 @@ def tests(settings: Settings) -> list[list[str]]:
 
 
 def training(settings: Settings) -> list[list[str]]:
-    return [settings.script("scripts/checks/gpu_training.py", "--out", settings.out / "training.csv")]
+    few = ["--few"] if settings.quick else []
+    return [settings.script("scripts/checks/gpu_training.py", "--out", settings.out / "training.csv", *few)]
 
 
 def steps(settings: Settings) -> list[list[str]]:
@@ -141,18 +142,19 @@ def losses(settings: Settings) -> list[list[str]]:
 
 
 def chunks(settings: Settings) -> list[list[str]]:
-    sizes = ["--network", "resnet50", "--image-size", 224, "--batch", 2048, "--timed", 256, "--bf16"]
+    batch = 512 if settings.quick else 2048
+    sizes = ["--network", "resnet50", "--image-size", 224, "--batch", batch, "--timed", 256, "--bf16"]
     if settings.small:
         sizes = ["--image-size", 16, "--batch", 128, "--timed", 64, "--chunk", 16, "--repeats", 1]
     return [settings.script("scripts/benchmarks/chunks.py", *sizes)]
 
 
 SECTIONS = {
-    "tests": Section(0.4, tests, ("pytest", "hypothesis")),
-    "training": Section(0.4, training, COMMAND),
-    "steps": Section(0.4, steps),
-    "errors": Section(0.4, errors),
-    "losses": Section(0.4, losses, alone=True),
+    "tests": Section(0.45, tests, ("pytest", "hypothesis")),
+    "training": Section(0.45, training, COMMAND),
+    "steps": Section(0.45, steps),
+    "errors": Section(0.45, errors),
+    "losses": Section(0.36, losses, alone=True),
     "chunks": Section(0.18, chunks, ("torchvision",), alone=True),
 }
 
