@@ -24,9 +24,10 @@ from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import HardwareSpec, RunSpec, part
 
-# What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved, and loading
-# in the process itself.
+# What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved or with fewer
+# checkpoints, and loading in the process itself.
 HOST_NOISE = (
+    "Be aware that when using `ckpt_path`, callbacks .*ModelCheckpoint",
     "Checkpoint directory .* exists and is not empty",
     "The dirpath has changed",
     "The '.*_dataloader' does not have many workers",
