@@ -12,8 +12,8 @@ SIGINT_STATUS = 128 + signal.SIGINT  # as shells know it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `dystress ...`; returns the exit status: 1 for a training that had to stop, 2 for bad settings or files,
-    130 after Ctrl-C.
+    """Runs `dystress ...`; without arguments it prints a guide. Returns the exit status: 1 for a training that had to
+    stop, 2 for bad settings or files, 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["methods"]:  # needs torch alone
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dystress_plugin.experiment.commands import parser
         from dystress_plugin.experiment.io.config import with_files
 
+        if not given:
+            parser().print_help()
+            return 0
         parsed, _ = parser().parse_known_args(given)
         # Not as parsed: of `--key value`, another library's style, it would be another token that is refused.
         parsed.run(with_files(given[1:]))

@@ -39,6 +39,29 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in without]
 
 
+# The markers of whole files and folders; `make quick` runs what has none.
+MARKERS = {
+    "distributed": ("test_distributed.py", "test_learned_parameters.py", "experiment/test_processes.py"),
+    "host": ("frameworks/", "test_third_party.py", "test_export_upstream.py", "test_methods_table.py", "test_peers.py"),
+    "slow": (
+        "experiment/",
+        "test_compile.py",
+        "test_docs.py",
+        "test_import.py",
+        "test_learning.py",
+        "test_reproduce.py",
+    ),
+}
+QUICK = ("experiment/test_settings.py", "experiment/test_spec.py", "experiment/test_style.py")
+
+
+def pytest_itemcollected(item):
+    place = item.nodeid.removeprefix("tests/")
+    for marker, places in MARKERS.items():
+        if place.startswith(places) and not place.startswith(QUICK):
+            item.add_marker(marker)
+
+
 def seed():
     random.seed(SEED)
     np.random.seed(SEED)

@@ -1,11 +1,13 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from dystress_plugin.cli import main
-from dystress_plugin.experiment.settings import CompareSettings, ReportSettings
+from dystress_plugin.experiment.commands import COMMANDS, EXAMPLES
+from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, ReportSettings
 from dystress_plugin.recipes import METHODS
 
 
@@ -106,3 +108,25 @@ def test_report_takes_folders_and_keys(capsys, tmp_path):
     odd.mkdir()
     assert main(["report", str(odd)]) == 2
     assert "None of these folders holds a run" in capsys.readouterr().err
+
+
+def test_alone_it_says_what_to_do_first_with_an_example_of_every_command(capsys):
+    assert main([]) == 0
+    guide = capsys.readouterr().out
+    first, listed = guide.split("\ncommands:\n")
+    assert "dystress pretrain data=digits" in first
+    for name in ("methods", *COMMANDS):
+        assert re.search(rf"^  {name} +\w.*\n +dystress {name}\b", listed, re.MULTILINE), name
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == guide
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_a_command_has_its_keys(name):
+    structure = COMMANDS[name][1]
+    keys = {field.name for field in fields(structure)}
+    keys |= {field.name for field in fields(PretrainSettings)} if name == "compare" else set()
+    words = EXAMPLES[name].split()[2:]
+    assert {word.partition("=")[0].partition(".")[0] for word in words if "=" in word} <= keys

@@ -31,6 +31,25 @@ WRITTEN = (
     "later ones win."
 )
 
+FIRST = """first steps, without a download or a GPU:
+  dystress pretrain data=digits epochs=10 out=runs/first   a training, its accuracies and figures: a minute
+  dystress inspect checkpoint=runs/first                   what other temperatures would do to its network
+  dystress compare methods=[dystress,macl] data=digits     what they end with, over seeds and beside constants"""
+LAST = f"""{WRITTEN}
+`dystress COMMAND --help` lists its keys with default, meaning and range."""
+
+EXAMPLES = {
+    "methods": "dystress methods",
+    "pretrain": "dystress pretrain method=dystress method_kwargs.tau_max=0.3 data=PHOTOS image_size=64 out=runs/x",
+    "compare": "dystress compare methods=[simclr,dystress,macl] seeds=[0,1,2] data=digits jobs=2 out=runs/cmp",
+    "report": "dystress report runs/cmp/runs/*",
+    "evaluate": "dystress evaluate checkpoint=runs/x data=FOLDER",
+    "embed": "dystress embed checkpoint=runs/x data=PHOTOS out=e.npz",
+    "export": "dystress export checkpoint=runs/x out=backbone.pt to=timm",
+    "long-tail": "dystress long-tail data=cifar10 long_tail=0.01 seed=1 out=cifar10-lt",
+    "inspect": "dystress inspect checkpoint=runs/x methods=[dystress,macl,ts] constants=[0.1,0.2]",
+}
+
 ELSEWHERE = {
     "method": "methods=[...]",
     "seed": "seeds=[...]",
@@ -43,22 +62,30 @@ ELSEWHERE = {
 def parser() -> argparse.ArgumentParser:
     """Of the command line; `run` is what a subcommand calls with `settings`, its tokens."""
     whole = argparse.ArgumentParser(
-        "dystress", description=f"Contrastive pretraining with adaptive temperatures. {WRITTEN}"
+        "dystress", description=guide(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     whole.add_argument("--version", action="version", version=f"dystress_plugin {__version__}")
-    commands = whole.add_subparsers(required=True, metavar=f"{{methods,{','.join(COMMANDS)}}}")
-    commands.add_parser("methods", help="print the table of methods").set_defaults(run=_methods, settings=())
+    commands = whole.add_subparsers(required=True, metavar="COMMAND", help="one of those above, then its settings")
+    commands.add_parser("methods").set_defaults(run=_methods, settings=())
     for name, (run, structure, help_) in COMMANDS.items():
         command = commands.add_parser(
             name,
-            help=help_,
-            description=f"dystress {name}: {help_}. {WRITTEN}",
+            description=f"dystress {name}: {help_}. {WRITTEN}\n\nexample:\n  {EXAMPLES[name]}",
             epilog=f"keys and their defaults:\n{describe(structure)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("settings", nargs="*", metavar="key=value")
         command.set_defaults(run=run)
     return whole
+
+
+def guide() -> str:
+    """What to do first, and an example of every command."""
+    said = {"methods": "print the table of methods"} | {name: help_ for name, (_, _, help_) in COMMANDS.items()}
+    lines = [f"  {name:<10} {help_}\n             {EXAMPLES[name]}" for name, help_ in said.items()]
+    return "\n".join(
+        ["Contrastive pretraining with adaptive temperatures.", "", FIRST, "", "commands:", *lines, "", LAST]
+    )
 
 
 def _methods(tokens: Sequence[str]) -> None:
@@ -182,7 +209,7 @@ def _name_figures(folder: Path) -> None:
 COMMANDS = {
     "pretrain": (_pretrain, PretrainSettings, "train a method, evaluate it and draw figures"),
     "compare": (_compare, CompareSettings, "methods and fixed temperatures over seeds; takes pretrain's keys too"),
-    "report": (_report, ReportSettings, "table and page of finished runs: dystress report runs/*"),
+    "report": (_report, ReportSettings, "table and page of finished runs"),
     "evaluate": (_evaluate, EvaluateSettings, "kNN and linear probe of a trained backbone"),
     "embed": (_embed, EmbedSettings, "features of images and the names of their files, as arrays in a .npz"),
     "export": (_export, ExportSettings, "a backbone for torchvision, timm or safetensors, and the lines that load it"),

@@ -152,7 +152,7 @@ class PretrainSettings:
     num_nodes: int = option(1, "machines; several need a launcher such as srun or torchrun", "[1, 10_000]")
     strategy: str = option("auto", "Lightning's strategy, such as ddp")
     precision: str = option("32-true", "Lightning's precision; 16-mixed needs a GPU", words=PRECISIONS)
-    progress: bool = option(True, "show a progress bar", free=True)
+    progress: bool = option(True, "show a progress bar; a line an epoch where the output is no terminal", free=True)
     check_every_n_epochs: int = option(
         1, "epochs between two checkpoints, each with a weighted kNN or effective rank", "[1, 1_000_000]", free=True
     )
@@ -281,7 +281,7 @@ class CompareSettings:
         once=True,
     )
     jobs: int = option(1, "runs at once, each a process of its own; several GPUs are dealt out", "[1, 1024]")
-    progress: bool = option(True, "show a progress bar over all runs")
+    progress: bool = option(True, "show a progress bar over all runs; a line a run where the output is no terminal")
     plan: bool = option(False, "train nothing; print a shell line for each run, and a last one for the report")
 
     def check_together(self) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "images"
 INK = {"light": "#1f2430", "dark": "#e6e8ef"}
 PALE = {"light": "#e8eaf6", "dark": "#303650"}
-SIZE = {"profiles": (9.6, 4.2), "grid": (9.6, 3.6), "layers": (9.6, 4.4)}
+SIZE = {"profiles": (10.4, 4.6), "grid": (9.6, 3.6), "layers": (9.6, 4.4)}
 
 COSINES = torch.linspace(-1, 1, 401, dtype=torch.float64)
 ALIGNED, EPOCH = 0.6, 100.0  # a batch in the middle of a training, for what depends on it

@@ -9,9 +9,11 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Timer
 
 import pandas as pd
 import pytest
@@ -412,3 +414,23 @@ def test_images_without_labels_are_compared_by_what_needs_none(tiny, tmp_path, m
     assert "best constant" not in text
     monkeypatch.setattr(InProcess, "train", lambda self, run: pytest.fail("trained again"))
     assert main(command(tiny, **given)) == 0
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_log_gets_a_line_a_finished_run(show, tiny, capsys, monkeypatch):
+    runs = [PretrainSettings(**tiny | {"out": out}) for out in ("runs/a", "runs/b")]
+    finished = {"runs/a"}  # before
+
+    def end():
+        finished.add("runs/b")
+        future.set_result(None)
+
+    future = Future()
+    monkeypatch.setattr(module, "_finished", lambda run: run.out in finished)
+    timer = Timer(0.05, end)
+    timer.start()
+    module._watch(runs, [future], show)
+    timer.join()
+    output = capsys.readouterr()
+    assert output.out == ("2 of 2 runs\n" if show else "")
+    assert output.err == ""

@@ -1,7 +1,9 @@
 import csv
 import importlib
 import json
+import re
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -376,3 +378,17 @@ def test_one_image_is_too_few_whatever_the_batch(tiny, tmp_path, capsys):
     assert dystress("pretrain", tiny | {"data": tmp_path / "one", "batch_size": 2}) == 2
     assert "one has 1 image to train on: two or more can be told apart" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_log_gets_a_line_an_epoch_and_a_terminal_a_bar(tiny, quick, capsys, monkeypatch):
+    assert dystress("pretrain", {**tiny, "progress": "true"}) == 0
+    output = capsys.readouterr()
+    lines = [line for line in output.out.splitlines() if line.startswith("epoch ")]
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert all(re.search(r"loss \d\S*, knn_top1 \d", line) for line in lines)
+    assert "\r" not in output.out + output.err
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert dystress("pretrain", {**tiny, "out": tiny["out"] + "-2", "progress": "true"}) == 0
+    output = capsys.readouterr().out
+    assert "\r" in output
+    assert "epoch 1 of" not in output

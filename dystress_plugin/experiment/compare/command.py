@@ -199,19 +199,25 @@ def _lines(failures: dict[str, str]) -> str:
 
 
 def _watch(runs: Sequence[PretrainSettings], futures: Sequence[Future[None]], show: bool) -> None:
-    """Waits for all of them, with a progress bar over the epochs of all runs, which it counts in their tables.
+    """Waits for all of them, with a progress bar over the epochs of all runs, which it counts in their tables;
+    a line a finished run where the output is no terminal.
 
     Raises:
         BaseException: the first one of theirs, at once.
     """
     # What is there already is no measure for the time that is left.
-    options = {"unit": "epoch", "disable": not show, "smoothing": 0.05}
+    options = {"unit": "epoch", "disable": None if show else True, "smoothing": 0.05}  # None: shown by terminals alone
+    said = sum(map(_finished, runs))
     with tqdm(total=sum(run.epochs for run in runs), initial=sum(map(_epochs, runs)), **options) as bar:
         left = set(futures)
         while left:
             done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
-            bar.set_description(f"{sum(map(_finished, runs))} of {len(runs)} runs", refresh=False)
+            finished = sum(map(_finished, runs))
+            bar.set_description(f"{finished} of {len(runs)} runs", refresh=False)
             bar.update(sum(map(_epochs, runs)) - bar.n)
+            if show and bar.disable and finished > said:
+                print(f"{finished} of {len(runs)} runs", flush=True)
+                said = finished
             for future in done:
                 future.result()
 

@@ -212,7 +212,7 @@ def _bad(layout: folders.Layout, names: Sequence[str], num_workers: int, progres
     loader: DataLoader[tuple[str, str, bool]] = DataLoader(
         _Faults(layout.folder, names), batch_size=64, num_workers=num_workers, collate_fn=list
     )
-    bar = tqdm(loader, "checking the images", unit="batch", disable=not progress, leave=False)
+    bar = tqdm(loader, "checking the images", unit="batch", disable=None if progress else True, leave=False)
     found = [each for batch in bar for each in batch]
     if frames := [name for name, _, several in found if several]:
         folders.say(

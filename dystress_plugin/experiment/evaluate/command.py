@@ -61,7 +61,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     images, names = _everything(found.data)
     views = Views(images, plain_transform(trained.model.image_size, found.data.normalize))
     loader = DataLoader(views, settings.batch_size, num_workers=settings.num_workers)
-    shown = tqdm(loader, "embedding", unit="batch", disable=not settings.progress)
+    shown = tqdm(loader, "embedding", unit="batch", disable=None if settings.progress else True)
     content: dict[str, Any] = {"embeddings": extract(backbone, shown, device)[0].numpy(), "files": names}
     if found.data.classes:
         content |= {"labels": images.labels, "classes": np.asarray(found.data.classes)}

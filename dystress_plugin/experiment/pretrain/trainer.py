@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import HardwareSpec, RunSpec, part
+from dystress_plugin.experiment.terminal import MEASURES
 
 # What Lightning warns of that is meant to be so here: resuming in the same folder, also when it was moved or with fewer
 # checkpoints, and loading in the process itself.
@@ -83,9 +85,10 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
     It comes before all is resolved, as the learning rate depends on its devices. What depends on that, the module adds:
     what loggers record, and the diagnostics.
     """
+    table = EpochTable(out / "metrics.csv")
     callbacks: list[Callback] = [
         SeedEveryEpoch(settings.seed),
-        EpochTable(out / "metrics.csv"),
+        table,
         *([NanGuard(out)] if settings.nan_guard else []),
         ModelCheckpoint(
             out / "checkpoints",
@@ -97,8 +100,9 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
         ),
         ImagesPerSecond(),
     ]
+    bar = settings.progress and sys.stdout.isatty()
     if settings.progress:
-        callbacks.append(TQDMProgressBar())
+        callbacks.append(TQDMProgressBar() if bar else EpochLines(table))
     return build_trainer(
         part(HardwareSpec, settings),
         max_epochs=settings.epochs,
@@ -106,7 +110,7 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
         callbacks=callbacks,
         plugins=_plugins(),
         logger=_loggers(settings, out),
-        enable_progress_bar=settings.progress,
+        enable_progress_bar=bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=settings.check_every_n_epochs,
@@ -202,3 +206,16 @@ class EpochTable(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
+
+
+class EpochLines(Callback):
+    """Prints a line an epoch, where a progress bar would fill a log with its thousands of states."""
+
+    def __init__(self, table: EpochTable) -> None:
+        self.table = table
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 0:
+            row = self.table.rows[-1]
+            shown = ", ".join(f"{name} {row[name]:.4g}" for name in ("loss", *MEASURES) if row.get(name) is not None)
+            print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {shown}", flush=True)
