@@ -37,7 +37,9 @@ CELLS = {
     ("queue", "auto"): [*QUEUES, *OTHERS],
     **{(layout, "auto"): [*OWN, "learnable"] for layout in ("one_way", "both_ways")},
     **{(layout, "blockwise"): ["dystress", "isogclr", "learnable"] for layout in IMAGES},
-    **{(layout, "dense"): ["dystress", "macl", "isogclr", "learnable"] for layout in IMAGES},
+    ("views", "dense"): [*OWN, "learnable"],
+    ("queue", "dense"): [*QUEUES, "learnable"],
+    **{(layout, "dense"): ["macl", "isogclr"] for layout in ("one_way", "both_ways")},
 }
 
 
