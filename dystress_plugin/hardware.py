@@ -1,4 +1,4 @@
-"""What depends on the device: how much memory it has, and what the host may know of it without a wait."""
+"""What depends on the device: how wide its numbers are, its memory, and what the host may know without a wait."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Types of devices without float64.
+NARROW = {"mps"}
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, which sums and running means are kept in, or float32 on a device that has none."""
+    return torch.float32 if device.type in NARROW else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in the widest dtype of its device."""
+    return x.to(widest(x.device))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

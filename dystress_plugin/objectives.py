@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dystress_plugin.checks import check_at_least
+from dystress_plugin.hardware import wide
 from dystress_plugin.rows import RowStats
 
 
@@ -74,8 +75,8 @@ def dclw(stats: RowStats, *, sigma: float) -> Tensor:
     s is the raw cosine of an anchor with its positives, and k runs over the whole batch: pairs that are already
     close weigh less. As sigma grows w tends to 1, and the objective to `dcl`.
     """
-    # In double: for a small sigma the exponentials of a batch lie far apart.
-    e = torch.exp((stats.positive_cosine.detach().double() - 1) / sigma)
+    # Wide: for a small sigma the exponentials of a batch lie far apart.
+    e = torch.exp((wide(stats.positive_cosine.detach()) - 1) / sigma)
     weight = 2 - e / stats.mean(e)
     return stats.negative - weight.to(stats.positive.dtype) * stats.positive
 

@@ -5,13 +5,19 @@ gradient, times the length of its row, by at most 32 eps / tau times what a sing
 precision is float32 rounded at the end.
 """
 
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 
 import pytest
 import torch
 from grid import DEVICE, EPOCH, OBJECTIVES, SAMPLES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dystress_plugin import ContrastiveLoss
+from dystress_plugin import ContrastiveLoss, hardware
+from dystress_plugin.engine import ENGINES as engines
+from dystress_plugin.engine import blockwise
+from dystress_plugin.engine.tiles import _Sums
 from dystress_plugin.temperature import (
     Constant,
     CosineSchedule,
@@ -284,3 +290,55 @@ def test_a_network_trains_under_autocast(name, dtype):
     value.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert any(p.grad.any() for p in model.parameters())
+
+
+# A device without float64, which MPS is
+
+
+class NoDouble(TorchDispatchMode):
+    """Fails at any tensor of float64."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for x in tree_leaves((arguments, keywords, result)):
+            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, function
+        return result
+
+
+def two_steps(name, objective, engine, mode):
+    """Values and gradients; the second step finds what the first has left in the tables."""
+    loss = ContrastiveLoss(TEMPERATURES[name](), objective=objective, engine=engine).to(DEVICE)
+    found = []
+    for _ in range(2):
+        z = plain(torch.float32).requires_grad_()
+        with mode:
+            value = loss(*z, index=torch.arange(IMAGES, device=DEVICE), epoch=EPOCH)
+            gradients = torch.autograd.grad(value, [z, *loss.parameters()], allow_unused=True, materialize_grads=True)
+        found += [value.detach(), *gradients]
+    return found
+
+
+@pytest.mark.parametrize("engine", ["dense", "in-tiles"])
+@pytest.mark.parametrize(
+    ("name", "objective"), [*((name, "sogclr") for name in TEMPERATURES), *(("isogclr", other) for other in OBJECTIVES)]
+)
+def test_a_device_without_double_gets_none_and_nearly_the_same_numbers(name, objective, engine, monkeypatch):
+    monkeypatch.setitem(engines, "in-tiles", partial(blockwise.negative_stats, tile=5, keep_bytes=0))
+    expected = two_steps(name, objective, engine, nullcontext())
+    monkeypatch.setattr(hardware, "NARROW", {DEVICE.type})
+    found = two_steps(name, objective, engine, NoDouble())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 if other.dim() == 0 else 1e-4 * other.abs().max())
+
+
+def test_sums_of_many_tiles_keep_their_digits_without_double(monkeypatch):
+    x = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(hardware, "NARROW", {"cpu"})
+    sums, plainly = _Sums(3, x.device), torch.zeros(3)
+    for part in x:
+        sums.add(slice(None), part)
+        plainly += part
+    exact = x.double().sum(0)
+    assert sums.value().dtype == torch.float32
+    assert ((sums.value() - exact).abs() / exact).max() < 1e-7
+    assert ((plainly - exact).abs() / exact).max() > 1e-6  # that it takes more than float32

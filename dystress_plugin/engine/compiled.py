@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dystress_plugin.engine.tiles import Passed, Plan, backward, forward
+from dystress_plugin.hardware import widest
 from dystress_plugin.layout import Excluded
 from dystress_plugin.temperature.maps import PartsReader
 
@@ -73,7 +74,7 @@ def _tiles(*given: Any) -> tuple[Tensor, ...]:
 @_tiles.register_fake
 def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
     *_, shifts, kept = given
-    total = anchors.new_empty(len(anchors), dtype=torch.float64)
+    total = anchors.new_empty(len(anchors), dtype=widest(anchors.device))
     return (
         *(anchors.new_empty(len(anchors)) for _ in range(3)),
         total,

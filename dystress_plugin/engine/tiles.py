@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dystress_plugin.hardware import widest
 from dystress_plugin.layout import Excluded
 from dystress_plugin.temperature.maps import LogitMap, Times, Work
 
@@ -211,11 +212,36 @@ class _Roll:
         return cut
 
 
+class _Sums:
+    """Sums over many tiles, (rows,): they decide the accuracy, and are only vectors.
+
+    In float64; on a device that has none as pairs of float32, the second what the first has lost by rounding (Knuth's
+    TwoSum), which hold about as many digits.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._sum = torch.zeros(rows, dtype=widest(device), device=device)
+        self._lost = None if self._sum.dtype == torch.float64 else torch.zeros_like(self._sum)
+
+    def add(self, rows: slice, x: Tensor) -> None:
+        """Adds to some of the rows."""
+        before = self._sum[rows]
+        after = before + x
+        if self._lost is not None:
+            added = after - before
+            self._lost[rows] += (before - (after - added)) + (x - added)
+        self._sum[rows] = after
+
+    def value(self) -> Tensor:
+        """All rows, wide."""
+        return self._sum if self._lost is None else self._sum + self._lost
+
+
 class Passed(NamedTuple):
     """What the forward pass leaves to the backward pass.
 
     Attributes:
-        total: (rows,) float64, sum of exp(logit - shift).
+        total: (rows,), sum of exp(logit - shift), wide.
         shift: (rows,), the largest logit, or None where exp needs no shift.
         kept: flat, of every tile what the backward pass needs, or None.
     """
@@ -229,16 +255,14 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
     """L of all rows, and the mean cosine of their negatives and the second L if the plan wants them."""
     others = anchors if candidates is None else candidates
     shift = plan.row_maxima(anchors, others)
-    # Sums over many tiles in double: they decide the accuracy, and are only vectors.
-    total = torch.zeros(plan.rows, dtype=torch.float64, device=anchors.device)
-    moment, soft = torch.zeros_like(total), torch.zeros_like(total)
+    sums, moments, softened = (_Sums(plan.rows, anchors.device) for _ in range(3))
 
     def soften(logit: Tensor, rows: slice, columns: slice, *, ratio: float, twice: bool) -> None:
         """Adds a tile's exp(logit / ratio) to those of its rows, and of its columns where it is theirs as well."""
         tile = plan.excluded.fill_((logit / ratio).exp_(), 0.0, row=rows.start, column=columns.start)
-        soft[rows] += tile.sum(1)
+        softened.add(rows, tile.sum(1))
         if twice:
-            soft[columns] += tile.sum(0)
+            softened.add(columns, tile.sum(0))
 
     shared, kept, scratch = plan.shared, _room(plan, anchors), _Scratch(plan, anchors)
     roll = None if kept is None else _Roll(kept)
@@ -252,19 +276,22 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
             see = partial(soften, rows=rows, columns=columns, ratio=plan.ratio, twice=shared and mirrored)
             see_mirror = partial(soften, rows=columns, columns=rows, ratio=plan.ratio, twice=False)
         e, multiply_by_slope = plan.exponentials(scaled, rows, columns, shift, work, see)
-        total[rows] += e.sum(1)
+        sums.add(rows, e.sum(1))
         if plan.want_cosine:
-            moment[rows] += (e * scaled).sum(1)
+            moments.add(rows, (e * scaled).sum(1))
         if mirrored:
             e_mirror = e.T if shared else plan.exponentials(scaled.T, columns, rows, shift, None, see_mirror)[0]
-            total[columns] += e_mirror.sum(1)
+            sums.add(columns, e_mirror.sum(1))
             if plan.want_cosine:
-                moment[columns] += (e_mirror * scaled.T).sum(1)
+                moments.add(columns, (e_mirror * scaled.T).sum(1))
         if roll is not None:
             multiply_by_slope(roll.tile(e.shape).copy_(e) if plan.want_cosine else e)
+    total = sums.value()
     negative = total.log() if shift is None else total.log() + shift
-    cosine = moment / (total * plan.logit_map.gain)
-    soft = soft.log() if shift is None or plan.ratio is None else soft.log() + shift / plan.ratio
+    cosine = moments.value() / (total * plan.logit_map.gain)
+    soft = softened.value().log()
+    if shift is not None and plan.ratio is not None:
+        soft = soft + shift / plan.ratio
     dtype = anchors.dtype
     return negative.to(dtype), cosine.to(dtype), soft.to(dtype), Passed(total, shift, kept)
 

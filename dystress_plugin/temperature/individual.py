@@ -18,6 +18,7 @@ from dystress_plugin.checks import (
     check_range,
     unknown_name,
 )
+from dystress_plugin.hardware import wide, widest
 from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.base import Batch, Temperature
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
@@ -149,10 +150,10 @@ class Individual(Temperature):
 
     def resize(self, num_samples: int) -> None:
         num_samples = check_length(num_samples)
-        device = self.tau.device if "tau" in self._buffers else None
+        device = (self.tau if "tau" in self._buffers else torch.empty(0)).device
 
         def table(value: float) -> Tensor:
-            return torch.full((num_samples,), value, dtype=torch.float64, device=device)
+            return torch.full((num_samples,), value, dtype=widest(device), device=device)
 
         self.register_buffer("tau", table(self.tau_init))
         self.register_buffer("log_s", table(0.0))
@@ -180,7 +181,7 @@ class Individual(Temperature):
         seen = self._seen(stats, batch)
         assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
         weight = torch.exp(seen.log_g - seen.log_s)
-        cosine = stats.negative_cosine.detach().double()
+        cosine = wide(stats.negative_cosine.detach())
         gradient = seen.log_s + self.rho - weight * (cosine - seen.positive) / seen.tau
         self._write(seen.sample, seen.log_s, gradient, batch.views)
 
@@ -189,8 +190,8 @@ class Individual(Temperature):
         tau = self.tau[index]
         # mean_j exp((s_j - s_p) / tau) is exp(-s_p / tau) times that of the cosines themselves. Detached, as no_grad
         # leaves forward-mode differentiation on.
-        positive = stats.positive_cosine.detach().double() if self.by_difference(batch) else torch.zeros_like(tau)
-        log_sum = stats.negative.detach().double() - positive / tau
+        positive = wide(stats.positive_cosine.detach()) if self.by_difference(batch) else torch.zeros_like(tau)
+        log_sum = wide(stats.negative.detach()) - positive / tau
         log_g = log_sum - math.log(stats.num_negatives)
         counted, first = log_g, 0.0
         if self.released:

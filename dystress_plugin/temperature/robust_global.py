@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dystress_plugin import tracing
 from dystress_plugin.checks import check_between, check_positive
+from dystress_plugin.hardware import wide
 from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.base import Batch, given_epoch, given_index
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
@@ -153,7 +154,7 @@ class RobustGlobal(LearnedScalar):
 
     def _moved(self, stats: RowStats, batch: Batch) -> list[tuple[RunningMeans, Tensor, Tensor]]:
         """Of every side its means, its samples, and the logarithms of where the batch moves these, (rows,)."""
-        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - positive_logit(stats)
+        log_g = wide(stats.negative.detach()) - math.log(stats.num_negatives) - positive_logit(stats)
         index, gamma = given_index(batch.index, "RobustGlobal"), self.gamma_at(batch.epoch)
         sides = batch.views if batch.layout == "both_ways" else 1
         each = zip(self.means, index.chunk(sides), log_g.chunk(sides), strict=False)  # the second for two sides
@@ -166,9 +167,9 @@ class RobustGlobal(LearnedScalar):
 
 
 def positive_logit(stats: RowStats) -> Tensor:
-    """s_p / tau, which exp(h / tau) has less than exp(s / tau) in its exponent; in double."""
+    """s_p / tau, which exp(h / tau) has less than exp(s / tau) in its exponent."""
     assert stats.positive_logit is not None  # a loss always gives it; narrows the type
-    return stats.positive_logit.detach().double()
+    return wide(stats.positive_logit.detach())
 
 
 def robust_gradient(stats: RowStats, tau: Tensor, rho: float, times: int = 1) -> Tensor:

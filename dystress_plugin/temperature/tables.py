@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dystress_plugin import distributed, tracing
 from dystress_plugin.checks import plain
+from dystress_plugin.hardware import wide, widest
 from dystress_plugin.temperature.base import given_index
 
 
@@ -28,7 +29,7 @@ class RunningMeans(nn.Module):
 
     def __init__(self, num_samples: int) -> None:
         super().__init__()
-        self.register_buffer("log_s", torch.zeros(num_samples, dtype=torch.float64))
+        self.register_buffer("log_s", wide(torch.zeros(num_samples)))
         self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool))
 
     def moved(self, index: Tensor, log_g: Tensor, gamma: float) -> Tensor:
@@ -110,9 +111,8 @@ def keep_double(module: nn.Module, fn: Callable[[Tensor], Tensor], *names: str) 
     Not to .half() or precision="bf16-true", which would round a moving average away.
     """
     device = fn(torch.empty(0, device=module.visited.device)).device  # type: ignore[union-attr, arg-type]
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     for name in names:
-        module._buffers[name] = module._buffers[name].to(device, dtype)  # type: ignore[union-attr]
+        module._buffers[name] = module._buffers[name].to(device, widest(device))  # type: ignore[union-attr]
     module.visited = module.visited.to(device)  # type: ignore[operator]
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dystress_plugin import distributed, tracing
 from dystress_plugin.checks import check_between, check_count, check_positive, check_range
+from dystress_plugin.hardware import wide
 from dystress_plugin.rows import RowStats
 from dystress_plugin.temperature.base import Batch, Temperature, given_index
 from dystress_plugin.temperature.maps import LogitMaps, Scaled
@@ -169,7 +170,7 @@ class TempNet(Temperature):
             warn_of_reach(self.rho, stats.num_negatives, what, "Use a smaller rho or a larger batch.")
 
     def _moved(self, means: RunningMeans, stats: RowStats, batch: Batch) -> Tensor:
-        log_g = stats.negative.detach().double() - math.log(stats.num_negatives) - positive_logit(stats)
+        log_g = wide(stats.negative.detach()) - math.log(stats.num_negatives) - positive_logit(stats)
         return means.moved(given_index(batch.index, "TempNet"), log_g, self.gamma)
 
     def _load_from_state_dict(self, *state: Any) -> None:
