@@ -185,11 +185,11 @@ def features_of(
         backbone: left in float32 and in eval mode.
         data: the images.
         spec: the run: how large its images are, and how they are loaded.
-        device: what it runs on; None: a GPU, unless the run was to do without. It may be scored where there is none.
+        device: what it runs on; None: see `scoring_device`.
         pool: where few labelled images are drawn from, if not from the training images.
     """
     size: dict[str, Any] = {"image_size": spec.model.image_size, "normalize": data.normalize}
-    device = device or torch_device("cpu" if spec.hardware.accelerator == "cpu" else "auto")
+    device = device or scoring_device(spec)
 
     def of(images: Images) -> tuple[Tensor, Tensor]:
         loader: Any = None
@@ -204,6 +204,11 @@ def features_of(
     test = of(shown.test)
     train = of(shown.train) if shown.classes else test
     return Features(*train, *test, *(train if pool is None else of(pool)), shown.classes)
+
+
+def scoring_device(spec: RunSpec) -> str:
+    """A GPU, unless the run was to do without. It may be scored where there is none."""
+    return torch_device("cpu" if spec.hardware.accelerator == "cpu" else "auto")
 
 
 def pool_for(spec: RunSpec, names: Iterable[str], load: Callable[[], Data]) -> Images | None:

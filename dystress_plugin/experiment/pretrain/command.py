@@ -19,7 +19,14 @@ from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data.datasets import Data
 from dystress_plugin.experiment.data.scan import Scan, left_out, scan_images, write_all
 from dystress_plugin.experiment.devices import check_step, processes
-from dystress_plugin.experiment.evaluate.scores import features_of, pool_for, read_untrained, score_features, score_run
+from dystress_plugin.experiment.evaluate.scores import (
+    features_of,
+    pool_for,
+    read_untrained,
+    score_features,
+    score_run,
+    scoring_device,
+)
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
 from dystress_plugin.experiment.keys import checked
@@ -140,8 +147,9 @@ def summarise(
 
         wandb.finish()  # or the next run of this process would go on with it
 
-    device = str(module.device)
-    module.float()
+    # Lightning has left it on the CPU.
+    device = scoring_device(spec)
+    module.float().to(device)
     pool = pool_for(spec, spec.evaluation.protocols, lambda: data_module.load_for_run(out, spec, whole=True).data)
     features = features_of(module.backbone, data, spec=spec, device=device, pool=pool)
     trained = score_features(features, spec.evaluation)
@@ -181,7 +189,7 @@ def _draw(module: PretrainModule, loader: Loader, out: Path) -> None:
     loader.sampler.set_epoch(last)  # type: ignore[union-attr]  # also where nothing was left to train
     images, _, index = next(iter(loader))
     views = module.views(images, last, 0)
-    figures.profile(module, views, index, last, out / "figures" / "temperature.png", recipe.title)
+    figures.profile(module, views, index.to(module.device), last, out / "figures" / "temperature.png", recipe.title)
 
 
 def _untrained(out: Path, module: PretrainModule, data: Data) -> dict[str, float]:
