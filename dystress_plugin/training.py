@@ -118,10 +118,17 @@ def warn_of_concerns(temperature: Temperature, epochs: float | None, warn: Calla
         warn(concern)
 
 
-def own_group(loss: ContrastiveLoss) -> list[dict[str, Any]]:
-    """The optimizer's group of what temperatures train, undecayed, at the rate of the rest; none without parameters."""
+def own_group(loss: ContrastiveLoss, lr: float, temperature_lr: float | None) -> list[dict[str, Any]]:
+    """The optimizer's group of what temperatures train, undecayed, at a rate of its own; none without parameters.
+
+    Args:
+        loss: the loss.
+        lr: learning rate of the network, at which a single number overshoots.
+        temperature_lr: that of the group; None is a tenth of the network's.
+    """
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    return [{"name": "temperature", "params": trained, "weight_decay": 0.0}] if trained else []
+    rate = lr / 10 if temperature_lr is None else temperature_lr
+    return [{"name": "temperature", "params": trained, "lr": rate, "weight_decay": 0.0}] if trained else []
 
 
 # A table of samples

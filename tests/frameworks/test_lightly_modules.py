@@ -100,12 +100,15 @@ def test_a_batch_larger_than_the_data_is_refused(method, folder, tmp_path):
         fit(tiny(method), folder, tmp_path, loader=DataLoader(dataset, batch_size=13, drop_last=True))
 
 
-@pytest.mark.parametrize("method", ["clip", "fastclip", "clip_moco"])
-def test_a_learned_temperature_is_trained_in_a_group_of_its_own(method, folder, tmp_path):
-    model = tiny(method)
+@pytest.mark.parametrize(("method", "rate"), [("clip", None), ("fastclip", 0.01), ("clip_moco", None)])
+def test_a_learned_temperature_is_trained_in_a_group_of_its_own(method, rate, folder, tmp_path):
+    model = tiny(method, temperature_lr=rate)
     before = model.criterion.temperature.log_tau.item()
     trainer = fit(model, folder, tmp_path)
-    (own,) = [group for group in trainer.optimizers[0].param_groups if group["name"] == "temperature"]
+    *others, own = trainer.optimizers[0].param_groups
+    assert own["name"] == "temperature"
+    assert {group["initial_lr"] for group in others} == {trainer.optimizers[0].defaults["lr"]}
+    assert own["initial_lr"] == (rate or trainer.optimizers[0].defaults["lr"] / 10)
     assert own["params"] == [model.criterion.temperature.log_tau]
     assert own["weight_decay"] == 0.0
     assert model.criterion.temperature.log_tau.item() != before
@@ -134,6 +137,8 @@ def test_chunks_that_cannot_be_are_refused():
         tiny("dystress", chunk_size=0)
     with pytest.raises(ValueError, match="chunk_size=1 leaves batch norm"):
         tiny("dystress_moco", chunk_size=1)
+    with pytest.raises(ValueError, match=r"temperature_lr=0\.0 must be above 0"):
+        tiny("clip", temperature_lr=0)
 
 
 def test_every_method_of_the_table_is_there():

@@ -234,6 +234,18 @@ def test_diagnostics_are_written_on_request(pretrain, tmp_path):
     assert len(list(tmp_path.rglob("diagnostics.csv"))) == 1
 
 
+@pytest.mark.parametrize("rate", [None, 0.002])
+def test_what_a_temperature_learns_has_a_rate_of_its_own(pretrain, tmp_path, rate):
+    _, state = pretrain("clip", epochs=1, method_args={"temperature_lr": rate})
+    *others, own = torch.load(tmp_path / "out" / "checkpoints" / "last.ckpt", weights_only=False)["optimizer_states"][
+        0
+    ]["param_groups"]
+    (network,) = {group["initial_lr"] for group in others}
+    assert own["initial_lr"] == (rate or network / 10)
+    assert (own["weight_decay"], len(own["params"])) == (0.0, 1)
+    assert state["criterion.temperature.log_tau"].exp() != pytest.approx(0.07, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["dystress", "dystress_moco"])
 def test_in_chunks_it_trains_alike_and_the_model_sees_no_more(pretrain, method, monkeypatch):
     seen, states = [], []
@@ -288,6 +300,7 @@ def test_defaults_are_the_tables_and_lightly_trains(host):
         ("dystress_moco", {"queue_size": "all"}, "queue_size"),
         ("dystress_moco", {"momentum_end": 1.5}, "momentum_end"),
         ("dystress", {"chunk_size": 0}, "chunk_size"),
+        ("clip", {"temperature_lr": 0.0}, "temperature_lr"),
     ],
 )
 def test_method_args_are_checked_as_lightly_train_checks_its_own(host, method, settings, message):

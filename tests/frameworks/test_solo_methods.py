@@ -167,13 +167,14 @@ def test_constant_temperature_is_the_loss_of_its_simclr(solo, crops):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["clip", "fastclip", "clip_moco"])
-def test_a_learned_temperature_is_trained_in_a_group_of_its_own(solo, method):
-    model = solo.METHODS[method](config(method, small_crops=0))
+@pytest.mark.parametrize(("method", "rate"), [("clip", None), ("fastclip", 0.02), ("clip_moco", None)])
+def test_a_learned_temperature_is_trained_in_a_group_of_its_own(solo, method, rate):
+    model = solo.METHODS[method](config(method, small_crops=0, temperature_lr=rate))
     before = model.contrastive.temperature.log_tau.item()
     trainer = fit(model)
     (own,) = [group for group in trainer.optimizers[0].param_groups if group.get("name") == "temperature"]
     assert own["params"] == [model.contrastive.temperature.log_tau]
+    assert own["lr"] == (rate or 0.1 / 10)  # of optimizer.lr
     assert own["weight_decay"] == 0.0
     assert model.contrastive.temperature.log_tau.item() != before
 
@@ -210,6 +211,8 @@ def test_chunks_that_cannot_be_are_refused(solo):
         solo.METHODS["dystress"](config("dystress", chunk_size=0))
     with pytest.raises(ValueError, match=r"method_kwargs\.chunk_size=1 leaves batch norm"):
         solo.METHODS["dystress"](config("dystress", chunk_size=1))
+    with pytest.raises(ValueError, match=r"method_kwargs\.temperature_lr=-1\.0 must be above 0"):
+        solo.METHODS["clip"](config("clip", temperature_lr=-1))
 
 
 def queues(model):

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from torchvision.models import resnet50
 
 from dystress_plugin import diagnostics, training
+from dystress_plugin.checks import check_positive
 from dystress_plugin.chunks import check_chunks, embed_in_chunks
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.recipes import recipe
@@ -59,6 +60,7 @@ class ContrastiveModule(LightningModule, ABC):
         queue_size: (keys, dim), None where the layout has no queue.
         diagnostics_every_n_steps: how often to write `diagnostics.csv`, see `dystress_plugin.diagnostics`; None never.
         chunk_size: images that the backbone embeds at a time, see `dystress_plugin.embed_in_chunks`; None is all.
+        temperature_lr: learning rate of what a temperature learns; None is a tenth of the network's.
         **settings: parameters of the method, such as `tau_max=0.3`.
 
     Attributes:
@@ -80,6 +82,7 @@ class ContrastiveModule(LightningModule, ABC):
         queue_size: tuple[int, int] | None = None,
         diagnostics_every_n_steps: int | None = None,
         chunk_size: int | None = None,
+        temperature_lr: float | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class ContrastiveModule(LightningModule, ABC):
             backbone.fc = nn.Identity()
         self.backbone = backbone
         self.chunk_size = check_chunks(chunk_size, backbone)
+        self.temperature_lr = None if temperature_lr is None else check_positive("temperature_lr", temperature_lr)
         method = recipe(self.method)
         method.check_names(settings)
         # A table has one entry until setup() or a checkpoint knows better.

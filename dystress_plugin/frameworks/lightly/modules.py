@@ -59,14 +59,10 @@ class SimCLRModule(ContrastiveModule):
         return features, self.projection_head(features).chunk(len(views))
 
     def configure_optimizers(self) -> Any:
-        optimizer = LARS(
-            _parameter_groups(self),
-            # Square root scaling, as lightly's SimCLR: better than linear below batches of 2048 and 200 epochs
-            # (SimCLR, appendix B.1).
-            lr=0.075 * math.sqrt(self.batch_size_per_device * self.trainer.world_size),
-            momentum=0.9,
-            weight_decay=1e-6,
-        )
+        # Square root scaling, as lightly's SimCLR: better than linear below batches of 2048 and 200 epochs
+        # (SimCLR, appendix B.1).
+        lr = 0.075 * math.sqrt(self.batch_size_per_device * self.trainer.world_size)
+        optimizer = LARS(_parameter_groups(self, lr), lr=lr, momentum=0.9, weight_decay=1e-6)
         steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs
         # Ten epochs, as in lightly, whose scheduler refuses a shorter training. That gets a tenth of its steps.
         warmup = steps * 10 // epochs if epochs >= 10 else steps // 10
@@ -132,12 +128,8 @@ class MoCoModule(ContrastiveModule):
         return keys
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(
-            _parameter_groups(self),
-            lr=0.03 * self.batch_size_per_device * self.trainer.world_size / 256,
-            momentum=0.9,
-            weight_decay=1e-4,
-        )
+        lr = 0.03 * self.batch_size_per_device * self.trainer.world_size / 256
+        optimizer = torch.optim.SGD(_parameter_groups(self, lr), lr=lr, momentum=0.9, weight_decay=1e-4)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = CosineWarmupScheduler(optimizer=optimizer, warmup_epochs=0, max_epochs=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -147,14 +139,14 @@ class MoCoModule(ContrastiveModule):
 BASES: dict[bool, type[ContrastiveModule]] = {False: SimCLRModule, True: MoCoModule}
 
 
-def _parameter_groups(module: SimCLRModule | MoCoModule) -> list[dict[str, Any]]:
+def _parameter_groups(module: SimCLRModule | MoCoModule, lr: float) -> list[dict[str, Any]]:
     decayed, not_decayed = get_weight_decay_parameters([module.backbone, module.projection_head])
     name, classifier = module.method, module.online_classifier.parameters()
     return [
         {"name": name, "params": decayed},
         {"name": f"{name}_no_weight_decay", "params": not_decayed, "weight_decay": 0.0},
         {"name": "online_classifier", "params": classifier, "weight_decay": 0.0},
-        *training.own_group(module.criterion),
+        *training.own_group(module.criterion, lr, module.temperature_lr),
     ]
 
 

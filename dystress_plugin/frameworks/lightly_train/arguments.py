@@ -29,11 +29,13 @@ class ViewsArgs(create_model("HeadArgs", __base__=MethodArgs, **_HEAD)):  # type
         hidden_dim, output_dim, num_layers, batch_norm: the projector, with the defaults of LightlyTrain's SimCLR.
         diagnostics_every_n_steps: how often to write `diagnostics.csv`, see `dystress_plugin.diagnostics`; None never.
         chunk_size: images that the model embeds at a time, see `dystress_plugin.embed_in_chunks`; None is all.
+        temperature_lr: learning rate of what a temperature learns; None is a tenth of the network's.
     """
 
     recipe: ClassVar[Recipe]
     diagnostics_every_n_steps: int | None = Field(default=None, ge=1)
     chunk_size: int | None = Field(default=None, ge=1)
+    temperature_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def criterion(self, **more: Any) -> ContrastiveLoss:
         """The loss with these settings, over all ranks; with an empty table where the method keeps one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -58,11 +57,14 @@ class ViewsMethod(host.SimCLR):
         loss = training.contrast(self, self.criterion, z, batch_idx, index=index, epoch=epoch)
         return TrainingStepResult(loss=loss)
 
-    def trainable_modules(self) -> Any:
-        """Adds the loss where its temperature has parameters, which are not decayed."""
-        found: Any = super().trainable_modules()
-        own = [self.criterion] if any(True for _ in self.criterion.parameters()) else []
-        return replace(found, modules_no_weight_decay=[*found.modules_no_weight_decay, *own])
+    def configure_optimizers(self) -> Any:
+        """Adds what the temperature trains, to LightlyTrain's optimizer and its schedule."""
+        [optimizer], [scheduled] = super().configure_optimizers()
+        theirs = scheduled["scheduler"]
+        for group in training.own_group(self.criterion, theirs.base_lrs[0], self.method_args.temperature_lr):
+            optimizer.add_param_group(group)
+            scheduled["scheduler"] = type(theirs)(optimizer, theirs.warmup_epochs, theirs.max_epochs)
+        return [optimizer], [scheduled]
 
     def configure_callbacks(self) -> list[Any]:
         return diagnostics.callbacks(self.method_args.diagnostics_every_n_steps)

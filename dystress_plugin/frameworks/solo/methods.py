@@ -23,7 +23,7 @@ from dystress_plugin.chunks import Encoder, check_chunks, embed_in_chunks
 from dystress_plugin.errors import to_install
 from dystress_plugin.frameworks.solo import fixes
 from dystress_plugin.frameworks.solo.locate import ADVICE
-from dystress_plugin.frameworks.solo.settings import CHUNK, DIAGNOSTICS, complete, loss_settings
+from dystress_plugin.frameworks.solo.settings import CHUNK, DIAGNOSTICS, TEMPERATURE_LR, complete, loss_settings
 from dystress_plugin.recipes import Recipe
 from dystress_plugin.temperature import Temperature
 
@@ -80,7 +80,7 @@ class AdaptiveTemperature(LightningModule):
     def learnable_params(self) -> list[dict[str, Any]]:
         """Adds what the temperature trains."""
         groups: list[dict[str, Any]] = super().learnable_params
-        return groups + training.own_group(self.contrastive)
+        return groups + training.own_group(self.contrastive, self.lr, self.cfg.method_kwargs.get(TEMPERATURE_LR))
 
     def configure_callbacks(self) -> list[Any]:
         """Adds ours, and the diagnostics where `method_kwargs` asks for them: main_pretrain.py takes no callbacks."""

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dystress_plugin.checks import unknown_name
+from dystress_plugin.checks import check_positive, unknown_name
 from dystress_plugin.chunks import check_chunks
 from dystress_plugin.recipes import METHODS, Recipe
 
 HEAD = ("proj_hidden_dim", "proj_output_dim")  # of the projector, named as solo-learn's SimCLR names them
 DIAGNOSTICS = "diagnostics_every_n_steps"  # None or 0 for none; changes nothing about what is trained
+TEMPERATURE_LR = "temperature_lr"  # of what a temperature learns; None for a tenth of optimizer.lr
 CHUNK = "chunk_size"  # images that are embedded at a time; None for all
 # What a method with a queue has beside the temperature and the objective, with solo-learn's own default.
 QUEUE: dict[str, Any] = {"queue_size": 65536}
@@ -34,10 +35,10 @@ def complete(
 
     Raises:
         ValueError: for a key that no method has (with the nearest that this one has), a missing one, a queue without
-            keys, or a size of chunks that is no whole number of at least 1.
+            keys, a size of chunks that is no whole number of at least 1, or a rate that is not above 0.
     """
     parameters, notes = parameters_of(recipe), []
-    known = [*parameters, *HEAD, DIAGNOSTICS, CHUNK, "temperature"]
+    known = [*parameters, *HEAD, DIAGNOSTICS, CHUNK, TEMPERATURE_LR, "temperature"]
     for key in [key for key in given if key not in known]:
         owner = of_others().get(key)
         if owner is None:
@@ -48,8 +49,10 @@ def complete(
         example = ", ".join(f"method_kwargs.{key}=2048" for key in missing)
         raise ValueError(f"Method '{recipe.name}' needs {example}, or another size of your projector.")
 
-    filled = {key: given[key] for key in HEAD} | {key: given.get(key) for key in (DIAGNOSTICS, CHUNK)}
+    filled = {key: given[key] for key in HEAD} | {key: given.get(key) for key in (DIAGNOSTICS, CHUNK, TEMPERATURE_LR)}
     check_chunks(filled[CHUNK], name=f"method_kwargs.{CHUNK}")
+    if filled[TEMPERATURE_LR] is not None:
+        check_positive(f"method_kwargs.{TEMPERATURE_LR}", filled[TEMPERATURE_LR])
     for name, default in parameters.items():
         value = given.get(name)
         filled[name] = (None if default is inspect.Parameter.empty else default) if value is None else value
