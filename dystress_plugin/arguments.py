@@ -68,6 +68,16 @@ def queue_of(queue_size: tuple[int, int] | int | None) -> KeyQueue | None:
     return KeyQueue(size, dim)
 
 
+def labels_of(labels: Tensor, view: Tensor) -> Tensor:
+    """Classes, on the view's device."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor of classes, not {got}.")
+    if labels.shape != view.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, the batch needs ({len(view)},).")
+    return labels.to(view.device)
+
+
 def indices_of(index: Index | None, view: Tensor, temperatures: Sequence[Temperature], layout: str) -> Indices:
     """Sample numbers for both sides in one tensor or each in its own, on the view's device; none without."""
     for temperature in temperatures:

@@ -14,11 +14,11 @@ from torch.func import functional_call
 
 from dystress_plugin import checkpointing, distributed, hardware, tracing
 from dystress_plugin import layout as layouts
-from dystress_plugin.arguments import Index, Indices, indices_of, instances, objective_of, queue_of
+from dystress_plugin.arguments import Index, Indices, indices_of, instances, labels_of, objective_of, queue_of
 from dystress_plugin.checks import check_at_least, unknown_name
 from dystress_plugin.embeddings import check_view, units_of
-from dystress_plugin.engine import ENGINES, NegativeStats, RowStats
-from dystress_plugin.layout import LAYOUTS, Block
+from dystress_plugin.engine import ENGINES, NegativeStats, PositiveStats, RowStats, mean_loss, positive_stats
+from dystress_plugin.layout import LAYOUTS, Alike, Block
 from dystress_plugin.objectives import Objective
 from dystress_plugin.recipes import recipe
 from dystress_plugin.temperature import Temperature
@@ -74,10 +74,10 @@ class ContrastiveLoss(nn.Module):
         queue_size: (keys, dim) for a queue of negatives, which a recipe named `..._moco` needs; None or 0 for none.
         layout: "views"; or for two sides whose rows belong together, such as images and captions, "one_way"
             (anchors from the first, candidates from the second, as in SimCSE) or "both_ways" (CLIP).
-        positives: how several positives of an anchor, in three or more views, are joined. "sum" adds their
-            exponentials: -log( sum_p e^a_p / (sum_p e^a_p + sum_n e^a_n) ). "mean" is the mean over p of the
+        positives: how several positives of an anchor, in three or more views or with labels, are joined. "sum" adds
+            their exponentials: -log( sum_p e^a_p / (sum_p e^a_p + sum_n e^a_n) ). "mean" is the mean over p of the
             objective of p alone, in NT-Xent with the other positives among what it is compared with, as in SupCon:
-            mean_p -log( e^a_p / (sum_p e^a_p + sum_n e^a_n) ).
+            mean_p -log( e^a_p / (sum_p e^a_p + sum_n e^a_n) ). The same with labels, where "dclw" has no "mean".
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
             and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views) on a CPU,
             where it is the faster one below; on a GPU, until it is measured there, up to a hundredth of a CUDA device's
@@ -163,7 +163,13 @@ class ContrastiveLoss(nn.Module):
         """One temperature, or one a side."""
         return (self.temperature,) if self.temperature_back is None else (self.temperature, self.temperature_back)
 
-    def forward(self, *views: Tensor, index: Index | None = None, epoch: float | None = None) -> Tensor:
+    def forward(
+        self,
+        *views: Tensor,
+        index: Index | None = None,
+        epoch: float | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """The loss of a batch.
 
         Args:
@@ -174,14 +180,18 @@ class ContrastiveLoss(nn.Module):
             index: (batch,) int64, sample numbers, where the temperature keeps a table; with "both_ways" also a pair of
                 them, where the sides are numbered apart, as an image with several captions is.
             epoch: the current epoch, 0 first, where the temperature is scheduled; a fraction lies within it.
+            labels: (batch,) int64 classes: all views of all images of an anchor's class are then its positives, and its
+                negatives those of other classes, as in SupCon, https://arxiv.org/abs/2004.11362, whose loss is
+                positives="mean". For the layout "views" without a queue.
 
         Returns:
             0-dim tensor, float32, or float64 if a view is.
 
         Raises:
-            TypeError: for views, index or epoch of another type.
-            ValueError: for shapes that do not fit, too few images, a missing index or epoch; for state that a transform
-                of torch.func would have to change; or, on the CPU, for embeddings that are not finite (on CUDA, in
+            TypeError: for views, index, epoch or labels of another type.
+            ValueError: for shapes that do not fit, too few images, a missing index or epoch; for labels in another
+                layout, or of a single class; for state that a transform of torch.func would have to change; or for
+                embeddings that are not finite. Labels and embeddings are looked at on the CPU alone (on CUDA, in
                 compiled code and under torch.func they propagate: looking would wait for the device or is impossible).
         """
         units, indices, epoch = self._checked(views, index, epoch)
@@ -191,17 +201,18 @@ class ContrastiveLoss(nn.Module):
             self._begin_as_rank_0(views)
             for temperature in self.temperatures:
                 temperature.hold_parameters()
-        compute = partial(self._value, units, indices, epoch, learns=learns)
+        classes = None if labels is None else self._checked_labels(labels, views[0])
+        compute = partial(self._value, units, indices, epoch, classes, learns=learns)
         return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
 
-    def _value(self, units: Tensor, indices: Indices, epoch: float | None, *, learns: bool) -> Tensor:
+    def _value(
+        self, units: Tensor, indices: Indices, epoch: float | None, labels: Tensor | None, *, learns: bool
+    ) -> Tensor:
         with hardware.without_autocast(units.device):
             for number, temperature in enumerate(self.temperatures if learns else ()):
                 temperature.begin(units[0 if self._in_views or number else 1])
-            stats, sides, each, own = self._row_stats(units, indices, epoch)
-            one_by_one = self.positives == "mean"
-            terms = _one_by_one(stats, *each, self._objective.competing, self._ratio) if one_by_one else stats
-            rows = self._objective.rows(terms, self.objective_settings)
+            stats, sides, one_by_one, own = self._row_stats(units, indices, epoch, labels)
+            rows = one_by_one() if self.positives == "mean" else self._objective.rows(stats, self.objective_settings)
             views = len(stats.positive) // units.shape[1]
             value = rows.mean() if own is None else rows.mean() + own
             value = value * (views if self._objective.sum_over_views else 1)
@@ -240,7 +251,7 @@ class ContrastiveLoss(nn.Module):
                     negatives = excluded.argsort(dim=1, stable=True)[:, : block.num_negatives]
                     tau = maps.negative.rows(rows).temperature(cosine)
                     if block.hard is not None and (hard := side.temperature.hard_map(maps)) is not None:
-                        columns = block.own.columns(len(tau), tau.device)[:, block.excluded.copies :]
+                        columns = block.own.columns(len(tau), tau.device)[:, 1:]
                         tau.scatter_(1, columns, hard.rows(rows).temperature(block.hard))
                     found.negative_cosine.append(cosine.gather(1, negatives).flatten())
                     found.negative_tau.append(tau.gather(1, negatives).flatten())
@@ -275,16 +286,27 @@ class ContrastiveLoss(nn.Module):
             distributed.from_rank_0(*self.parameters(), *self.buffers())
             self._begun = True
 
-    def _blocks(self, units: Tensor, *, gather: bool, max_keys: int | None = None) -> list[Block]:
+    def _blocks(
+        self, units: Tensor, *, gather: bool, max_keys: int | None = None, labels: Tensor | None = None
+    ) -> list[Block]:
+        if labels is not None:
+            return layouts.classes(units, labels, gather=gather)
         if self.queue is not None:
             return layouts.queue(units, self.queue.read(max_keys))
         return LAYOUTS[self.layout](units, gather=gather)
 
     def _sides(
-        self, units: Tensor, indices: Indices, epoch: float | None, *, gather: bool, max_keys: int | None = None
+        self,
+        units: Tensor,
+        indices: Indices,
+        epoch: float | None,
+        *,
+        gather: bool,
+        max_keys: int | None = None,
+        labels: Tensor | None = None,
     ) -> list[_Side]:
         """What each temperature is asked about: all blocks, or the block of its side."""
-        blocks = self._blocks(units, gather=gather, max_keys=max_keys)
+        blocks = self._blocks(units, gather=gather, max_keys=max_keys, labels=labels)
         alone = self.temperature_back is None
         sides, start = [], 0
         for number, temperature in enumerate(self.temperatures):
@@ -309,16 +331,16 @@ class ContrastiveLoss(nn.Module):
         return sides
 
     def _row_stats(
-        self, units: Tensor, indices: Indices, epoch: float | None
-    ) -> tuple[RowStats, list[_Side], tuple[Tensor, Tensor], Tensor | None]:
-        """The statistics with all positives joined, their logits and cosines, and the temperatures' own loss."""
+        self, units: Tensor, indices: Indices, epoch: float | None, labels: Tensor | None
+    ) -> tuple[RowStats, list[_Side], Callable[[], Tensor], Tensor | None]:
+        """The statistics with all positives joined, the loss of rows with each alone, and the temperatures' own."""
         if self.training and tracing.captured(self.buffers()):
             raise ValueError(
                 "torch.func would have to change the state of this loss, its queue or its tables: call loss.eval(), or "
                 "hand the state over by torch.func.functional_call."
             )
         units, parameters = self._with_mean_gradients(units)
-        sides = self._sides(units, indices, epoch, gather=self.gather_distributed)
+        sides = self._sides(units, indices, epoch, gather=self.gather_distributed, labels=labels)
         maps: list[LogitMaps] = [
             functional_call(side.temperature, own, (side.batch,)) for side, own in zip(sides, parameters, strict=True)
         ]
@@ -329,29 +351,44 @@ class ContrastiveLoss(nn.Module):
             for rows, block in _rows(side.blocks)
         ]
         cosines = [torch.cat([block.positive_cosine for block in side.blocks]) for side in sides]
-        logits = [own.positive.logit(cosine) for own, cosine in zip(maps, cosines, strict=True)]
-        positive_cosine, positive_logit = torch.cat(cosines), torch.cat(logits)
+        positive_cosine = torch.cat(cosines)
+        of_classes = None
+        if labels is not None:  # one block, and of one side
+            anchors, _, candidates, alike, _ = sides[0].blocks[0]
+            assert isinstance(alike, Alike)  # as `classes` gives it; narrows the type
+            of_classes = anchors, candidates, alike, maps[0].positive
+            joined = positive_stats(*of_classes, ratio=self._ratio)
+        else:
+            logits = [own.positive.logit(cosine) for own, cosine in zip(maps, cosines, strict=True)]
+            positive_logit = torch.cat(logits)
+            joined = _joined_positives(positive_logit, self._ratio)
         negative_cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
         stats = RowStats(
-            positive=_over_positives(torch.logsumexp, positive_logit),
+            positive=joined.positive,
             negative=torch.cat([part.negative for part in negatives]),
             positive_cosine=_over_positives(torch.mean, positive_cosine),
             negative_cosine=torch.cat(negative_cosines) if negative_cosines else None,
             num_negatives=sides[0].blocks[0].num_negatives,
-            positive_logit=_over_positives(torch.mean, positive_logit),
+            positive_logit=joined.positive_logit,
             mean=sides[0].batch.mean,
         )
         if self._ratio is not None:
             soft = [part.soft_negative for part in negatives if part.soft_negative is not None]
-            positive = _over_positives(torch.logsumexp, positive_logit.detach() / self._ratio)
-            stats = replace(stats, soft_positive=positive, soft_negative=torch.cat(soft))
+            stats = replace(stats, soft_positive=joined.soft_positive, soft_negative=torch.cat(soft))
         stats = _with_running_means(stats, sides)
         own_losses = [
             side.temperature.own_loss(its, stats.rows(side.rows), side.batch)
             for side, its in zip(sides, maps, strict=True)
         ]
         terms = [term.sum() / len(stats.positive) for term in own_losses if term is not None]
-        return stats, sides, (positive_logit, positive_cosine), torch.stack(terms).sum() if terms else None
+
+        def one_by_one() -> Tensor:
+            if of_classes is not None:
+                return mean_loss(*of_classes, stats, objective=self._objective, settings=self.objective_settings)
+            terms = _one_by_one(stats, positive_logit, positive_cosine, self._objective.competing, self._ratio)
+            return self._objective.rows(terms, self.objective_settings)
+
+        return stats, sides, one_by_one, torch.stack(terms).sum() if terms else None
 
     def _negative_stats(self, block: Block, negative: LogitMap, hard: LogitMap | None) -> NegativeStats:
         """The engine's, to which an anchor's own hard negatives are added here where they have a map of their own."""
@@ -401,6 +438,12 @@ class ContrastiveLoss(nn.Module):
         if epoch is not None:
             epoch = check_at_least("epoch", epoch, 0)
         return units_of(views), indices, epoch
+
+    def _checked_labels(self, labels: Tensor, view: Tensor) -> Tensor:
+        if not self._in_views:
+            has = "a queue" if self.queue is not None else f"layout='{self.layout}'"
+            raise ValueError(f"labels make positives of all views of a class, and this loss has {has}: leave them out.")
+        return labels_of(labels, view)
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
         if len(views) < 2:
@@ -455,12 +498,18 @@ def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
     return x.squeeze(1) if x.shape[1] == 1 else reduce(x, dim=1)
 
 
+def _joined_positives(logit: Tensor, ratio: float | None) -> PositiveStats:
+    """The statistics of positives whose logits are there, (rows, positives)."""
+    soft = None if ratio is None else _over_positives(torch.logsumexp, logit.detach() / ratio)
+    return PositiveStats(_over_positives(torch.logsumexp, logit), _over_positives(torch.mean, logit), soft)
+
+
 def _with_running_means(stats: RowStats, sides: Sequence[_Side]) -> RowStats:
     """The statistics with what SogCLR divides by; of a side that keeps no mean, the batch's own."""
     means = [side.temperature.running_mean(stats.rows(side.rows), side.batch) for side in sides]
     if all(mean is None for mean in means):
         return stats
-    log_s = stats.negative.detach() - math.log(stats.num_negatives)
+    log_s = stats.negative.detach() - stats.log_num_negatives
     log_s = torch.cat([log_s[side.rows] if mean is None else mean for side, mean in zip(sides, means, strict=True)])
     of_sides = [side.temperature.by_difference(side.batch) for side in sides]
     difference = None

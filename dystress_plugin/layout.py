@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dystress_plugin import distributed
+from dystress_plugin import distributed, tracing
 
 
 class Excluded(NamedTuple):
@@ -36,6 +36,12 @@ class Excluded(NamedTuple):
         """Those of some of the anchors."""
         return self._replace(first=self.first + rows.start)
 
+    def mask(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """(rows, columns) bool, true where a candidate is excluded."""
+        # Not zeros_like: under vmap that would be one for every example.
+        out = torch.zeros((rows, columns), dtype=torch.bool, device=device)
+        return out.scatter_(1, self.columns(rows, device), True)
+
     def columns(self, rows: int, device: torch.device) -> Tensor:
         """(rows, copies) int64, those of every one of so many anchors."""
         own = self.start + (self.first + torch.arange(rows, device=device)) % self.batch
@@ -59,6 +65,39 @@ class Excluded(NamedTuple):
         return tile
 
 
+class Alike(NamedTuple):
+    """The candidates that are of an anchor's class, which are no negatives; itself among them, all others positives.
+
+    Attributes:
+        anchors: (rows,) int64, the classes of anchors.
+        candidates: (columns,), those of candidates.
+        itself: (rows,) int64, which candidate an anchor is.
+    """
+
+    anchors: Tensor
+    candidates: Tensor
+    itself: Tensor
+
+    def rows(self, rows: slice) -> Alike:
+        """Those of some of the anchors."""
+        return Alike(self.anchors[rows], self.candidates, self.itself[rows])
+
+    def mask(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """(rows, columns) bool, true where a candidate is of an anchor's class."""
+        return self.anchors[:, None] == self.candidates
+
+    def positives(self) -> Tensor:
+        """(rows, columns) bool, true where a candidate is another of an anchor's class."""
+        others = torch.arange(len(self.candidates), device=self.itself.device) != self.itself[:, None]
+        return (self.anchors[:, None] == self.candidates) & others
+
+    def fill_(self, tile: Tensor, value: float, *, row: int = 0, column: int = 0) -> Tensor:
+        """Puts `value` where the mask is true into a tile that begins at that anchor and candidate; returns it."""
+        height, width = tile.shape
+        same = self.anchors[row : row + height, None] == self.candidates[column : column + width]
+        return tile.masked_fill_(same, value)
+
+
 NOTHING = Excluded(batch=1, images=0, start=0, copies=0)
 
 
@@ -67,7 +106,7 @@ class Block(NamedTuple):
 
     Attributes:
         anchors: (rows, dim) of length 1.
-        positive_cosine: (rows, positives), with gradient.
+        positive_cosine: (rows, positives), with gradient; with classes their mean, (rows, 1).
         candidates: (columns, dim) of length 1; None where they are the anchors themselves.
         excluded: the columns that are not negatives of each row.
         hard: (rows, hard), cosines of each row with its own hard negatives, with gradient; None without. Their columns
@@ -77,17 +116,21 @@ class Block(NamedTuple):
     anchors: Tensor
     positive_cosine: Tensor
     candidates: Tensor | None
-    excluded: Excluded
+    excluded: Excluded | Alike
     hard: Tensor | None = None
 
     @property
-    def num_negatives(self) -> int:
+    def num_negatives(self) -> int | Tensor:
         """How many negatives each anchor has."""
-        return len(self.anchors if self.candidates is None else self.candidates) - self.excluded.copies
+        everything = len(self.anchors if self.candidates is None else self.candidates)
+        if isinstance(self.excluded, Alike):
+            return everything - _count(self.excluded.anchors, self.excluded.candidates)[0]
+        return everything - self.excluded.copies
 
     @property
     def own(self) -> Excluded:
         """The columns that are of each row's own: those that are excluded, and its hard negatives."""
+        assert isinstance(self.excluded, Excluded)  # classes have no hard negatives; narrows the type
         return self.excluded if self.hard is None else self.excluded._replace(copies=1 + self.hard.shape[1])
 
 
@@ -107,6 +150,48 @@ def views(units: Tensor, *, gather: bool) -> list[Block]:
     everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))  # (images, views, dim)
     candidates = everything.transpose(0, 1).flatten(0, 1)
     return [Block(anchors, positive_cosine, candidates, Excluded(batch, len(everything), start, number))]
+
+
+def classes(units: Tensor, labels: Tensor, *, gather: bool) -> list[Block]:
+    """Every view of every image is an anchor; positives are all others of its class, negatives all of other classes.
+
+    SupCon's layout. Anchors come view by view.
+
+    Args:
+        units: as for `views`.
+        labels: (batch,) int64.
+        gather: whether candidates are those of all ranks.
+    """
+    number, batch, _ = units.shape
+    anchors, start, of_candidates = units.flatten(0, 1), 0, labels
+    gathers = gather and distributed.world_size() > 1
+    candidates = anchors
+    if gathers:
+        everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))
+        candidates = everything.transpose(0, 1).flatten(0, 1)
+        (of_candidates,) = distributed.all_rows(labels)
+    if labels.device.type == "cpu" and tracing.eager(labels) and (of_candidates == of_candidates[0]).all():
+        raise ValueError(f"labels are {of_candidates[0].item()} for the whole batch: there is no other class in it.")
+    itself = Excluded(batch, len(of_candidates), start, 1).columns(batch, units.device)[:, 0]
+    itself = (itself + len(of_candidates) * torch.arange(number, device=units.device)[:, None]).flatten()
+    alike = Alike(labels.repeat(number), of_candidates.repeat(number), itself)
+    return [Block(anchors, _mean_cosine(anchors, candidates, alike), candidates if gathers else None, alike)]
+
+
+def _mean_cosine(anchors: Tensor, candidates: Tensor, alike: Alike) -> Tensor:
+    """(rows, 1), of every anchor with its positives: with their sum, which is that of its class without itself."""
+    count, place = _count(alike.anchors, alike.candidates)
+    of_candidates = _count(alike.candidates, alike.candidates)[1]
+    sums = torch.zeros_like(candidates).index_add(0, of_candidates, candidates)
+    cosine = (anchors * sums[place]).sum(dim=1) - anchors.square().sum(dim=1)
+    return (cosine / (count - 1))[:, None]
+
+
+def _count(labels: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each label is among others, and a number below theirs that tells its class from other classes."""
+    ordered = among.sort().values
+    place = torch.searchsorted(ordered, labels)
+    return torch.searchsorted(ordered, labels, right=True) - place, place
 
 
 def queue(units: Tensor, keys: Tensor) -> list[Block]:

@@ -13,7 +13,6 @@ With P and L the logsumexp of the positives' and of the negatives' logits and d 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -54,7 +53,7 @@ def sogclr(stats: RowStats) -> Tensor:
     assert stats.negative_cosine is not None  # Objective.needs_negative_cosine; narrows the type
     if stats.log_s is None:
         return stats.negative_cosine - stats.positive_cosine
-    log_g = stats.negative.detach() - math.log(stats.num_negatives)
+    log_g = stats.negative.detach() - stats.log_num_negatives
     weight = torch.exp(log_g - stats.log_s)
     towards = 1.0 if stats.difference is None else torch.where(stats.difference, weight, 1.0)
     return weight * stats.negative_cosine - towards * stats.positive_cosine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ class RowStats:
         negative_cosine: N_i, mean cosine of i with its negatives, weighted by the softmax of their logits. The
             weights are detached: its gradient with respect to a cosine is that negative's softmax weight.
             None unless asked for. N_i / tau is also the mean logit, which the gradient of a temperature needs.
-        num_negatives: how many negatives each anchor has.
+        num_negatives: how many negatives each anchor has; (rows,) where their number differs, as with classes.
         log_s: log of the running mean of exp(logit) over i's negatives that SogCLR divides by; None is the batch's
             own mean.
         difference: for which anchors SogCLR is of the negatives' cosines less the positive's, weights and loss alike;
@@ -36,13 +37,20 @@ class RowStats:
     negative: Tensor
     positive_cosine: Tensor
     negative_cosine: Tensor | None
-    num_negatives: int
+    num_negatives: int | Tensor
     log_s: Tensor | None = None
     difference: Tensor | None = None
     positive_logit: Tensor | None = None
     soft_positive: Tensor | None = None
     soft_negative: Tensor | None = None
     mean: Callable[[Tensor], Tensor] = torch.mean
+
+    @property
+    def log_num_negatives(self) -> float | Tensor:
+        """The logarithm of `num_negatives`."""
+        if isinstance(self.num_negatives, Tensor):
+            return self.num_negatives.to(self.negative.dtype).log()
+        return math.log(self.num_negatives)
 
     def rows(self, rows: slice) -> RowStats:
         """Those of some of the anchors."""

@@ -200,6 +200,7 @@ class Pair:
         queue_size: tuple[int, int] | None = None,
         layout: str = "views",
         engine: str = "auto",
+        labels: torch.Tensor | None = None,
         **settings: float,
     ) -> None:
         case = CASES[name]
@@ -207,6 +208,7 @@ class Pair:
             build(name), objective=objective, queue_size=queue_size, layout=layout, engine=engine, **settings
         )
         self.loss.to(DEVICE).double()
+        self.labels = labels
         self.name, self.case, self.objective, self.settings = name, case, objective, settings
         self.tables = oracle.Tables(*(case.tables() for _ in kept(self.loss))) if case.tables else None
         for table in self.tables.tables if self.tables and layout == "both_ways" else ():
@@ -229,7 +231,7 @@ class Pair:
     def package(self, views, index, **more):
         """The value, and the gradient with respect to every view; `by_parameter` keeps that of the parameters."""
         leaves = [view.detach().clone().requires_grad_() for view in views]
-        value = self.loss(*leaves, index=index, epoch=EPOCH, **more)
+        value = self.loss(*leaves, index=index, epoch=EPOCH, labels=self.labels, **more)
         inputs = [*leaves, *self.loss.parameters()]
         gradients = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         self.by_parameter = gradients[len(leaves) :]
@@ -246,7 +248,8 @@ class Pair:
                 found = self.case.maps(alignment)
             return (found, found) if isinstance(found, oracle.Map) else found
 
-        where = {"keys": keys, "sides": self.loss.layout}
+        labels = None if self.labels is None else self.labels.tolist()
+        where = {"keys": keys, "sides": self.loss.layout, "labels": labels}
         running = self.tables.running([index]) if self.tables is not None else None
         result = oracle.loss(views, maps, self.objective, running=running, **where, **self.settings)
         if self.tables is not None:

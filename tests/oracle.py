@@ -179,8 +179,18 @@ def dot(a, b):
     return math.fsum(map(mul, a, b))
 
 
-def compared(images, nodes, keys, sides):
+def compared(images, nodes, keys, sides, labels=None):
     """(anchor, positives, negatives) as node numbers. Node v * images + i is view v of image i; keys follow."""
+    if labels:
+        of = [labels[j % images] for j in range(nodes)]
+        return [
+            (
+                i,
+                [j for j in range(nodes) if of[j] == of[i] and j != i],
+                [j for j in range(nodes) if of[j] != of[i]],
+            )
+            for i in range(nodes)
+        ]
     if keys:
         return [(i, [images + i], list(range(nodes, nodes + keys))) for i in range(images)]
     if sides != "views":  # two sides: 0 to 1, and 1 to 0
@@ -200,12 +210,12 @@ def compared(images, nodes, keys, sides):
     ]
 
 
-def layout(views, keys=None, sides="views"):
+def layout(views, keys=None, sides="views", labels=None):
     """Nodes (unit vectors), their lengths, and what every anchor is compared with."""
     images = len(views[0])
     pairs = [unit(z) for view in views for z in view]
     nodes, lengths = [u for u, _ in pairs], [length for _, length in pairs]
-    rows = [(*divmod(i, images), i, p, n) for i, p, n in compared(images, len(nodes), len(keys or []), sides)]
+    rows = [(*divmod(i, images), i, p, n) for i, p, n in compared(images, len(nodes), len(keys or []), sides, labels)]
     nodes = nodes + [list(key) for key in keys or []]
     rows = [
         Row(way, image, i, p, [dot(nodes[i], nodes[j]) for j in p], n, [dot(nodes[i], nodes[j]) for j in n])
@@ -215,8 +225,8 @@ def layout(views, keys=None, sides="views"):
 
 
 def alignment(rows):
-    cosines = [s for row in rows for s in row.positive_cosine]
-    return math.fsum(cosines) / len(cosines)
+    """Every anchor weighs the same, however many positives it has."""
+    return math.fsum(math.fsum(row.positive_cosine) / len(row.positive_cosine) for row in rows) / len(rows)
 
 
 # Objectives: from one anchor's cosines to (value, slope for every positive, slope for every negative). `running` and
@@ -344,13 +354,14 @@ def averaged(objective, row, positive, negative, running, weights):
     return value, list(up.values()), down
 
 
-def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigma=0.5, positives="sum"):
+def loss(views, maps, objective, *, keys=None, sides="views", running=None, sigma=0.5, positives="sum", labels=None):
     """The mean over anchors, but for sogclr the mean over images of the sum over views.
 
     `maps(row, alignment)` gives the maps of positives and negatives, `running` the means that SogCLR divides by.
     With `keys`: a queue, anchors are view 0. `sides` other than "views": anchors of a side, candidates of the other.
+    With `labels`: positives are all others of an anchor's class.
     """
-    nodes, lengths, rows = layout(views, keys, sides)
+    nodes, lengths, rows = layout(views, keys, sides, labels)
     aligned = alignment(rows)
     images = len(views[0])
     scale = 1 / (images if objective == "sogclr" else len(rows))
@@ -478,8 +489,8 @@ class Tables:
 
         return Running(mean, offset, lambda row: self.of(row, indices)[0].gradient == "difference")
 
-    def update(self, indices, views, keys=None, sides="views"):
-        _, _, rows = layout(views, keys, sides)
+    def update(self, indices, views, **where):
+        _, _, rows = layout(views, **where)
         for number, table in enumerate(self.tables):
             own = rows if len(self.tables) == 1 else [row for row in rows if row.way == number]
             table.update(indices[number % len(indices)], own)

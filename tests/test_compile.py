@@ -173,3 +173,18 @@ def test_an_exported_loss_is_the_loss():
     z = torch.randn(2, 150, DIM)
     loss = ContrastiveLoss("dystress")
     torch.testing.assert_close(torch.export.export(loss, tuple(z)).module()(*z), loss(*z))
+
+
+@needs_operations
+@pytest.mark.parametrize("positives", ["sum", "mean"])
+def test_positives_by_class_are_in_one_graph(positives):
+    loss = loss_of("dystress", "views", "auto")
+    loss.positives = positives
+    random = torch.Generator().manual_seed(0)
+    z = [torch.randn(150, DIM, generator=random).requires_grad_() for _ in range(2)]
+    labels = torch.arange(150) % 7
+    torch._dynamo.reset()
+    values = [loss(*z, labels=labels), torch.compile(loss, backend="aot_eager", fullgraph=True)(*z, labels=labels)]
+    gradients = [torch.stack(torch.autograd.grad(value, z)) for value in values]
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1], gradients[0])

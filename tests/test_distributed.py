@@ -39,6 +39,8 @@ MORE_LAYOUTS = LAYOUTS | {
     "three-one-by-one": {"positives": "mean"},
     "captions": {"layout": "both_ways"},
     "three-with-hard-ones": {"layout": "one_way"},
+    "classes": {},
+    "classes-one-by-one": {"positives": "mean"},
 }
 
 
@@ -66,6 +68,8 @@ GRID = [
             *itertools.product(SOME, OBJECTIVES, ["three-one-by-one"], ["unequal"]),
             *itertools.product(["isogclr", "isogclr-released"], ["sogclr"], ["captions"], SIZES),
             *itertools.product(SOME, ["dual"], ["two", "both_ways", "three-one-by-one"], ["unequal"], ["blockwise"]),
+            *itertools.product(SOME, ["ntxent", "sogclr"], ["classes"], ["unequal"], ["blockwise"]),
+            *itertools.product(["dystress-cosine"], ["ntxent"], ["classes-one-by-one"], SIZES),
             *itertools.product(["hardness-learnable"], ["ntxent", "sogclr"], ["three-with-hard-ones"], SIZES),
             *itertools.product(["robust-global", "robust-global-means"], ["gcl"], ["two", "captions"], SIZES),
         ]
@@ -96,7 +100,8 @@ def train(cell, own):
         index = index[own]
         if cell.layout == "captions":  # numbered apart from their images
             index = index, SAMPLES - 1 - torch.arange(images)[own]
-        value = loss(*[model(view[own]) for view in batch], index=index, epoch=EPOCH)
+        labels = torch.arange(images)[own] % 2 if cell.layout.startswith("classes") else None
+        value = loss(*[model(view[own]) for view in batch], index=index, epoch=EPOCH, labels=labels)
         found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         gradients.append((value.detach(), *found))
     return [torch.stack(column) for column in zip(*gradients, strict=True)], loss.state_dict()

@@ -20,7 +20,7 @@ from grid import (
     tolerance,
 )
 
-from dystress_plugin import temperature
+from dystress_plugin import ContrastiveLoss, temperature
 from dystress_plugin.engine import ENGINES
 from dystress_plugin.layout import LAYOUTS as NAMED_LAYOUTS
 from dystress_plugin.objectives import OBJECTIVES as NAMED_OBJECTIVES
@@ -135,3 +135,69 @@ def test_positives_one_by_one_equal_the_double_loop(name, objective, engine, mon
     assert_result(pair, pair.package(views, index), expected)
     if pair.tables is not None:
         assert_tables_equal(pair.loss, pair.tables)
+
+
+LABELS = torch.tensor([4, 7, 4, 1, 7, 4])
+JOINED = {"sum": "dense", "mean": "blockwise-in-fours"}
+JOINS = [(objective, how) for objective in OBJECTIVES for how in JOINED if (objective, how) != ("dclw", "mean")]
+
+
+@pytest.mark.parametrize(("objective", "positives"), JOINS)
+@pytest.mark.parametrize("name", KINDS)
+def test_positives_by_class_equal_the_double_loop(name, objective, positives, monkeypatch):
+    engine = engine_of(JOINED[positives].removesuffix("-in-fours"), OPTIONS[JOINED[positives]], monkeypatch)
+    pair = Pair(name, objective, engine=engine, positives=positives, labels=LABELS).with_history()
+    views, index = embeddings(6, DIM), indices(6)
+    expected = pair.oracle(views, index)
+    assert_result(pair, pair.package(views, index), expected)
+    if pair.tables is not None:
+        assert_tables_equal(pair.loss, pair.tables)
+
+
+@pytest.mark.parametrize("positives", JOINED)
+@pytest.mark.parametrize("name", ["dystress-cosine-live", "isogclr", "learnable"])
+def test_classes_some_rows_at_a_time_equal_all_at_once(name, positives, monkeypatch):
+    labels = torch.arange(50) % 7
+    views, index = embeddings(50, DIM), torch.arange(50)
+    settings = {"positives": positives, "labels": labels}
+    expected, found = (Pair(name, "ntxent", engine=engine, **settings) for engine in ("dense", "blockwise"))
+    value, gradients = expected.package(views, index)
+    monkeypatch.setattr("dystress_plugin.engine.positives.entries_of_a_tile", lambda device: 1300)  # 13 rows
+    own_value, own_gradients = found.package(views, index)
+    assert_close(own_value, value, 1e-12)
+    assert_close(torch.stack(own_gradients), torch.stack(gradients), 1e-12)
+    for own_gradient, gradient in zip(found.by_parameter, expected.by_parameter, strict=True):
+        assert_close(own_gradient, gradient, 1e-12, terms=1.0)
+
+
+def test_a_class_for_every_image_is_no_class_at_all():
+    views, index = embeddings(6, DIM, views=3), indices(6)
+    for objective, positives in JOINS:
+        plain = Pair("dystress-cosine-live", objective, positives=positives)
+        found = Pair("dystress-cosine-live", objective, positives=positives, labels=indices(6, seed=1))
+        (value, gradients), (own, own_gradients) = (pair.package(views, index) for pair in (plain, found))
+        assert_close(own, value, 1e-12, terms=1.0)
+        assert_close(torch.stack(own_gradients), torch.stack(gradients), 1e-12, terms=1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "error", "message"),
+    [
+        ({}, torch.zeros(4), TypeError, "labels must be an int64 tensor of classes, not torch.float32"),
+        ({}, [0, 1, 2, 3], TypeError, "labels must be an int64 tensor of classes, not list"),
+        ({}, torch.arange(3), ValueError, r"labels have shape \(3,\), the batch needs \(4,\)"),
+        ({}, torch.full((4,), 3), ValueError, "labels are 3 for the whole batch: there is no other class"),
+        ({"layout": "one_way"}, torch.arange(4), ValueError, "this loss has layout='one_way': leave them out"),
+        ({"layout": "both_ways"}, torch.arange(4), ValueError, "this loss has layout='both_ways'"),
+        ({"queue_size": (8, DIM)}, torch.arange(4), ValueError, "this loss has a queue: leave them out"),
+        (
+            {"objective": "dclw", "positives": "mean"},
+            torch.arange(4),
+            ValueError,
+            "objective='dclw' weighs the positives of a whole batch .* use positives='sum'",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_used_raise_and_say_why(settings, labels, error, message):
+    with pytest.raises(error, match=message):
+        ContrastiveLoss(temperature.Constant(), **settings)(*embeddings(4, DIM), labels=labels)

@@ -96,6 +96,18 @@ def test_positives_one_by_one_are_metric_learnings_supcon(images, dim, views, ta
 
 
 @either_precision
+@every_tau
+@pytest.mark.parametrize("engine", ["dense", "blockwise"])
+@pytest.mark.parametrize(("images", "dim", "classes"), [(4, 3, 2), (9, 16, 4), (33, 64, 5)])
+def test_classes_are_metric_learnings_supcon(images, dim, classes, tau, engine, dtype):
+    theirs, labels = SupConLoss(tau), torch.arange(images) ** 2 % classes
+    ours = ContrastiveLoss(Constant(tau), positives="mean", engine=engine)
+    views = embeddings(images, dim)
+    with_labels = (lambda *z: ours(*z, labels=labels)), (lambda *z: theirs(torch.cat(z), labels.repeat(2)))
+    assert_same(*with_labels, views, dtype)
+
+
+@either_precision
 @every_shape
 @every_tau
 def test_both_ways_is_open_clips_loss(images, dim, tau, dtype):

@@ -91,6 +91,16 @@ def test_positives_one_by_one_hard_negatives_and_a_watched_floor_wait_for_nothin
     check(ContrastiveLoss("macl", alpha=2.0))
 
 
+@pytest.mark.parametrize("engine", ["dense", "in-tiles"])
+@pytest.mark.parametrize("positives", ["sum", "mean"])
+def test_positives_by_class_wait_for_nothing(positives, engine, eager):
+    loss = ContrastiveLoss(build("isogclr"), positives=positives, engine=engine).to("meta")
+    views, more = batch_of("two-views", "meta")
+    with NoWaiting():
+        loss(*views, labels=torch.zeros(IMAGES, dtype=torch.int64, device="meta"), **more).backward()
+    assert views.grad.shape == views.shape
+
+
 def waits():
     torch.zeros((), device="meta").item()
 

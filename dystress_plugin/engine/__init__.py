@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dystress_plugin import hardware
 from dystress_plugin.engine import blockwise, dense
-from dystress_plugin.layout import Excluded
+from dystress_plugin.engine.positives import PositiveStats, mean_loss, positive_stats
+from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.rows import NegativeStats, RowStats
 from dystress_plugin.temperature.maps import LogitMap
 
@@ -29,7 +30,7 @@ def dense_entries(like: Tensor) -> int:
 def auto(
     anchors: Tensor,
     candidates: Tensor | None,
-    excluded: Excluded,
+    excluded: Excluded | Alike,
     logit_map: LogitMap,
     *,
     want_cosine: bool,
@@ -49,4 +50,4 @@ def auto(
 
 ENGINES = {"auto": auto, "dense": dense.negative_stats, "blockwise": blockwise.negative_stats}
 
-__all__ = ["ENGINES", "NegativeStats", "RowStats"]
+__all__ = ["ENGINES", "NegativeStats", "PositiveStats", "RowStats", "mean_loss", "positive_stats"]

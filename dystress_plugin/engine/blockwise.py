@@ -17,7 +17,7 @@ from torch import Tensor
 from dystress_plugin import tracing
 from dystress_plugin.engine import dense
 from dystress_plugin.engine.tiles import KEEP_BYTES, Passed, Plan, backward, entries_of_a_tile, forward
-from dystress_plugin.layout import Excluded
+from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.rows import NegativeStats
 from dystress_plugin.temperature.maps import LogitMap, PartsReader
 
@@ -33,7 +33,7 @@ Tensors: TypeAlias = Sequence["Tensor | None"]
 def negative_stats(
     anchors: Tensor,
     candidates: Tensor | None,
-    excluded: Excluded,
+    excluded: Excluded | Alike,
     logit_map: LogitMap,
     *,
     want_cosine: bool,

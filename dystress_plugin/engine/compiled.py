@@ -9,14 +9,14 @@ from torch import Tensor
 
 from dystress_plugin.engine.tiles import Passed, Plan, backward, forward
 from dystress_plugin.hardware import widest
-from dystress_plugin.layout import Excluded
+from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.temperature.maps import PartsReader
 
 # The same for both passes: embeddings, pieces of the map, and the rest of a plan. Numbers come as a tensor, since a
 # compiler would make another graph for each of a schedule's.
 _GIVEN = (
-    "Tensor anchors, Tensor? candidates, SymInt[] excluded, str words, Tensor numbers, Tensor[] tensors, "
-    "SymInt row_tile, SymInt column_tile, bool want_cosine, float? ratio, int keep_bytes"
+    "Tensor anchors, Tensor? candidates, SymInt[] excluded, Tensor[] classes, str words, Tensor numbers, "
+    "Tensor[] tensors, SymInt row_tile, SymInt column_tile, bool want_cosine, float? ratio, int keep_bytes"
 )
 
 
@@ -27,7 +27,7 @@ def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[
     negative, cosine, soft, *_ = _tiles(
         anchors,
         candidates,
-        list(plan.excluded),
+        *_in_pieces(plan.excluded),
         " ".join(parts.words),
         torch.stack([torch.zeros((), dtype=torch.float64) + x for x in parts.numbers]),
         [tensor.detach() for tensor in parts.tensors],
@@ -46,6 +46,7 @@ def _plan(
     anchors: Tensor,
     candidates: Tensor | None,
     excluded: list[int],
+    classes: list[Tensor],
     words: str,
     numbers: Tensor,
     tensors: list[Tensor],
@@ -55,7 +56,13 @@ def _plan(
 ) -> Plan:
     logit_map = PartsReader(words.split(), numbers.tolist(), tensors).map()
     columns = len(anchors if candidates is None else candidates)
-    return Plan(len(anchors), columns, candidates is None, row_tile, column_tile, Excluded(*excluded), logit_map, *rest)
+    sizes = len(anchors), columns, candidates is None, row_tile, column_tile
+    return Plan(*sizes, Alike(*classes) if classes else Excluded(*excluded), logit_map, *rest)
+
+
+def _in_pieces(excluded: Excluded | Alike) -> tuple[list[int], list[Tensor]]:
+    # Where a gradient is asked for, no numbers at all would be taken for no tensors.
+    return ([0], list(excluded)) if isinstance(excluded, Alike) else (list(excluded), [])
 
 
 @torch.library.custom_op(
@@ -107,11 +114,11 @@ def _(anchors: Tensor, candidates: Tensor | None, *given: Any) -> tuple[Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchors, candidates, excluded, words, numbers, tensors, *sizes, _, _ = inputs
+    anchors, candidates, excluded, classes, words, numbers, tensors, *sizes, _, _ = inputs
     _, _, _, *passed = output
-    ctx.excluded, ctx.words, ctx.sizes = excluded, words, sizes
+    ctx.excluded, ctx.classes, ctx.words, ctx.sizes = excluded, len(classes), words, sizes
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*passed, anchors, candidates, numbers, *tensors)
+    ctx.save_for_backward(*passed, anchors, candidates, numbers, *classes, *tensors)
 
 
 def _backward(ctx: Any, grad_negative: Tensor | None, grad_cosine: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -120,12 +127,13 @@ def _backward(ctx: Any, grad_negative: Tensor | None, grad_cosine: Tensor | None
             "Compiled tiles have no second derivative: call the loss uncompiled, or build it with engine='dense'."
         )
     *passed, anchors, candidates, numbers = ctx.saved_tensors[:6]
-    tensors = list(ctx.saved_tensors[6:])
+    of_lists = list(ctx.saved_tensors[6:])
+    classes, tensors = of_lists[: ctx.classes], of_lists[ctx.classes :]
     by_candidates = ctx.needs_input_grad[1]
-    given = anchors, candidates, ctx.excluded, ctx.words, numbers, tensors, *ctx.sizes
+    given = anchors, candidates, ctx.excluded, classes, ctx.words, numbers, tensors, *ctx.sizes
     by_anchors, found = _tiles_backward(*given, *passed, grad_negative, grad_cosine, by_candidates)
-    rest = [None] * (len(ctx.sizes) + 2)
-    return by_anchors, found if by_candidates else None, None, None, None, [None] * len(tensors), *rest
+    by_lists = [None] * len(classes), None, None, [None] * len(tensors)
+    return by_anchors, found if by_candidates else None, None, *by_lists, *[None] * (len(ctx.sizes) + 2)
 
 
 _tiles.register_autograd(_backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dystress_plugin.layout import Excluded
+from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.rows import NegativeStats
 from dystress_plugin.temperature.maps import LogitMap
 
@@ -15,7 +15,7 @@ from dystress_plugin.temperature.maps import LogitMap
 def negative_stats(
     anchors: Tensor,
     candidates: Tensor | None,
-    excluded: Excluded,
+    excluded: Excluded | Alike,
     logit_map: LogitMap,
     *,
     want_cosine: bool,
@@ -23,10 +23,7 @@ def negative_stats(
 ) -> NegativeStats:
     """L_i = log sum_j exp(a(s_ij)) over the negatives j of anchor i; the arguments are those of `blockwise`."""
     cosine = anchors @ (anchors if candidates is None else candidates).T
-    # Not zeros_like: under vmap that would be one for every example.
-    out = torch.zeros(cosine.shape, dtype=torch.bool, device=cosine.device)
-    out.scatter_(1, excluded.columns(len(anchors), cosine.device), True)
-    logit = logit_map.logit(cosine).masked_fill(out, -math.inf)
+    logit = logit_map.logit(cosine).masked_fill(excluded.mask(len(anchors), cosine.shape[1], cosine.device), -math.inf)
     mean_cosine = None
     if want_cosine:
         weight = torch.softmax(logit.detach(), dim=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dystress_plugin.hardware import widest
-from dystress_plugin.layout import Excluded
+from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.temperature.maps import LogitMap, Times, Work
 
 # exp(60) * 2^30 terms and exp(-60) are both inside of float32.
@@ -54,7 +54,7 @@ class Plan:
     symmetric: bool
     row_tile: int
     column_tile: int
-    excluded: Excluded
+    excluded: Excluded | Alike
     logit_map: LogitMap
     want_cosine: bool
     ratio: float | None
@@ -64,7 +64,7 @@ class Plan:
     def make(
         anchors: Tensor,
         candidates: Tensor | None,
-        excluded: Excluded,
+        excluded: Excluded | Alike,
         logit_map: LogitMap,
         want_cosine: bool,
         ratio: float | None,

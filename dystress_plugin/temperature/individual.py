@@ -192,15 +192,15 @@ class Individual(Temperature):
         # leaves forward-mode differentiation on.
         positive = wide(stats.positive_cosine.detach()) if self.by_difference(batch) else torch.zeros_like(tau)
         log_sum = wide(stats.negative.detach()) - positive / tau
-        log_g = log_sum - math.log(stats.num_negatives)
+        log_g = log_sum - stats.log_num_negatives
         counted, first = log_g, 0.0
         if self.released:
-            counted = torch.logaddexp(log_sum, torch.zeros_like(tau)) - math.log(stats.num_negatives)
+            counted = torch.logaddexp(log_sum, torch.zeros_like(tau)) - stats.log_num_negatives
             first = math.log(self.gamma)
         log_s = moved_mean(self.log_s[index], self.visited[index], counted, self.gamma, first)
         return _Seen(index, tau, positive, log_g, log_s)
 
-    def _check_rho(self, num_negatives: int) -> None:
+    def _check_rho(self, num_negatives: int | Tensor) -> None:
         self._rho_checked = True
         what = f"every temperature sinks to tau_min={self.tau_min}"
         advice = "Use a smaller rho (the paper's CIFAR recipe has 0.4) or a larger batch."

@@ -154,7 +154,7 @@ class RobustGlobal(LearnedScalar):
 
     def _moved(self, stats: RowStats, batch: Batch) -> list[tuple[RunningMeans, Tensor, Tensor]]:
         """Of every side its means, its samples, and the logarithms of where the batch moves these, (rows,)."""
-        log_g = wide(stats.negative.detach()) - math.log(stats.num_negatives) - positive_logit(stats)
+        log_g = wide(stats.negative.detach()) - stats.log_num_negatives - positive_logit(stats)
         index, gamma = given_index(batch.index, "RobustGlobal"), self.gamma_at(batch.epoch)
         sides = batch.views if batch.layout == "both_ways" else 1
         each = zip(self.means, index.chunk(sides), log_g.chunk(sides), strict=False)  # the second for two sides
@@ -175,7 +175,7 @@ def positive_logit(stats: RowStats) -> Tensor:
 def robust_gradient(stats: RowStats, tau: Tensor, rho: float, times: int = 1) -> Tensor:
     """log u_i + rho - times sum_j w_j h_j / tau of every anchor, see `RobustGlobal`; detached."""
     assert stats.negative_cosine is not None  # needs_negative_cosine; narrows the type
-    log_g = stats.negative.detach() - math.log(stats.num_negatives)
+    log_g = stats.negative.detach() - stats.log_num_negatives
     log_s = log_g if stats.log_s is None else stats.log_s
     h = stats.negative_cosine.detach() - stats.positive_cosine.detach()
     return log_s - positive_logit(stats).to(log_s.dtype) + rho - times * torch.exp(log_g - log_s) * h / tau

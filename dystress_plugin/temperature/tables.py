@@ -116,8 +116,10 @@ def keep_double(module: nn.Module, fn: Callable[[Tensor], Tensor], *names: str) 
     module.visited = module.visited.to(device)  # type: ignore[operator]
 
 
-def warn_of_reach(rho: float, num_negatives: int, what: str, advice: str) -> None:
+def warn_of_reach(rho: float, num_negatives: int | Tensor, what: str, advice: str) -> None:
     """A UserWarning when no weights over so many negatives are as far from uniform as rho."""
+    if isinstance(num_negatives, Tensor):
+        return  # as many as a batch happens to have of other classes; looking would wait for a device
     if rho >= (log_n := math.log(num_negatives)):
         warnings.warn(
             f"rho={rho} is at least log(n) = {log_n:.3f} for n={num_negatives} negatives: no weights over them are "

@@ -170,7 +170,7 @@ class TempNet(Temperature):
             warn_of_reach(self.rho, stats.num_negatives, what, "Use a smaller rho or a larger batch.")
 
     def _moved(self, means: RunningMeans, stats: RowStats, batch: Batch) -> Tensor:
-        log_g = wide(stats.negative.detach()) - math.log(stats.num_negatives) - positive_logit(stats)
+        log_g = wide(stats.negative.detach()) - stats.log_num_negatives - positive_logit(stats)
         return means.moved(given_index(batch.index, "TempNet"), log_g, self.gamma)
 
     def _load_from_state_dict(self, *state: Any) -> None:
