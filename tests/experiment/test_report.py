@@ -132,6 +132,14 @@ def test_runs_are_found_in_folders_and_in_those_of_compare(tmp_path):
         command._beside(runs)
 
 
+@pytest.mark.parametrize(
+    ("method", "constant"), [("simclr", 0.3), ("simclr_moco", 0.3), ("dystress", None), ("simco", None)]
+)
+def test_a_constant_is_a_fixed_temperature_and_nothing_else(method, constant, tmp_path):
+    settings = SimpleNamespace(method=method, method_kwargs={"tau": 0.3}, arm=None, family=None)
+    assert records.Run(tmp_path, settings, {}).constant == constant
+
+
 def test_a_map_is_labelled_with_the_names_of_the_classes_whatever_they_contain(tmp_path):
     names = ["_hidden", "5 $ and $ 6", "a class with a name longer than any legend"]
     rows = "".join(f'{i},{i * i},{c},"{names[c]}"\n' for c in range(3) for i in range(2))

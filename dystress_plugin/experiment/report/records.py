@@ -60,8 +60,9 @@ class Run:
 
     @property
     def constant(self) -> float | None:
-        """The fixed temperature, if it is one."""
-        fixed = recipes.recipe(self.settings.method).temperature is Constant
+        """The fixed temperature, if it is that and nothing else: SimCo's is fixed as well."""
+        method = self.settings.method
+        fixed = recipes.recipe(method).temperature is Constant and family_of(method) == method
         return float(self.settings.method_kwargs["tau"]) if fixed else None
 
     @property
