@@ -213,7 +213,7 @@ class Individual(Temperature):
         self.log_s[images] = log_s
         self.u[images] = u
         self.tau[images] = (self.tau[images] - self.eta * u).clamp(self.tau_min, self.tau_max)
-        self.visited[images] = True
+        self.visited.index_fill_(0, images, True)
 
     def _checked(self, index: Tensor | None) -> Tensor:
         return checked_index(index, self.num_samples, "Individual")

@@ -41,7 +41,7 @@ class RunningMeans(nn.Module):
         """Moves them there, with the mean over the views of an image."""
         images, log_s = by_sample(index.view(views, -1)[0], log_mean(log_s, views))
         self.log_s[images] = log_s
-        self.visited[images] = True
+        self.visited.index_fill_(0, images, True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMeans:
         keep_double(self, fn, "log_s")

@@ -42,10 +42,6 @@ from dystress_plugin.engine import ENGINES
 from dystress_plugin.temperature import DySTreSS
 
 Call = Callable[[Tensor, Tensor], Tensor]
-# Images up to which an implementation is tried on a CPU: it holds the matrix several times over; metric-learning also
-# lists every positive with every negative, 4 s and 2 GiB for 256.
-CPU_LIMIT = {"ours": 10**9, "metric-learning": 64}
-CPU_LIMIT_OTHERS = 4096
 COMPILED = "torch.compile"
 
 
@@ -100,9 +96,9 @@ def contenders(layout: str, only: list[str] | None) -> dict[str, Call]:
     builders: dict[str, Callable[[], Call]] = {
         "ours": ours,
         **{f"ours, {engine}": partial(ours, engine) for engine in ENGINES if engine != "auto"},
-        f"ours, {COMPILED}": lambda: torch.compile(ours(), dynamic=False),  # type: ignore[dict-item]
+        f"ours, {COMPILED}": lambda: torch.compile(ours()),  # type: ignore[dict-item]
         "dense PyTorch": lambda: plain,
-        f"dense PyTorch, {COMPILED}": lambda: torch.compile(plain, dynamic=False),
+        f"dense PyTorch, {COMPILED}": lambda: torch.compile(plain),
         **others,
         **({"metric-learning": metric_learning} if layout == "views" else {}),
     }
@@ -282,15 +278,23 @@ def sweep(dtypes: list[str], dims: list[int], batches: list[int], device: str) -
     ]
 
 
+def most(name: str, device: str) -> int:
+    """Images up to which it is tried: on a CPU, as most hold the matrix several times over."""
+    if name == "metric-learning":  # which lists every positive with every negative, 4 s and 2 GiB for 256
+        return 64
+    return 4096 if device == "cpu" and name != "ours" else 10**9
+
+
 def compared(
     found: dict[str, Call], layout: str, dtype: str, dim: int, batch: int, args: argparse.Namespace
 ) -> list[dict[str, object]]:
     """What every implementation takes for one size; without those that cannot."""
     device = args.device
-    losses = {n: loss for n, loss in found.items() if device != "cpu" or batch <= CPU_LIMIT.get(n, CPU_LIMIT_OTHERS)}
+    losses = {name: loss for name, loss in found.items() if batch <= most(name, device)}
     if (layout, dtype, dim) != (args.layout[0], args.dtypes[0], args.dims[0]):  # a compiler takes seconds a size
         losses = {name: loss for name, loss in losses.items() if COMPILED not in name}
-    torch.compiler.reset()  # which would keep graphs of eight sizes at most
+    if device == "cpu":
+        torch.compiler.reset()  # so that each size has a graph of its own; on a GPU, one for all but the first
     single = {
         name: alone(name, layout, batch, dim, dtype) if device == "cpu" else here(name, loss, batch, dim, dtype)
         for name, loss in losses.items()

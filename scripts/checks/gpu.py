@@ -49,6 +49,7 @@ TESTS = (
     "tests/temperature/test_individual.py::test_twelve_steps_equal_a_plain_loop",
     "tests/temperature/test_individual.py::test_twelve_steps_of_another_layout_equal_a_plain_loop",
     "tests/temperature/test_temp_net.py::test_value_and_gradient_equal_the_double_loop",
+    "tests/test_waiting.py::test_a_step_on_cuda_is_captured_and_replayed",
 )
 # What the command imports, beside torch.
 COMMAND = (
@@ -105,7 +106,19 @@ def tests(settings: Settings) -> list[list[str]]:
     one_in = 80 if settings.small else 12 if settings.quick else 2
     workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if importlib.util.find_spec("xdist") else 0
     side_by_side = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "--maxfail", "60", "--tb", "short", *side_by_side]
+    options = [
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--maxfail",
+        "60",
+        "--tb",
+        "short",
+        *side_by_side,
+    ]
     return [
         [sys.executable, "-m", "pytest", *options, "--device", settings.device, "--one-in", str(one_in), *TESTS],
     ]

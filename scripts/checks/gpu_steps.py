@@ -40,7 +40,7 @@ def cells(variants: bool) -> Iterator[tuple[str, str]]:
 
 
 def loss_of(name: str, layout: str, engine: str, device: str) -> ContrastiveLoss:
-    own = {"queue_size": (65536 if device == "cuda" else 4096, DIM)} if layout == "queue" else {"layout": layout}
+    own = {"queue_size": (16384 if device == "cuda" else 4096, DIM)} if layout == "queue" else {"layout": layout}
     loss = ContrastiveLoss(name, engine=engine, **recipes.METHODS[name].sized(own, SAMPLES, DIM)).to(device)
     for temperature in loss.temperatures:
         temperature.eval()  # without dropout, which draws other masks in a graph
@@ -72,13 +72,14 @@ def waits(step: Step) -> str:
 
 
 def where(error: BaseException) -> str:
-    """The error's first line, and the innermost line of ours that it comes from."""
+    """The first line of an error, and of the one that led to it; and the innermost line of ours that it comes from."""
     line, trace = "", error.__traceback__
     while trace is not None:
         path = trace.tb_frame.f_code.co_filename
         line = f" ({Path(path).name}:{trace.tb_lineno})" if "dystress_plugin" in path else line
         trace = trace.tb_next
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}{line}"
+    text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}{line}"
+    return f"{text}, after {where(error.__context__)}" if error.__context__ else text
 
 
 def graph_of(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -184,12 +185,16 @@ def main() -> int:
         for engine in ENGINES:
             for name, layout in cells(not args.few):
                 row = check(name, layout, engine, images, args.device)
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()  # of the graph, and what may be missing to other processes
                 rows.append(row)
                 bad = {row.get("step", "done"), row.get("waits", "no"), row.get("graph", "yes")} - {"done", "no", "yes"}
                 if bad:
                     print(f"{name}, {layout}, {engine}, {images} images: {'; '.join(map(str, bad))}", flush=True)
             gpu_tables.write(rows, args.out)
     print(f"\n{gpu_tables.markdown(summary(rows))}")
+    if args.device == "cuda":
+        print(f"At the end {torch.cuda.memory_allocated() / 2**20:.0f} MiB are held.")
     done = sum(row["step"] == "done" for row in rows)
     text = f"{done} of {len(rows)} steps were done"
     if args.device == "cuda":
