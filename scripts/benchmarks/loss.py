@@ -352,7 +352,7 @@ def main() -> None:
                 print(table(rows[begun:]).splitlines()[-1], file=sys.stderr, flush=True)
                 if args.out:
                     write(rows, args.out.with_suffix(".csv"))
-        print(f"{table(rows[begun:])}\n")
+        print(f"{table(rows[begun:])}\n", flush=True)
     if args.out:
         what = ("layout", "dim", "dtype")
         first = [r for r in rows if all(r[key] == rows[0][key] for key in what)]

@@ -156,7 +156,7 @@ def losses(settings: Settings) -> list[list[str]]:
 
 def chunks(settings: Settings) -> list[list[str]]:
     batch = 512 if settings.quick else 2048
-    sizes = ["--network", "resnet50", "--image-size", 224, "--batch", batch, "--timed", 256, "--bf16"]
+    sizes = ["--network", "resnet50", "--image-size", 224, "--batch", batch, "--timed", 128, "--bf16"]
     if settings.small:
         sizes = ["--image-size", 16, "--batch", 128, "--timed", 64, "--chunk", 16, "--repeats", 1]
     return [settings.script("scripts/benchmarks/chunks.py", *sizes)]
