@@ -19,7 +19,7 @@ for file in "$dist"/*.whl "$dist"/*.tar.gz; do
     environment="$work/$(basename "$file")-environment"
     "$python" -m venv "$environment"
     if [ -n "${FAST:-}" ]; then
-        "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        "$python" -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
             >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
         "$environment/bin/pip" install --quiet --no-deps --force-reinstall "$file"
     else

@@ -41,15 +41,23 @@ def pytest_collection_modifyitems(config, items):
 
 # The markers of whole files and folders; `make quick` runs what has none.
 MARKERS = {
-    "distributed": ("test_distributed.py", "test_learned_parameters.py", "experiment/test_processes.py"),
+    "distributed": (
+        "test_distributed.py",
+        "test_learned_parameters.py",
+        "test_training.py",
+        "experiment/test_processes.py",
+    ),
     "host": ("frameworks/", "test_third_party.py", "test_export_upstream.py", "test_methods_table.py", "test_peers.py"),
     "slow": (
         "experiment/",
+        "test_compatibility.py",
         "test_compile.py",
         "test_docs.py",
+        "test_errors.py",
         "test_import.py",
         "test_learning.py",
         "test_reproduce.py",
+        "test_testing.py",
     ),
 }
 QUICK = ("experiment/test_settings.py", "experiment/test_spec.py", "experiment/test_style.py")

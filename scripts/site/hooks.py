@@ -133,7 +133,8 @@ def settings_page() -> str:
 def settings_row(line: str) -> str:
     assignment, _, meaning = line.strip().partition("  ")
     key, _, default = assignment.partition("=")
-    return f"| `{key}` | `{default}` | {meaning.strip().replace('|', chr(92) + '|')} |"
+    meaning = re.sub(r"([|*_<])", r"\\\1", meaning.strip())
+    return f"| `{key}` | `{default}` | {meaning} |"
 
 
 def notebook_pages(notebook: Path) -> dict[str, str | bytes]:
