@@ -7,10 +7,11 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.stats import dunnett, ttest_ind
 
 from dystress_plugin.experiment.arms import family_of
 from dystress_plugin.experiment.report import command, figures, records
-from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence
+from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence, simultaneous
 from dystress_plugin.experiment.report.page import spread
 from dystress_plugin.experiment.settings import ReportSettings
 from dystress_plugin.experiment.style import styles
@@ -54,6 +55,30 @@ def test_differences_are_paired_by_seed_with_the_best_constant():
     assert (first.name, first.constant, first.seeds) == ("dystress", "constant-0.2", 3)
     assert (first.mean, first.low, first.high, first.verdict) == (1.0, 1.0, 1.0, "better")
     assert (second.name, second.verdict) == ("constant-0.1", "worse")
+
+
+def test_an_interval_for_all_at_once_is_students_for_one_arm_and_wider_for_several():
+    best, arm, other = [70.0, 71.0, 72.5], [73.0, 75.5, 74.0], [71.0, 70.0, 73.0]
+    rows = table({"constant-0.1": best, "dystress": arm}) + table({"constant-0.1": best, "dystress": arm}, "knn_1")
+    one = found(rows, ["constant-0.1"], ["linear", "knn_1"])
+    # Two protocols share the error of 5 %.
+    low, high = ttest_ind(arm, best).confidence_interval(0.975)
+    for d in (d for d in one if d.name == "dystress"):
+        assert d.together == pytest.approx((low, high), abs=0.02)
+    several = found(table({"constant-0.1": best, "dystress": arm, "macl": other}), ["constant-0.1"], ["linear"])
+    ends = {d.name: d.together for d in several}
+    assert ends["macl"] is not None
+    low, high = ends["dystress"]
+    theirs = dunnett(arm, other, control=best, random_state=0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((theirs.low[0], theirs.high[0]), abs=0.02)
+    assert [d.sure for d in several if d.name == "dystress"] == [low > 0]
+
+
+def test_no_interval_for_all_at_once_without_a_spread():
+    rows = table({"constant-0.1": [70.0], "dystress": [71.0]})
+    assert simultaneous({"dystress": [71.0]}, [70.0], 0.95) == {}
+    assert simultaneous({"macl": [2.0] * 3}, [1.0] * 3, 0.95) == {}
+    assert [d.together for d in found(rows, ["constant-0.1"], ["linear"])] == [None]
 
 
 def test_only_common_seeds_are_paired():

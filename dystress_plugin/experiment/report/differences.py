@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,8 @@ class Difference:
         mean: of the differences, in percentage points.
         low: lower end of the 95 % confidence interval (t, paired); None for one seed.
         high: its upper end.
+        together: ends of an interval that holds for all differences of the table at once, see `simultaneous`; None
+            where there is none.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Difference:
     mean: float
     low: float | None
     high: float | None
+    together: tuple[float, float] | None = None
+
+    @property
+    def sure(self) -> bool:
+        """Whether 0 is outside of the interval that holds for all at once."""
+        return self.together is not None and not self.together[0] <= 0 <= self.together[1]
 
     @property
     def verdict(self) -> str:
@@ -61,7 +69,7 @@ def differences(
         protocols: their names.
     """
     whole = rows[(rows["group"] == "all") & (rows["name"] != UNTRAINED)]
-    found = []
+    found: list[Difference] = []
     for name in protocols:
         accuracy = whole[whole["protocol"] == name].pivot(index="seed", columns="name", values="value")
         for arm in families:
@@ -72,6 +80,11 @@ def differences(
             paired = accuracy[[arm, best]].dropna() if arm != best else accuracy[:0]
             if len(paired):
                 found.append(Difference(arm, name, best, len(paired), *interval(paired[arm], paired[best])))
+        level = 1 - (1 - LEVEL) / len(protocols)
+        for best in {d.constant for d in found if d.protocol == name}:
+            arms = [d.name for d in found if d.protocol == name and d.constant == best and d.name not in constants]
+            ends = simultaneous({arm: accuracy[arm].dropna() for arm in arms}, accuracy[best].dropna(), level)
+            found = [replace(d, together=ends.get(d.name)) if d.protocol == name else d for d in found]
     return found
 
 
@@ -85,6 +98,24 @@ def interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, f
         return mean, mean, mean
     low, high = stats.ttest_rel(values, others).confidence_interval(LEVEL)
     return mean, float(low), float(high)
+
+
+def simultaneous(
+    values: Mapping[str, Sequence[float]], control: Sequence[float], level: float
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the differences from a control, by name, that hold all at once at a level: Dunnett's.
+
+    They take one spread for all, from all seeds of all arms, which is why a few seeds say more than of a single arm;
+    and they do not pair by seed. Several protocols share the error, as by Bonferroni. Those of one seed are left out.
+
+    Dunnett, 1955, https://doi.org/10.1080/01621459.1955.10501294; computed by SciPy.
+    """
+    several = {name: its for name, its in values.items() if len(its) > 1}
+    if not several or len(control) < 2 or not any(np.ptp(its) > 0 for its in (*several.values(), control)):
+        return {}
+    # SciPy integrates with random numbers.
+    found = stats.dunnett(*several.values(), control=control, random_state=0).confidence_interval(level)
+    return dict(zip(several, zip(map(float, found.low), map(float, found.high), strict=True), strict=True))
 
 
 def sentence(title: str, found: Sequence[Difference]) -> str:

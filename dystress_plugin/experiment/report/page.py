@@ -72,6 +72,7 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
             for name in arms
             if name not in constants and (mine := [d for d in found if d.name == name])
         ],
+        together=[d for d in found if d.together is not None],
         comparisons=sum(d.name not in constants and d.low is not None for d in found),
         cost=cost.read(runs, out / cost.TABLE),
         reference=cost.measured_arms(runs)[1],
