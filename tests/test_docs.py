@@ -315,9 +315,11 @@ def test_the_version_stands_in_one_place_and_the_citation_follows():
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_its_script_and_runs(script, folder, monkeypatch):
     jupytext = pytest.importorskip("jupytext")
-    cells = [(cell["cell_type"], cell["source"]) for cell in jupytext.read(script)["cells"]]
+    cells = [(cell["cell_type"], cell["source"]) for cell in jupytext.read(script, fmt="py:percent")["cells"]]
     written = json.loads(script.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
     assert [(cell["cell_type"], "".join(cell["source"])) for cell in written] == cells
+    assert {kind for kind, _ in cells} == {"markdown", "code"}
+    assert not any("# %%" in source for _, source in cells)
     assert not any(output["output_type"] == "error" for cell in written for output in cell.get("outputs", ()))
     monkeypatch.setenv("EPOCHS", "1")
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), module_for(script.stem, monkeypatch))

@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     text_representation:
+#       extension: .py
 #       format_name: percent
 # ---
 
@@ -74,6 +75,7 @@ class ThreePoints(Temperature):
 # %%
 check_temperature(ThreePoints())
 
+torch.manual_seed(0)
 views = torch.randn(2, 64, 16, requires_grad=True)
 for objective in ("ntxent", "dcl", "macl"):
     for engine in ("dense", "blockwise"):

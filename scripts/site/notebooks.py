@@ -20,12 +20,13 @@ FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 def main() -> None:
     os.environ.pop("MPLBACKEND", None)  # so that figures go into the notebook
     for script in sorted(FOLDER.glob("*.py")):
-        notebook = jupytext.read(script)
-        NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+        notebook = jupytext.read(script, fmt="py:percent")
+        NotebookClient(notebook, coalesce_streams=True, resources={"metadata": {"path": str(FOLDER)}}).execute()
         for number, cell in enumerate(notebook.cells):
             cell["id"] = f"cell-{number}"
             cell.metadata.clear()  # times of execution
-        notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
         nbformat.write(notebook, script.with_suffix(".ipynb"))
         print(script.with_suffix(".ipynb").name)
 
