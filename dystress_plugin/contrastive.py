@@ -215,13 +215,13 @@ class ContrastiveLoss(nn.Module):
             rows = one_by_one() if self.positives == "mean" else self._objective.rows(stats, self.objective_settings)
             views = len(stats.positive) // units.shape[1]
             value = rows.mean() if own is None else rows.mean() + own
-            value = value * (views if self._objective.sum_over_views else 1)
+            share = self._share(len(rows), rows.device) * (views if self._objective.sum_over_views else 1)
         if learns:
             for side in sides:
                 side.temperature.update(stats.rows(side.rows), side.batch)
             if self.queue is not None:
                 self.queue.push(units[1])
-        return value * self._share(len(rows), rows.device)
+        return value if share == 1 else value * share
 
     @torch.no_grad()
     def pairs(
@@ -281,8 +281,9 @@ class ContrastiveLoss(nn.Module):
 
     def _begin_as_rank_0(self, views: Sequence[Tensor]) -> None:
         """Once: ranks may have been seeded differently, as data loading wants it, and so hold different queues."""
-        trained = any(tensor.requires_grad for tensor in (*views, *self.parameters()))
-        if trained and not self._begun and distributed.world_size() > 1:
+        if self._begun or distributed.world_size() == 1:
+            return
+        if any(tensor.requires_grad for tensor in (*views, *self.parameters())):
             distributed.from_rank_0(*self.parameters(), *self.buffers())
             self._begun = True
 
@@ -311,18 +312,18 @@ class ContrastiveLoss(nn.Module):
         sides, start = [], 0
         for number, temperature in enumerate(self.temperatures):
             own = blocks if alone else [blocks[number]]
-            positive_cosine = torch.cat([block.positive_cosine for block in own])
+            positive_cosine = _together([block.positive_cosine for block in own])
             views = len(positive_cosine) // units.shape[1]
             # A side may have sample numbers of its own.
             index = [indices[view % len(indices)] for view in (range(views) if alone else [number])] if indices else []
             batch = Batch(
                 positive_cosine=positive_cosine.detach(),
-                index=torch.cat(index) if index else None,
+                index=_together(index) if index else None,
                 epoch=epoch,
                 views=views,
                 mean=distributed.mean_over_ranks if gather else torch.mean,
                 layout="queue" if self.queue is not None else self.layout,
-                anchors=torch.cat([block.anchors for block in own]).detach(),
+                anchors=_together([block.anchors for block in own]).detach(),
                 hard_negatives=max(0 if block.hard is None else block.hard.shape[1] for block in own),
             )
             rows = slice(start, start + len(positive_cosine))
@@ -342,7 +343,8 @@ class ContrastiveLoss(nn.Module):
         units, parameters = self._with_mean_gradients(units)
         sides = self._sides(units, indices, epoch, gather=self.gather_distributed, labels=labels)
         maps: list[LogitMaps] = [
-            functional_call(side.temperature, own, (side.batch,)) for side, own in zip(sides, parameters, strict=True)
+            functional_call(side.temperature, own, (side.batch,)) if own else side.temperature(side.batch)
+            for side, own in zip(sides, parameters, strict=True)
         ]
         negatives = [
             self._negative_stats(block, own.negative.rows(rows), hard and hard.rows(rows))
@@ -350,8 +352,8 @@ class ContrastiveLoss(nn.Module):
             for hard in [side.temperature.hard_map(own)]
             for rows, block in _rows(side.blocks)
         ]
-        cosines = [torch.cat([block.positive_cosine for block in side.blocks]) for side in sides]
-        positive_cosine = torch.cat(cosines)
+        cosines = [_together([block.positive_cosine for block in side.blocks]) for side in sides]
+        positive_cosine = _together(cosines)
         of_classes = None
         if labels is not None:  # one block, and of one side
             anchors, _, candidates, alike, _ = sides[0].blocks[0]
@@ -360,21 +362,21 @@ class ContrastiveLoss(nn.Module):
             joined = positive_stats(*of_classes, ratio=self._ratio)
         else:
             logits = [own.positive.logit(cosine) for own, cosine in zip(maps, cosines, strict=True)]
-            positive_logit = torch.cat(logits)
+            positive_logit = _together(logits)
             joined = _joined_positives(positive_logit, self._ratio)
         negative_cosines = [part.negative_cosine for part in negatives if part.negative_cosine is not None]
         stats = RowStats(
             positive=joined.positive,
-            negative=torch.cat([part.negative for part in negatives]),
+            negative=_together([part.negative for part in negatives]),
             positive_cosine=_over_positives(torch.mean, positive_cosine),
-            negative_cosine=torch.cat(negative_cosines) if negative_cosines else None,
+            negative_cosine=_together(negative_cosines) if negative_cosines else None,
             num_negatives=sides[0].blocks[0].num_negatives,
             positive_logit=joined.positive_logit,
             mean=sides[0].batch.mean,
         )
         if self._ratio is not None:
             soft = [part.soft_negative for part in negatives if part.soft_negative is not None]
-            stats = replace(stats, soft_positive=joined.soft_positive, soft_negative=torch.cat(soft))
+            stats = replace(stats, soft_positive=joined.soft_positive, soft_negative=_together(soft))
         stats = _with_running_means(stats, sides)
         own_losses = [
             side.temperature.own_loss(its, stats.rows(side.rows), side.batch)
@@ -491,6 +493,11 @@ class ContrastiveLoss(nn.Module):
             f"objective={self.objective}{own}, layout={self.layout}, positives={self.positives}, engine={self.engine}, "
             f"gather_distributed={self.gather_distributed}"
         )
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts, at no cost where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _over_positives(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -5,12 +5,16 @@ Every layout takes (views, batch, dim) vectors of length 1, row i of each view s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dystress_plugin import distributed, tracing
+
+# Of the largest mask that is kept for the next batch.
+KEPT_ENTRIES = 2**16
 
 
 class Excluded(NamedTuple):
@@ -37,10 +41,10 @@ class Excluded(NamedTuple):
         return self._replace(first=self.first + rows.start)
 
     def mask(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """(rows, columns) bool, true where a candidate is excluded."""
-        # Not zeros_like: under vmap that would be one for every example.
-        out = torch.zeros((rows, columns), dtype=torch.bool, device=device)
-        return out.scatter_(1, self.columns(rows, device), True)
+        """(rows, columns) bool, true where a candidate is excluded; not to be written to."""
+        # What a compiler or a transform creates must not outlive it.
+        kept = device.type == "cpu" and rows * columns <= KEPT_ENTRIES and tracing.eager()
+        return (_kept_mask if kept else _mask)(self, rows, columns, device)
 
     def columns(self, rows: int, device: torch.device) -> Tensor:
         """(rows, copies) int64, those of every one of so many anchors."""
@@ -63,6 +67,18 @@ class Excluded(NamedTuple):
                     left = low + right - column
                     tile[low - row : high - row, left : left + high - low].diagonal().fill_(value)
         return tile
+
+
+def _mask(excluded: Excluded, rows: int, columns: int, device: torch.device) -> Tensor:
+    # Not zeros_like: under vmap that would be one for every example.
+    out = torch.zeros((rows, columns), dtype=torch.bool, device=device)
+    return out.scatter_(1, excluded.columns(rows, device), True)
+
+
+@lru_cache(maxsize=8)
+def _kept_mask(excluded: Excluded, rows: int, columns: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may save it
+        return _mask(excluded, rows, columns, device)
 
 
 class Alike(NamedTuple):
@@ -142,7 +158,8 @@ def views(units: Tensor, *, gather: bool) -> list[Block]:
     number, batch, _ = units.shape
     anchors = units.flatten(0, 1)
     # Each pair of views once; it is a positive of both.
-    cosine = {frozenset((a, b)): (units[a] * units[b]).sum(dim=1) for a in range(number) for b in range(a)}
+    each = units.unbind()
+    cosine = {frozenset((a, b)): (each[a] * each[b]).sum(dim=1) for a in range(number) for b in range(a)}
     others = [[frozenset((a, (a + shift) % number)) for a in range(number)] for shift in range(1, number)]
     positive_cosine = torch.stack([torch.cat([cosine[pair] for pair in pairs]) for pairs in others], dim=1)
     if not gather or distributed.world_size() == 1:
