@@ -196,6 +196,23 @@ def test_lightly_s_own_test_of_dystress_expects_our_loss():
         assert namespace["_loss_manual"](*views(), low, high) == pytest.approx(ours(*views()).item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("reads", ["logits / self.temperature", "ntxent(z0, z1, temperature=self.temperature)"])
+def test_the_schedule_fits_a_criterion_that_reads_its_temperature_at_every_step(reads):
+    """By itself, as in lightly 1.6, or in `lightly.functional`, as its pull request 2035 proposes."""
+    lightly, edits = (importlib.import_module(f"upstream.{name}") for name in ("lightly", "edits"))
+    files = {
+        "lightly/utils/scheduler.py": "period: Optional[int] = None",
+        "lightly/loss/ntx_ent_loss.py": reads,
+        "tests/loss/test_ntx_ent_loss.py": "from lightly.loss import NTXentLoss\n\n\ndef _calc_ntxent_loss_manual(",
+    }
+    clone = SimpleNamespace(source=lambda path: edits.Source(path, files[path]))
+    (tests,) = lightly._schedule(clone, None)
+    assert "cosine_schedule" in tests.text
+    files["lightly/loss/ntx_ent_loss.py"] = "self.inverse"
+    with pytest.raises(ValueError, match="ntx_ent_loss"):
+        lightly._schedule(clone, None)
+
+
 def test_what_a_resumed_run_must_have_in_common_is_ours():
     resumer = SimpleNamespace(SHOULD_MATCH=[])
     fixes.auto_resume(resumer)

@@ -209,7 +209,9 @@ def _loss_of_macl(clone, method):
 
 def _schedule(clone, _):
     clone.source("lightly/utils/scheduler.py").part("period: Optional[int] = None")
-    clone.source("lightly/loss/ntx_ent_loss.py").part("/ self.temperature")  # read at every step
+    criterion = clone.source("lightly/loss/ntx_ent_loss.py")
+    if "temperature=self.temperature" not in criterion.text:  # as it hands it to lightly.functional, or divides by it
+        criterion.part("/ self.temperature")
     manual = "\n\ndef _calc_ntxent_loss_manual("
     tests = (
         clone.source("tests/loss/test_ntx_ent_loss.py")
