@@ -17,6 +17,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -255,6 +256,7 @@ CHECKS = {
     "srun": check_within,
     "pytest": nothing,
     "git": nothing,
+    "grep": nothing,
     ".": nothing,
     "seq": nothing,
     "for": nothing,
@@ -277,6 +279,15 @@ CHECKS = {
 def test_a_command_that_names_nothing_would_be_noticed(line):
     with pytest.raises((AssertionError, OSError, ModuleNotFoundError)):
         check_command(shlex.split(line))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_what_the_code_host_runs_is_here(file):
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for job in found.get("jobs", {}).values():
+        for step in job["steps"]:
+            for words in commands(re.sub(r"\$\{\{.*?\}\}", "cli", step.get("run", ""))):
+                check_command(words)
 
 
 # Links, lengths, generated files.
