@@ -100,6 +100,18 @@ def test_views_follow_from_the_words_alone():
     assert not torch.equal(*first)
 
 
+def test_views_are_the_same_in_every_precision_of_the_training():
+    views, pixels = BatchViews(ALL, 16, NORMALIZE), batch(picture(), 4)
+    expected = views(pixels, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, expected, views(pixels, 3)))
+    try:
+        torch.set_default_dtype(torch.float64)  # as Lightning's 64-true does
+        assert all(map(torch.equal, expected, views(pixels, 3)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_nothing_random_leaves_the_picture_itself():
     still = AugmentationSpec("batch", min_scale=1.0, jitter=0.0, grayscale=0.0, blur=0.0, flip=0.0, rotate=0.0)
     pixels = picture(16, 16)

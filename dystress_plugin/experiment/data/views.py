@@ -56,6 +56,11 @@ class BatchViews:
             pixels: (batch, 3, height, width) uint8.
             *words: non-negative numbers that the random ones are drawn from.
         """
+        # The same in every precision of the training, which may be Lightning's default dtype or autocast here.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._views(pixels, words)
+
+    def _views(self, pixels: Tensor, words: Sequence[int]) -> list[Tensor]:
         draws = Draws.of(self.spec, VIEWS * len(pixels), pixels.shape[2], pixels.shape[3], words)
         on = draws.on(pixels.device)
         whole = pixels.to(torch.float32) / 255
@@ -112,7 +117,7 @@ class Draws:
         generator = torch.Generator().manual_seed(seed % 2**63)
 
         def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
-            return torch.rand(views, generator=generator) * (high - low) + low
+            return _uniform((views,), generator) * (high - low) + low
 
         columns = _crops(spec.min_scale, views, height, width, generator)
         columns |= {"flip": (uniform() < spec.flip), "grey": uniform() < spec.grayscale, "blur": uniform() < spec.blur}
@@ -136,15 +141,15 @@ class Draws:
 def _crops(min_scale: float, views: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random parts of an image as torchvision's RandomResizedCrop draws them: the first of ten tries that fits."""
     shape = (views, TRIES)
-    area = height * width * (torch.rand(shape, generator=generator) * (1 - min_scale) + min_scale)
+    area = height * width * (_uniform(shape, generator) * (1 - min_scale) + min_scale)
     low, high = map(math.log, RATIO)
-    ratio = torch.exp(torch.rand(shape, generator=generator) * (high - low) + low)
+    ratio = torch.exp(_uniform(shape, generator) * (high - low) + low)
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
     w, h, fits = (tries.gather(1, first)[:, 0] for tries in (w, h, fits))
-    top = (torch.rand(views, generator=generator) * (height - h + 1)).floor()
-    left = (torch.rand(views, generator=generator) * (width - w + 1)).floor()
+    top = (_uniform((views,), generator) * (height - h + 1)).floor()
+    left = (_uniform((views,), generator) * (width - w + 1)).floor()
     # Else the middle, as much of it as the ratios allow.
     middle_w, middle_h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     return {
@@ -162,8 +167,8 @@ def resampling(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     that become one, and at least two. No library does so with a crop for every image.
     """
     scale = (length / size)[:, None, None]
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale + start[:, None, None]
-    place = torch.arange(pixels, device=start.device) + 0.5
+    centre = (torch.arange(size, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale + start[:, None, None]
+    place = torch.arange(pixels, device=start.device, dtype=start.dtype) + 0.5
     weights = (1 - (place - centre).abs() / scale.clamp(min=1.0)).clamp(min=0.0)
     end = start + length
     weights = weights * ((place > start[:, None, None]) & (place < end[:, None, None]))
@@ -173,7 +178,11 @@ def resampling(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
 @functools.cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A tensor that goes to the device once, as the copy of what is no tensor there waits for all before it."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, device=device, dtype=torch.float32)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def _rows(column: Tensor) -> Tensor:
