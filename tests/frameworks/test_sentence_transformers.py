@@ -1,17 +1,20 @@
 import csv
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import random
 import typing
 from contextlib import nullcontext
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import gloo
 import pytest
 import torch
+from packaging.version import Version
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -216,6 +219,42 @@ def test_cached_splits_the_batch(model):
     assert sizes == [3, 3, 1] * 4  # two columns, without and with gradient
 
 
+needs_six = pytest.mark.skipif(
+    Version(metadata.version("sentence-transformers")) < Version("6"), reason="sentence-transformers 6 has it"
+)
+
+
+@needs_six
+def test_cached_splits_the_batch_by_tokens(model):
+    features = batch(model, 3)
+    tokens = int(max(column["attention_mask"].sum(1).max() for column in features)) * 2
+    sizes = []
+    loss = CachedContrastiveSentenceLoss(model, "dystress", mini_batch_num_tokens=tokens)
+    handle = model.register_forward_pre_hook(lambda module, args: sizes.append(int(args[0]["attention_mask"].sum())))
+    found = gradients(loss, features)
+    handle.remove()
+    assert tokens // 2 < max(sizes) <= tokens
+    assert_same(found, gradients(ContrastiveSentenceLoss(model, "dystress"), features))
+    assert loss.get_config_dict()["mini_batch_num_tokens"] == tokens
+
+
+def test_tokens_that_cannot_be_are_said(model, monkeypatch):
+    with pytest.raises(ValueError, match="mini_batch_num_tokens=0 "):
+        CachedContrastiveSentenceLoss(model, "dystress", mini_batch_num_tokens=0)
+    monkeypatch.setattr(losses.CachedMultipleNegativesRankingLoss, "__signature__", inspect.Signature(), raising=False)
+    with pytest.raises(ValueError, match="mini_batch_num_tokens=5 needs sentence-transformers 6"):
+        CachedContrastiveSentenceLoss(model, "dystress", mini_batch_num_tokens=5)
+
+
+@needs_six
+def test_columns_of_candidates_are_embedded_together(model):
+    sizes = []
+    handle = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]["input_ids"])))
+    ContrastiveSentenceLoss(model, "dystress")(batch(model, 3))
+    handle.remove()
+    assert sizes == [7, 14]
+
+
 @pytest.mark.parametrize("cls", [ContrastiveSentenceLoss, CachedContrastiveSentenceLoss])
 def test_a_table_learns_from_training_alone(model, cls):
     loss = cls(model, "isogclr", num_samples=9, rho=0.2)
@@ -322,9 +361,9 @@ def deep_model(tmp_path_factory):
 
 
 @every_wrapper
-@pytest.mark.parametrize(("columns", "dropout"), [(2, True), (3, False)])  # of three the library embeds two together
-def test_inside_of_another_loss_a_constant_is_multiple_negatives_ranking(deep_model, wrapper, columns, dropout):
-    deep_model.train(dropout)
+@pytest.mark.parametrize("columns", [2, 3])
+def test_inside_of_another_loss_a_constant_is_multiple_negatives_ranking(deep_model, wrapper, columns):
+    deep_model.train()
     ours, theirs = (
         steps_inside(wrapper, deep_model, loss, lambda: batch(deep_model, columns))
         for loss in (

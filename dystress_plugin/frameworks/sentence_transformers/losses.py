@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,20 @@ from sentence_transformers.sentence_transformer.losses.adaptive_layer import Tra
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator, ForwardDecorator
 from torch import Tensor, nn
 
+from dystress_plugin.checks import check_count
 from dystress_plugin.frameworks.sentence_transformers.criterion import SentenceCriterion, columns
 from dystress_plugin.temperature import Temperature
+
+try:
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+except ImportError:  # before 6
+
+    def embed_columns(model: nn.Module, features_list: Iterable[dict[str, Any]]) -> Any:  # type: ignore[misc]
+        """The embeddings of each column; the library's own has those of all candidates in one forward pass."""
+        return [model(features)["sentence_embedding"] for features in features_list]
+
+
+TOKENS = "mini_batch_num_tokens"
 
 #: What the DySTreSS paper's code gives SimCSE, by method: ContrastiveSentenceLoss(model, "macl", **SETTINGS["macl"]).
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -82,8 +95,7 @@ class ContrastiveSentenceLoss(nn.Module):
         """The loss of a batch: tokenised columns, and the numbers of the rows where the temperature keeps a table."""
         if _is_decorated(self.model, (TransformerDecorator, ForwardDecorator)):
             self.criterion.check_without_state()
-        embeddings = [self.model(features)["sentence_embedding"] for features in columns(sentence_features)]
-        value: Tensor = self.criterion(embeddings, labels)
+        value: Tensor = self.criterion(embed_columns(self.model, columns(sentence_features)), labels)
         return value
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -102,6 +114,8 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
         model: the encoder.
         temperature: as for `ContrastiveSentenceLoss`.
         mini_batch_size: sentences that are embedded at a time.
+        mini_batch_num_tokens: tokens without padding that are embedded at a time, in the place of `mini_batch_size`;
+            needs sentence-transformers 6.
         show_progress_bar: over the parts of a batch.
         **settings: as for `ContrastiveSentenceLoss`.
     """
@@ -112,10 +126,16 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
         temperature: str | Temperature = "dystress",
         *,
         mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(model, mini_batch_size=mini_batch_size, show_progress_bar=show_progress_bar)
+        super().__init__(
+            model,
+            mini_batch_size=mini_batch_size,
+            show_progress_bar=show_progress_bar,
+            **_tokens(mini_batch_num_tokens),
+        )
         self.criterion = SentenceCriterion(temperature, **settings)
         self._labels: Tensor | None = None
         self._own: list[tuple[nn.Parameter, Tensor]] = []
@@ -163,7 +183,17 @@ class CachedContrastiveSentenceLoss(CachedMultipleNegativesRankingLoss):
         return float(outer.matryoshka_weights[outer.matryoshka_dims.index(dim)])
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {**self.criterion.settings(), "mini_batch_size": self.mini_batch_size}
+        sizes = {name: getattr(self, name) for name in ("mini_batch_size", TOKENS) if hasattr(self, name)}
+        return self.criterion.settings() | sizes
+
+
+def _tokens(number: int | None) -> dict[str, int]:
+    """The library's argument, where it is given; a ValueError for less than one token, or a library without it."""
+    if number is None:
+        return {}
+    if TOKENS not in inspect.signature(CachedMultipleNegativesRankingLoss).parameters:
+        raise ValueError(f"{TOKENS}={number} needs sentence-transformers 6: update it, or set mini_batch_size.")
+    return {TOKENS: check_count(TOKENS, number)}
 
 
 def _is_decorated(model: nn.Module, decorators: type | tuple[type, ...]) -> bool:
