@@ -34,9 +34,15 @@ queue; *lightly: module* is a LightningModule in `dystress_plugin.frameworks.lig
 `ContrastiveSentenceLoss(model, "name")` in `dystress_plugin.frameworks.sentence_transformers`, *open_clip* its own
 training after `python -m dystress_plugin.frameworks.open_clip method=name --`, *LightlyTrain*
 `lightly_train.pretrain(method="name")` after `import dystress_plugin.frameworks.lightly_train`. *paper* is the
-temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxiv.org/abs/2110.06848), the queue from
-[MoCo, 2020](https://arxiv.org/abs/1911.05722). Other combinations are made from their parts:
-`ContrastiveLoss(dp.temperature.DySTreSS(), objective="macl", queue_size=(4096, 128))`. With images and texts,
+temperature's; the objectives `dcl` and `dclw` are from [DCL, 2021](https://arxiv.org/abs/2110.06848), `dual` from
+[SimCo, 2022](https://arxiv.org/abs/2203.17248), the queue from [MoCo, 2020](https://arxiv.org/abs/1911.05722). Other
+combinations are made from their parts:
+`ContrastiveLoss(dp.temperature.DySTreSS(), objective="macl", queue_size=(4096, 128))`. Around any temperature,
+`dp.temperature.Hardness(temperature)` weighs negatives by their hardness
+([LLaVE, 2025](https://arxiv.org/abs/2503.04812)), and `dp.temperature.WarmUp(temperature)` starts from a constant. With
+`ts`, `offset=counts` gives every sample a schedule of its own ([MM-TS, 2026](https://arxiv.org/abs/2603.08202)). All of
+them but those with a queue take classes too, `loss(z0, z1, labels=y)`
+([SupCon, 2020](https://arxiv.org/abs/2004.11362)). With images and texts,
 `layout="both_ways"`, iSogCLR and TempNet have a state of their own for each side, and iSogCLR the defaults of its
 bimodal recipe; `dim` is the length of embeddings, which hosts fill in.
 
