@@ -148,7 +148,7 @@ def test_a_step_on_cuda_is_captured_and_replayed(name, layout, engine, monkeypat
     plain = copy.deepcopy(loss)
     views.grad.zero_()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # where the gradients have accumulated so far
         value = loss(*views, **more)
         value.backward()
     graph.replay()  # capturing alone computes nothing

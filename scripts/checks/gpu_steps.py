@@ -90,7 +90,7 @@ def graph_of(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # a thread of autograd's may still hold nodes of the last step
         results = step()
     return graph, results
 
