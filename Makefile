@@ -34,8 +34,8 @@ test-extra: ## the tests of one extra alone: make test-extra EXTRA=cli
 	pip install $(if $(filter core,$(EXTRA)),.,'.[$(EXTRA)]') pytest hypothesis scikit-learn
 	python -m pytest -q $($(EXTRA))
 
-coverage: ## everything, and at least 90 % of the package's lines
-	bash scripts/test.sh --cov dystress_plugin --cov-report term:skip-covered --cov-fail-under 90
+coverage: ## everything, and at least 85 % of the package's lines
+	bash scripts/test.sh --cov dystress_plugin --cov-report term:skip-covered --cov-fail-under 85
 
 versions: ## oldest and newest versions, each in an environment of its own: an hour
 	bash scripts/test_versions.sh
