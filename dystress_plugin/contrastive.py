@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, final
@@ -203,7 +204,9 @@ class ContrastiveLoss(nn.Module):
                 temperature.hold_parameters()
         classes = None if labels is None else self._checked_labels(labels, views[0])
         compute = partial(self._value, units, indices, epoch, classes, learns=learns)
-        return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
+        ranks = distributed.world_size() > 1
+        with distributed.batch_of(units.shape[1], units.device) if ranks else nullcontext():
+            return self._passes.value(compute, units, list(self.buffers()) if self.training else [], learns=learns)
 
     def _value(
         self, units: Tensor, indices: Indices, epoch: float | None, labels: Tensor | None, *, learns: bool
@@ -215,7 +218,7 @@ class ContrastiveLoss(nn.Module):
             rows = one_by_one() if self.positives == "mean" else self._objective.rows(stats, self.objective_settings)
             views = len(stats.positive) // units.shape[1]
             value = rows.mean() if own is None else rows.mean() + own
-            share = self._share(len(rows), rows.device) * (views if self._objective.sum_over_views else 1)
+            share = self._share() * (views if self._objective.sum_over_views else 1)
         if learns:
             for side in sides:
                 side.temperature.update(stats.rows(side.rows), side.batch)
@@ -421,12 +424,10 @@ class ContrastiveLoss(nn.Module):
         averaged = iter(parameters)
         return units, [{name: next(averaged) for name in own} for own in trained]
 
-    def _share(self, rows: int, device: torch.device) -> float:
-        """Rows of this rank over the mean of all ranks', so that ranks of different batches weigh by their rows."""
-        if not self.gather_distributed or distributed.world_size() == 1:
-            return 1.0
-        mean = distributed.mean_over_ranks(torch.tensor([float(rows)], dtype=torch.float64, device=device))
-        return rows / float(mean)
+    def _share(self) -> float:
+        """By what a rank's loss is multiplied, so that ranks of different batches weigh by their images."""
+        ranks = self.gather_distributed and distributed.world_size() > 1
+        return distributed.share_of_batch() if ranks else 1.0
 
     def _checked(
         self, views: Sequence[Tensor], index: Index | None, epoch: float | None

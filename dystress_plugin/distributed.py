@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+_of_thread = threading.local()
 
 
 def world_size() -> int:
@@ -19,23 +25,50 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def all_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Every tensor with the rows of all ranks, in order of rank; without gradient."""
+@contextmanager
+def batch_of(images: int, device: torch.device) -> Iterator[None]:
+    """Within, ranks tell each other at most once how many images they have, for all that has a row for each of them."""
+    before = getattr(_of_thread, "batch", None)
+    _of_thread.batch = _Sizes(images, device)
+    try:
+        yield
+    finally:
+        _of_thread.batch = before
+
+
+def share_of_batch() -> float:
+    """Images of this rank over the mean of all ranks', within `batch_of`."""
+    sizes = _of_thread.batch.sizes
+    return float(sizes[rank()] * len(sizes) / sum(sizes))
+
+
+def all_rows(*tensors: Tensor, of_batch: bool = False) -> tuple[Tensor, ...]:
+    """Every tensor with the rows of all ranks, in order of rank; without gradient.
+
+    Args:
+        *tensors: of any shapes and dtypes, with the same number of rows.
+        of_batch: whether these are the images of `batch_of`.
+    """
     if world_size() == 1:
         return tensors
-    sizes = _sizes(tensors[0])
-    return tuple(torch.cat(_all_gather(tensor, sizes)) for tensor in tensors)
+    sizes = _sizes_of(tensors[0], of_batch)
+    # Together, as bytes: a collective costs more than what it carries.
+    rows = [_apart(tensor.detach().reshape(len(tensor), -1)).view(torch.uint8) for tensor in tensors]
+    parts = torch.cat(_all_gather(torch.cat(rows, dim=1), sizes)).split([own.shape[1] for own in rows], dim=1)
+    return tuple(
+        _apart(part).view(tensor.dtype).view(-1, *tensor.shape[1:]) for part, tensor in zip(parts, tensors, strict=True)
+    )
 
 
-def all_rows_with_gradient(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of all ranks, and where this rank's own begin.
+def all_rows_with_gradient(tensor: Tensor, *, of_batch: bool = False) -> tuple[Tensor, int]:
+    """The rows of all ranks, and where this rank's own begin; `of_batch` is that of `all_rows`.
 
     A row's gradient is the sum over all ranks, so that averaging parameter gradients over ranks, as
     DistributedDataParallel does, gives the gradient of the mean of the ranks' losses.
     """
     if world_size() == 1:
         return tensor, 0
-    sizes = _sizes(tensor)
+    sizes = _sizes_of(tensor, of_batch)
     gathered: Tensor = _Gather.apply(tensor, sizes)  # type: ignore[no-untyped-call]
     return gathered, sum(sizes[: rank()])
 
@@ -119,11 +152,28 @@ class _MeanGradients(torch.autograd.Function):
         )
 
 
-def _sizes(tensor: Tensor) -> list[int]:
-    own = torch.tensor([len(tensor)], device=tensor.device)
-    sizes = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(sizes, own)
-    return [int(size) for size in sizes]
+def _apart(tensor: Tensor) -> Tensor:
+    """A copy that begins at an address where any dtype may, and whose entries follow each other."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+class _Sizes:
+    """Of a batch, asked for when they are needed."""
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self.images, self.device = images, device
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        own = torch.tensor([self.images], device=self.device)
+        sizes = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(sizes, own)
+        return [int(size) for size in torch.cat(sizes).tolist()]
+
+
+def _sizes_of(tensor: Tensor, of_batch: bool) -> list[int]:
+    batch = getattr(_of_thread, "batch", None) if of_batch else None
+    return (batch or _Sizes(len(tensor), tensor.device)).sizes
 
 
 def _all_gather(tensor: Tensor, sizes: list[int]) -> list[Tensor]:

@@ -54,7 +54,7 @@ class KeyQueue(nn.Module):
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
         """Takes in the keys of all ranks, (batch, dim) of length 1; of more than `size` the last ones stay."""
-        (keys,) = distributed.all_rows(keys.detach())
+        (keys,) = distributed.all_rows(keys.detach(), of_batch=True)
         size, new = len(self.keys), len(keys)
         slots = (self.position + torch.arange(new, device=self.keys.device)) % size
         kept = slice(max(0, new - size), None)

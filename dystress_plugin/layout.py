@@ -164,7 +164,7 @@ def views(units: Tensor, *, gather: bool) -> list[Block]:
     positive_cosine = torch.stack([torch.cat([cosine[pair] for pair in pairs]) for pairs in others], dim=1)
     if not gather or distributed.world_size() == 1:
         return [Block(anchors, positive_cosine, None, Excluded(batch, batch, 0, number))]
-    everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))  # (images, views, dim)
+    everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1), of_batch=True)  # (images, views, dim)
     candidates = everything.transpose(0, 1).flatten(0, 1)
     return [Block(anchors, positive_cosine, candidates, Excluded(batch, len(everything), start, number))]
 
@@ -184,9 +184,9 @@ def classes(units: Tensor, labels: Tensor, *, gather: bool) -> list[Block]:
     gathers = gather and distributed.world_size() > 1
     candidates = anchors
     if gathers:
-        everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1))
+        everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1), of_batch=True)
         candidates = everything.transpose(0, 1).flatten(0, 1)
-        (of_candidates,) = distributed.all_rows(labels)
+        (of_candidates,) = distributed.all_rows(labels, of_batch=True)
     if labels.device.type == "cpu" and tracing.eager(labels) and (of_candidates == of_candidates[0]).all():
         raise ValueError(f"labels are {of_candidates[0].item()} for the whole batch: there is no other class in it.")
     itself = Excluded(batch, len(of_candidates), start, 1).columns(batch, units.device)[:, 0]
@@ -223,18 +223,31 @@ def one_way(units: Tensor, *, gather: bool) -> list[Block]:
 
     Further sides are hard negatives, which every anchor is compared with: the candidates' rows after those of side 1.
     """
-    anchors, positives = units[0], units[1]
-    others = units[1:].transpose(0, 1)  # (batch, sides, dim)
-    everything, start = distributed.all_rows_with_gradient(others) if gather else (others, 0)
-    candidates = everything.transpose(0, 1).flatten(0, 1)
-    excluded = Excluded(len(anchors), len(everything), start, copies=1)
-    hard = (anchors[:, None] * others[:, 1:]).sum(dim=2) if len(units) > 2 else None
-    return [Block(anchors, (anchors * positives).sum(dim=1, keepdim=True), candidates, excluded, hard)]
+    return [_way(units, _of_all_ranks(units[1:]) if gather else None)]
 
 
 def both_ways(units: Tensor, *, gather: bool) -> list[Block]:
     """`one_way` from side 0 to side 1 and from side 1 to side 0: CLIP's layout. The way back has no hard negatives."""
-    return one_way(units, gather=gather) + one_way(units[:2].flip(0), gather=gather)
+    if not gather:
+        return [_way(units), _way(units[:2].flip(0))]
+    everything, start = _of_all_ranks(units)  # both sides at once
+    return [_way(units, (everything[1:], start)), _way(units[:2].flip(0), (everything[:1], start))]
+
+
+def _of_all_ranks(units: Tensor) -> tuple[Tensor, int]:
+    """The sides with the rows of all ranks, (sides, images, dim), and where this rank's own begin."""
+    everything, start = distributed.all_rows_with_gradient(units.transpose(0, 1), of_batch=True)
+    return everything.transpose(0, 1), start
+
+
+def _way(units: Tensor, gathered: tuple[Tensor, int] | None = None) -> Block:
+    """Anchors of side 0 against the sides after it, or what is gathered of these."""
+    anchors, positives, others = units[0], units[1], units[1:]
+    candidates, start = gathered or (others, 0)
+    excluded = Excluded(len(anchors), candidates.shape[1], start, copies=1)
+    hard = (anchors[:, None] * others[1:].transpose(0, 1)).sum(dim=2) if len(units) > 2 else None
+    positive_cosine = (anchors * positives).sum(dim=1, keepdim=True)
+    return Block(anchors, positive_cosine, candidates.flatten(0, 1), excluded, hard)
 
 
 LAYOUTS = {"views": views, "one_way": one_way, "both_ways": both_ways}

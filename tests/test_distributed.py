@@ -134,6 +134,7 @@ def on_a_rank_of_two(rank):
         "wrapped": {name: wrapped_and_by_hand(name, queue_size) for name, queue_size in WRAPPED.items()},
         "collectives": collectives(rank),
         "one_image": one_image(rank),
+        "counts": {cell: count_collectives(*cell, rows_of(rank, "unequal")) for cell in COUNTS},
         "second": {layout: second_derivative(layout, rows_of(rank, "unequal")) for layout in SECOND},
     }
 
@@ -308,6 +309,55 @@ def test_memory_of_a_rank_is_linear_in_the_batch(three_ranks):
     for rank in three_ranks:
         for few, many in zip(rank["entries"]["in-tiles", 64], rank["entries"]["in-tiles", 128], strict=True):
             assert many <= 2 * few
+
+
+# How many collectives a step needs: of embeddings one each way, all that tables learn together, and the numbers of
+# images once
+
+COUNTS = {
+    # (temperature, objective, layout, gathered): collectives of the forward and of the backward pass
+    ("constant", "ntxent", "two", True): (2, 1),  # numbers of images, embeddings; their gradient
+    ("constant", "ntxent", "both_ways", True): (2, 1),
+    ("constant", "ntxent", "queue", True): (2, 0),  # numbers of images, keys
+    ("constant", "ntxent", "two", False): (0, 0),
+    ("dystress-cosine", "dclw", "two", True): (3, 1),  # and the mean of the weights
+    ("macl", "macl", "two", True): (3, 1),  # and the alignment
+    ("isogclr", "sogclr", "two", True): (3, 1),  # and the table
+    ("isogclr", "sogclr", "both_ways", True): (4, 1),  # and two tables
+    ("isogclr", "sogclr", "two", False): (2, 0),
+    ("learnable", "ntxent", "both_ways", True): (2, 2),  # and the gradient of the temperature
+    ("robust-global-means", "gcl", "both_ways", True): (4, 2),
+}
+
+
+class CountCollectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function.namespace == "c10d"
+        return function(*arguments, **(keywords or {}))
+
+
+def count_collectives(name, objective, layout, gathered, own):
+    """Those of the second step; the first one may compare ranks once."""
+    loss = ContrastiveLoss(
+        build(name).double(), objective=objective, gather_distributed=gathered, **MORE_LAYOUTS[layout]
+    )
+    z = [view[own].requires_grad_() for view in embeddings(6, 5)]
+    index = torch.arange(6)[own]
+    loss(*z, index=index, epoch=EPOCH).backward()
+    with CountCollectives() as forward:
+        value = loss(*z, index=index, epoch=EPOCH)
+    with CountCollectives() as backward:
+        value.backward()
+    return forward.count, backward.count
+
+
+@pytest.mark.parametrize("cell", COUNTS, ids=str)
+def test_a_step_has_the_collectives_that_its_result_needs(cell, two_ranks):
+    assert [rank["counts"][cell] for rank in two_ranks] == [COUNTS[cell]] * 2
 
 
 # The collectives themselves

@@ -89,7 +89,7 @@ def by_sample(images: Tensor, log_s: Tensor, *others: Tensor) -> tuple[Tensor, .
     Means are over the occurrences of a sample, each of which gets its sample's: how many samples there are is no shape
     that a compiler could know.
     """
-    images, log_s, *rest = distributed.all_rows(images, log_s, *others)
+    images, log_s, *rest = distributed.all_rows(images, log_s, *others, of_batch=True)
     # Sorting makes the sums over duplicates run in one fixed order, on every device and every rank.
     order = torch.argsort(images, stable=True)
     images = images[order]
