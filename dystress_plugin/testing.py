@@ -500,6 +500,8 @@ def _table(build: Build, name: str) -> None:
     if length is None:
         return
     _require(temperature.needs_index, f"{name}.needs_index", f"is False, with a table of {length}", "Set it to True")
+    if type(temperature).resize is Temperature.resize:
+        return  # it is given, not learned
     _require(
         temperature.has_learned,
         f"{name}.has_learned",

@@ -23,6 +23,7 @@ class Case(NamedTuple):
     build: Callable[[], temperature.Temperature]
     maps: Callable[..., oracle.Map] | None  # from the alignment to the map, or to (positives' map, negatives' map)
     tables: Callable[[], oracle.Individual] | None = None  # where there is a table; of temperatures if without maps
+    by_sample: bool = False  # the map is made from the number of the sample as well
 
 
 def dystress(profile, low=0.1, high=0.2, detach=True, **own):
@@ -61,6 +62,7 @@ def hardness(build, maps, strength):
     return Case(lambda: temperature.Hardness(build(), strength), weighted)
 
 
+COUNTS = [7 * sample % 11 + 3 for sample in range(SAMPLES)]
 LEARNED = math.exp(torch.tensor(math.log(0.12)).item())  # the parameter is float32
 PROFILES = ("cosine", "shifted", "cosine_constant", "exponential", "linear")
 CASES = {
@@ -85,6 +87,11 @@ CASES = {
     ),
     "macl": Case(lambda: temperature.ModelAware(0.1, 0.5, 0.2), lambda a: oracle.model_aware(a, 0.1, 0.5, 0.2)),
     "ts": Case(lambda: temperature.CosineSchedule(), lambda a: oracle.scheduled(EPOCH, 0.1, 1.0, 400)),
+    "ts-by-count": Case(
+        lambda: temperature.CosineSchedule(0.1, 0.4, 100, offset=COUNTS, amplitude=0.2),
+        lambda a, sample=0: oracle.shifted_by_count(EPOCH, 0.1, 0.4, 100, 0.2, (COUNTS[sample] - 3) / 10),
+        by_sample=True,
+    ),
     "isogclr": Case(lambda: temperature.Individual(SAMPLES), None, lambda: oracle.Individual(SAMPLES)),
     "tempfree": Case(lambda: temperature.TemperatureFree(), lambda a: oracle.log_odds(1e-6)),
     "dystress-stabilised": Case(
@@ -245,7 +252,7 @@ class Pair:
             if self.case.maps is None:
                 found = oracle.constant(self.tables.tau(row, [index]))
             else:
-                found = self.case.maps(alignment)
+                found = self.case.maps(alignment, *([index[row.image]] if self.case.by_sample else []))
             return (found, found) if isinstance(found, oracle.Map) else found
 
         labels = None if self.labels is None else self.labels.tolist()

@@ -112,6 +112,12 @@ def scheduled(epoch, low, high, period):
     return constant(low + (high - low) * (1 + math.cos(math.pi * epoch / (period / 2))) / 2)
 
 
+def shifted_by_count(epoch, low, high, period, amplitude, share):
+    """MM-TS, https://arxiv.org/abs/2603.08202: `share` is where a count lies between the least and the largest"""
+    tau = low + (high - low) * share + amplitude / 2 * math.cos(2 * math.pi * epoch / period)
+    return constant(min(max(tau, low), high))
+
+
 def stepped(epoch, low, high, period):
     """The same paper's other schedule, as the package defines it."""
     return constant(high if math.floor(2 * epoch / period) % 2 == 0 else low)

@@ -90,7 +90,13 @@ class Temperature(nn.Module, ABC):
 
         Raises:
             TypeError: if it keeps no table.
+            ValueError: if its table is given, not learned, and so of one length.
         """
+        if self.num_samples is not None:
+            raise ValueError(
+                f"{type(self).__name__} was given numbers of {self.num_samples} samples, but the training data have "
+                f"{num_samples}."
+            )
         raise TypeError(f"{type(self).__name__} keeps no table of samples that could have num_samples={num_samples}.")
 
     def concerns(self, epochs: float) -> list[str]:

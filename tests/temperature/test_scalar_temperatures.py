@@ -1,6 +1,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from grid import embeddings
@@ -314,3 +315,63 @@ def test_model_aware_defaults_never_reach_the_floor(alignment):
 )
 def test_repr_shows_the_defaults(temperature, expected):
     assert repr(temperature) == expected
+
+
+# An offset for every sample
+
+
+def taus(temperature, index, epoch):
+    index = torch.tensor(index)
+    prepared = temperature.prepare(Batch(torch.ones(len(index), 1, dtype=torch.float64), index, epoch, 1, torch.mean))
+    return prepared.negative.temperature(torch.zeros(len(index), 1, dtype=torch.float64)).flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, [0.2, 0.25, 0.3]), (25, [0.1, 0.15, 0.3]), (50, [0.1, 0.1, 0.2]), (100, [0.2, 0.25, 0.3])],
+)
+def test_what_is_frequent_is_warmer_and_all_swing_together_within_the_range(epoch, expected):
+    temperature = CosineSchedule(0.1, 0.3, period=100, offset=[9, 1, 3], amplitude=0.2)
+    assert taus(temperature, [1, 2, 0], epoch) == pytest.approx(expected, rel=1e-12)
+    plain = CosineSchedule(0.1, 0.3, period=100, offset=torch.tensor([9, 1, 3]))
+    assert taus(plain, [1, 2, 0], epoch) == pytest.approx(expected, rel=1e-12)  # its amplitude is the whole range
+
+
+def test_counts_may_lie_in_a_file_and_are_a_setting_not_a_state(tmp_path):
+    np.save(tmp_path / "counts.npy", np.array([9, 1, 3], dtype=np.int32))
+    temperature = CosineSchedule(0.1, 0.3, offset=str(tmp_path / "counts.npy"))
+    assert temperature.counts.tolist() == [9, 1, 3]
+    assert temperature.needs_index
+    assert temperature.num_samples == 3
+    assert not temperature.state_dict()
+    assert temperature.concerns(1) == []
+    assert repr(temperature) == (
+        "CosineSchedule(tau_min=0.1, tau_max=0.3, period=400.0, per_step=False, offset=3 counts, amplitude="
+        f"{temperature.amplitude})"
+    )
+    with pytest.raises(ValueError, match="was given numbers of 3 samples, but the training data have 5"):
+        temperature.resize(5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"amplitude": 0.1}, ValueError, "amplitude=0.1 is of the swing around an offset"),
+        ({"offset": [1, 2], "amplitude": 0}, ValueError, "amplitude=0.0 must be above 0"),
+        ({"offset": [1.5, 2.0]}, TypeError, "offset holds torch.float32, and must be whole numbers"),
+        ({"offset": [[1], [2]]}, ValueError, r"offset has shape \(2, 1\), and must be \(num_samples,\)"),
+        ({"offset": torch.empty(0, dtype=torch.int64)}, ValueError, r"offset has shape \(0,\)"),
+        ({"offset": [4, 4]}, ValueError, "offset is 4 for every sample, which sets none apart"),
+    ],
+)
+def test_bad_counts_raise_and_say_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CosineSchedule(**arguments)
+
+
+def test_samples_without_a_number_or_a_count_are_asked_for():
+    temperature = CosineSchedule(offset=[1, 2])
+    with pytest.raises(ValueError, match="CosineSchedule needs the sample numbers"):
+        ContrastiveLoss(temperature)(torch.eye(3), torch.eye(3), epoch=0)
+    with pytest.raises(ValueError, match="index runs from 0 to 2, but num_samples=2"):
+        ContrastiveLoss(temperature)(torch.eye(3), torch.eye(3), epoch=0, index=torch.arange(3))

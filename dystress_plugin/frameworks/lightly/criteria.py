@@ -205,6 +205,9 @@ class TemperatureScheduleLoss(Criterion):
         memory_bank_size: As for `DySTreSSLoss`; likewise `gather_distributed`, `objective` and `sigma`.
         gather_distributed: Compare with the batches of all GPUs.
         per_step: `clock` counts parts of an epoch, so that the temperature moves at every step.
+        offset: (num_samples,) counts, such as the size of every image's class: each image then has a schedule of its
+            own, and `index` is needed. See `dystress_plugin.temperature.CosineSchedule`, also for the next one.
+        amplitude: Of that schedule; None is tau_max - tau_min.
         objective: Of `dystress_plugin.objectives`.
         sigma: Of objective "dclw".
 
@@ -227,6 +230,8 @@ class TemperatureScheduleLoss(Criterion):
         gather_distributed: bool = False,
         *,
         per_step: bool = False,
+        offset: Tensor | Sequence[int] | None = None,
+        amplitude: float | None = None,
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
     ) -> None:
@@ -236,9 +241,12 @@ class TemperatureScheduleLoss(Criterion):
         """What to pass as the epoch at batch `batch` of the `batches` of an epoch, both 0 first; see `per_step`."""
         return self.loss.temperature.clock(epoch, batch, batches)
 
-    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None) -> Tensor:
-        """The loss of a batch in an epoch, 0 first, parts of one allowed; without it a ValueError."""
-        return self._value(z0, z1, epoch=epoch)
+    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None, *, index: Tensor | None = None) -> Tensor:
+        """The loss of a batch in an epoch, 0 first, parts of one allowed; without it a ValueError.
+
+        With `offset` it needs index too, (batch_size,) int64, the numbers of the images.
+        """
+        return self._value(z0, z1, index=index, epoch=epoch)
 
 
 @final
