@@ -73,12 +73,16 @@ def contrast(
 
 
 def loss_or_zero(
-    loss: ContrastiveLoss, *views: Tensor, index: Index | None = None, epoch: float | None = None
+    loss: ContrastiveLoss,
+    *views: Tensor,
+    index: Index | None = None,
+    epoch: float | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch; 0, with gradients of 0, for one image without negatives, as others' losses have it."""
     if loss.lacks_negatives(*views):
         return loss.zero(*views)
-    value: Tensor = loss(*views, index=index, epoch=epoch)
+    value: Tensor = loss(*views, index=index, epoch=epoch, labels=labels)
     return value
 
 

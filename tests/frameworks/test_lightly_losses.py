@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from lightly import loss as lightly_loss
+from pytorch_metric_learning.losses import SupConLoss
 from torch import nn
 from torch.nn import functional as F
 
+from dystress_plugin import ContrastiveLoss
 from dystress_plugin.frameworks.lightly import (
     DySTreSSLoss,
     ISogCLRLoss,
@@ -274,3 +276,35 @@ def test_memory_bank_of_no_keys_is_none(size):
 def test_bad_values_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+CRITERIA = {
+    "dystress": (DySTreSSLoss, {}),
+    "macl": (MACLLoss, {}),
+    "ts": (TemperatureScheduleLoss, {"epoch": 3}),
+    "tempfree": (TemperatureFreeLoss, {}),
+    "isogclr": (partial(ISogCLRLoss, 20), {"index": torch.arange(6)}),
+}
+
+
+@pytest.mark.parametrize("positives", ["sum", "mean"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_takes_classes(name, positives):
+    build, more = CRITERIA[name]
+    labels = torch.tensor([0, 1, 0, 2, 2, 0])
+    table = {"num_samples": 20, "gradient": "cosine"} if name == "isogclr" else {}
+    ours = partial(build(positives=positives), labels=labels, **more)
+    expected = partial(ContrastiveLoss(name, positives=positives, **table), labels=labels, **more)
+    assert_same(ours, expected, views())
+
+
+def test_a_memory_bank_takes_no_classes():
+    with pytest.raises(ValueError, match="this loss has a queue: leave them out"):
+        DySTreSSLoss(memory_bank_size=(8, 5))(*views(), labels=torch.arange(6))
+
+
+def test_classes_with_an_offset_for_every_image_and_of_equal_bounds_are_supcon():
+    z, labels, index = views(), torch.tensor([0, 1, 0, 2, 2, 0]), torch.arange(6)
+    with_counts = TemperatureScheduleLoss(0.2, 0.2, offset=[3, 1, 3, 2, 2, 3], amplitude=0.1, positives="mean")
+    ours = partial(with_counts, labels=labels, index=index, epoch=1)
+    assert_same(ours, lambda *both: SupConLoss(0.2)(torch.cat(both), labels.repeat(2)), z)

@@ -51,18 +51,19 @@ class Criterion(nn.Module, ABC):
         self._open_keys = keys if dim is None else 0  # of a bank that the first batch, or a state, tells the dim
 
     @abstractmethod
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+    def forward(self, z0: Tensor, z1: Tensor, *, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.
 
         Args:
             z0: first view embeddings, (batch_size, embedding_size), not normalised.
             z1: second view embeddings, of the same shape.
+            labels: (batch_size,) int64 classes, of which all embeddings are positives; not with a memory bank.
         """
 
-    def _value(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, epoch: float | None = None) -> Tensor:
+    def _value(self, z0: Tensor, z1: Tensor, **more: Any) -> Tensor:
         if self._open_keys:
             self._open_bank(z0)
-        return loss_or_zero(self.loss, z0, z1, index=index, epoch=epoch)
+        return loss_or_zero(self.loss, z0, z1, **more)
 
     def _open_bank(self, z0: Tensor) -> None:
         check_view(0, z0, z0)
@@ -103,6 +104,7 @@ class DySTreSSLoss(Criterion):
         stabilise: Epochs over which tau_min rises to tau_max; the epoch is then needed with every batch. None: never.
         objective: "ntxent", "macl", "sogclr", "dcl", "dclw" or "dual"; see `dystress_plugin.objectives`.
         sigma: Of "dclw", in [0.01, inf); None is 0.5.
+        positives: How several positives are joined, which batches with labels have: "sum", or "mean" as in SupCon.
 
     Raises:
         ValueError: If not 0 < tau_min <= tau_max, for an unknown profile, a parameter that the profile does not have,
@@ -132,12 +134,13 @@ class DySTreSSLoss(Criterion):
         stabilise: float | None = None,
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
+        positives: str = "sum",
     ) -> None:
         super().__init__("dystress", locals())
 
-    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None) -> Tensor:
+    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None, *, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch; `stabilise` alone reads the epoch, 0 first, and needs it."""
-        return self._value(z0, z1, epoch=epoch)
+        return self._value(z0, z1, epoch=epoch, labels=labels)
 
 
 @final
@@ -159,6 +162,7 @@ class MACLLoss(Criterion):
         gather_distributed: Compare with the batches of all GPUs.
         objective: Of `dystress_plugin.objectives`.
         sigma: Of objective "dclw".
+        positives: As for `DySTreSSLoss`.
 
     Raises:
         ValueError: If a value is out of its range, or for a memory bank of no such size.
@@ -178,6 +182,7 @@ class MACLLoss(Criterion):
         *,
         objective: str | Objective = "macl",
         sigma: float | None = None,
+        positives: str = "sum",
     ) -> None:
         # The temperature checks both under its own names, tau and threshold, which nobody typed here.
         check_positive("temperature", temperature)
@@ -185,8 +190,8 @@ class MACLLoss(Criterion):
             raise ValueError(f"A_0={A_0} must lie in [-1, 1]: it is compared with a mean cosine.")
         super().__init__("macl", locals(), temperature="tau", A_0="threshold")
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        return self._value(z0, z1)
+    def forward(self, z0: Tensor, z1: Tensor, *, labels: Tensor | None = None) -> Tensor:
+        return self._value(z0, z1, labels=labels)
 
 
 @final
@@ -210,6 +215,7 @@ class TemperatureScheduleLoss(Criterion):
         amplitude: Of that schedule; None is tau_max - tau_min.
         objective: Of `dystress_plugin.objectives`.
         sigma: Of objective "dclw".
+        positives: As for `DySTreSSLoss`.
 
     Raises:
         ValueError: If a value is out of its range, or for a memory bank of no such size.
@@ -234,6 +240,7 @@ class TemperatureScheduleLoss(Criterion):
         amplitude: float | None = None,
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
+        positives: str = "sum",
     ) -> None:
         super().__init__("ts", locals())
 
@@ -241,12 +248,20 @@ class TemperatureScheduleLoss(Criterion):
         """What to pass as the epoch at batch `batch` of the `batches` of an epoch, both 0 first; see `per_step`."""
         return self.loss.temperature.clock(epoch, batch, batches)
 
-    def forward(self, z0: Tensor, z1: Tensor, epoch: float | None = None, *, index: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        epoch: float | None = None,
+        *,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """The loss of a batch in an epoch, 0 first, parts of one allowed; without it a ValueError.
 
         With `offset` it needs index too, (batch_size,) int64, the numbers of the images.
         """
-        return self._value(z0, z1, index=index, epoch=epoch)
+        return self._value(z0, z1, index=index, epoch=epoch, labels=labels)
 
 
 @final
@@ -264,6 +279,7 @@ class TemperatureFreeLoss(Criterion):
         gather_distributed: Compare with the batches of all GPUs.
         objective: Of `dystress_plugin.objectives`.
         sigma: Of objective "dclw".
+        positives: As for `DySTreSSLoss`.
 
     Raises:
         ValueError: If clamp is out of its range, or for a memory bank of no such size.
@@ -281,11 +297,12 @@ class TemperatureFreeLoss(Criterion):
         *,
         objective: str | Objective = "ntxent",
         sigma: float | None = None,
+        positives: str = "sum",
     ) -> None:
         super().__init__("tempfree", locals())
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        return self._value(z0, z1)
+    def forward(self, z0: Tensor, z1: Tensor, *, labels: Tensor | None = None) -> Tensor:
+        return self._value(z0, z1, labels=labels)
 
 
 @final
@@ -312,6 +329,7 @@ class ISogCLRLoss(Criterion):
         gather_distributed: Compare with the batches of all GPUs.
         gradient: "cosine" or "difference", see `dystress_plugin.temperature.Individual`.
         objective: Of `dystress_plugin.objectives`; likewise `sigma`, of "dclw".
+        positives: As for `DySTreSSLoss`.
         sigma: As for `DySTreSSLoss`.
 
     Raises:
@@ -340,12 +358,13 @@ class ISogCLRLoss(Criterion):
         gradient: str = "cosine",
         objective: str | Objective = "sogclr",
         sigma: float | None = None,
+        positives: str = "sum",
     ) -> None:
         super().__init__("isogclr", locals())
 
-    def forward(self, z0: Tensor, z1: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch; index, (batch_size,) int64, numbers its images in the data set, a ValueError without."""
-        return self._value(z0, z1, index=index)
+        return self._value(z0, z1, index=index, labels=labels)
 
 
 def _bank_size(memory_bank_size: int | Sequence[int]) -> tuple[int, int | None]:
