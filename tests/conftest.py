@@ -54,10 +54,12 @@ MARKERS = {
         "test_compile.py",
         "test_docs.py",
         "test_errors.py",
+        "test_identities.py",
         "test_import.py",
         "test_learning.py",
         "test_reproduce.py",
         "test_testing.py",
+        "test_waiting.py",
     ),
 }
 QUICK = ("experiment/test_settings.py", "experiment/test_spec.py", "experiment/test_style.py")
