@@ -60,7 +60,8 @@ class Passes:
         if node is not None:
             self._check_reentry(units, state)
         # A checkpoint would drop what is saved for the backward pass, and compute it again from another state.
-        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        # Detached: a result that its own node saves would keep itself, for good where no backward pass comes by.
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself):
             value = compute()
         if value.grad_fn is not None:
             this = _Pass(_mark(units), value.detach().clone())

@@ -8,9 +8,9 @@ The index files are SDCLR's and Temperature Schedules': 11,165 images in classes
 Images of 16 pixels, a network of 77 thousand parameters, 100 epochs of 21 steps; TS goes through two cycles in them.
 The sensitivity is of temperatures half and twice as high as a method's own. Results: results/README.md.
 
-The most important runs come first, seed by seed. The same command resumes, and leaves out what is there; after
-`--seconds` it stops. Arguments KEY=VALUE are those of `dystress pretrain`, and win over the script's own. The small
-files of a run, of which `dystress report` makes its page, are copied to `--results` as it ends.
+The most important runs come first, seed by seed. The same command resumes, and leaves out what is there, in `--out` or
+in `--results`; after `--seconds` it stops. Arguments KEY=VALUE are those of `dystress pretrain`, and win over the
+script's own. The small files of a run, of which `dystress report` makes its page, are copied to `--results` as it ends.
 
 A process trains one run after another, so that only its first one waits for imports, images and the GPU. Convolutions
 are deterministic: one run is done twice, in `again`, and should be equal to the digit.
@@ -57,8 +57,13 @@ class Task(NamedTuple):
     run: PretrainSettings
     group: str
     start: Path
-    results: Path | None
+    results: Path
     scores_start: bool = False
+
+    @property
+    def kept(self) -> Path:
+        """The summary of a run among the small files."""
+        return self.results / self.group / Path(self.run.out or "").name / "summary.json"
 
 
 def groups() -> list[tuple[str, str, CompareSettings]]:
@@ -80,7 +85,7 @@ def groups() -> list[tuple[str, str, CompareSettings]]:
     ]
 
 
-def tasks(data: Path, out: Path, results: Path | None, tokens: list[str]) -> list[Task]:
+def tasks(data: Path, out: Path, results: Path, tokens: list[str]) -> list[Task]:
     """What is to be done, in order: first all starts, as every run wants its own."""
     common = parse(PretrainSettings, [*COMMON, f"protocols=[{','.join(PROTOCOLS)}]", *tokens])
     starts: dict[Path, Task] = {}
@@ -151,8 +156,7 @@ def work(task: Task) -> str:
             if (task.start / name).exists():
                 shutil.copy(task.start / name, folder)
     summary = pretrain(run)
-    if task.results is not None:
-        keep_small_files(folder, task.results / task.group / folder.name, Path(run.data).parent)
+    keep_small_files(folder, task.kept.parent, Path(run.data).parent)
     scores = ", ".join(f"{name} {summary[f'{name}_top1']:.2f}" for name in ("knn", "linear"))
     return f"{task.group}/{folder.name}: {scores}, {summary['seconds']} s, {summary['images_per_second']} images/s"
 
@@ -173,15 +177,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs/long-tails"))
-    parser.add_argument("--results", type=Path, help="folder for the small files of finished runs")
+    parser.add_argument("--results", type=Path, help="folder for the small files of finished runs; null: OUT/small")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train")
     parser.add_argument("--limit", type=int, help="only so many runs")
     parser.add_argument("--seconds", type=float, default=1e7, help="stop after so many")
     chosen = parser.parse_intermixed_args(arguments)
     started = trained = time.monotonic()
-    todo = tasks(chosen.data, chosen.out, chosen.results, chosen.settings)
+    todo = tasks(chosen.data, chosen.out, chosen.results or chosen.out / "small", chosen.settings)
     starts = [task for task in todo if task.scores_start]
-    runs = [task for task in todo if not task.scores_start][: chosen.limit]
+    runs = [task for task in todo if not (task.scores_start or task.kept.exists())][: chosen.limit]
     starts = [start for start in starts if any(task.start == start.start for task in runs)]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // chosen.jobs)))
     context = multiprocessing.get_context("forkserver")

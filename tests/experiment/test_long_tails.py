@@ -23,7 +23,7 @@ def script():
 
 
 def test_a_stop_at_any_time_leaves_whole_seeds(script):
-    todo = script.tasks(Path("data"), Path("out"), None, [])
+    todo = script.tasks(Path("data"), Path("out"), Path("small"), [])
     starts = [task for task in todo if task.scores_start]
     assert todo[: len(starts)] == starts
     runs = [(task.group, task.run.seed) for task in todo[len(starts) :]]
@@ -46,6 +46,7 @@ def test_its_small_files_make_the_same_report_without_weights_and_data(script, t
     said = [script.attempt(task) for task in chosen]
     assert said[0] == ""  # of the start
     assert [line.partition(":")[0] for line in said[1:]] == ["long-tail/simclr-0", "long-tail/dystress-0"]
+    assert all(task.kept.exists() for task in chosen[1:])  # and so left out from now on
     for folder in ("out/long-tail/runs", "small/long-tail"):
         assert dystress("report", {"runs": f"[{folder}]", "protocols": "[knn_1]", "out": f"{folder}-report"}) == 0
         shutil.rmtree(tmp_path / "cifar10-lt", ignore_errors=True)
