@@ -47,7 +47,7 @@ class _Normalize(torch.autograd.Function):
         peak = _peak(z, least)
         units = z / peak
         length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
-        units.div_(length.masked_fill(length == 0, 1.0))
+        units.div_(length.clamp_min(1.0))  # as long as its largest entry, which is 1, unless the row is zero
         length = (length * peak).nan_to_num_(math.inf, math.inf)
         ctx.save_for_backward(units, length)
         return units, length
