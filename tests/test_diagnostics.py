@@ -185,6 +185,17 @@ def test_the_bytes_of_the_table(name, cell, tmp_path, monkeypatch):
         assert path.read_bytes() == "".join(f"{line}\n" for line in expected).encode()
 
 
+def test_a_batch_with_classes_shows_the_pairs_of_its_images(tmp_path):
+    tables = []
+    for name, labels in (("without", None), ("with", torch.arange(BATCH) % 2)):
+        loss = make_loss("dystress")
+        with Recorder(loss, tmp_path / f"{name}.csv") as recorder:
+            loss(*batch(), labels=labels)
+            recorder.step()
+        tables.append(table(tmp_path / f"{name}.csv"))
+    assert tables[0] == tables[1] != []
+
+
 def test_an_exception_leaves_no_hook(tmp_path):
     loss = make_loss("simclr")
     with pytest.raises(ValueError, match="View 1 has shape"), Recorder(loss, tmp_path / "x.csv"):

@@ -28,7 +28,8 @@ class Recorder:
     """Writes diagnostics in a training loop of one's own.
 
     Under torch.distributed rank 0 alone writes, of its own batch. A loss that is inside of a `torch.compile`d module is
-    not seen; compile the model without it.
+    not seen; compile the model without it. With classes it shows pairs of images all the same: as positives the views
+    of one, as negatives those of all others.
 
     Args:
         module: a `ContrastiveLoss`, or any module with one or more among its parts.
@@ -123,6 +124,7 @@ class Recorder:
 
     def _sample(self, name: str, loss: ContrastiveLoss, views: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         self._handles.pop(name).remove()
+        kwargs = {key: value for key, value in kwargs.items() if key != "labels"}  # pairs are those of images
         self._found += summaries(loss, *views, **kwargs, max_images=self.max_images, name=name)
 
 
