@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from dystress_plugin import hardware
 from dystress_plugin.checks import plain, unknown_name
 from dystress_plugin.key_queue import KeyQueue
 from dystress_plugin.objectives import OBJECTIVES, Objective
@@ -75,7 +76,7 @@ def labels_of(labels: Tensor, view: Tensor) -> Tensor:
         raise TypeError(f"labels must be an int64 tensor of classes, not {got}.")
     if labels.shape != view.shape[:1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, the batch needs ({len(view)},).")
-    return labels.to(view.device)
+    return hardware.moved(labels, view.device)
 
 
 def indices_of(index: Index | None, view: Tensor, temperatures: Sequence[Temperature], layout: str) -> Indices:
@@ -103,4 +104,4 @@ def indices_of(index: Index | None, view: Tensor, temperatures: Sequence[Tempera
             raise TypeError(f"index must be an int64 tensor of sample numbers, not {got}.")
         if own.shape != view.shape[:1]:
             raise ValueError(f"index has shape {tuple(own.shape)}, the batch needs ({len(view)},).")
-    return tuple(own.to(view.device) for own in indices)
+    return tuple(hardware.moved(own, view.device) for own in indices)

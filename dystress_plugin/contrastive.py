@@ -192,8 +192,9 @@ class ContrastiveLoss(nn.Module):
             TypeError: for views, index, epoch or labels of another type.
             ValueError: for shapes that do not fit, too few images, a missing index or epoch; for labels in another
                 layout, or of a single class; for state that a transform of torch.func would have to change; or for
-                embeddings that are not finite. Labels and embeddings are looked at on the CPU alone (on CUDA, in
-                compiled code and under torch.func they propagate: looking would wait for the device or is impossible).
+                embeddings that are not finite. Labels, embeddings and how far an index runs are looked at on the CPU
+                alone (in compiled code and under torch.func there is nothing to look at, and on CUDA a step would wait
+                for the device: numbers that are not finite propagate, and an index beyond a table is CUDA's own error).
         """
         units, indices, epoch = self._checked(views, index, epoch)
         trains = self.training and torch.is_grad_enabled()
