@@ -181,7 +181,7 @@ def test_the_code_of_a_page_runs(page, folder, capsys, monkeypatch):
 def test_the_pages_have_code_and_hardly_any_that_does_not_run():
     found = [block for page in PAGES for block in blocks(page)]
     assert sum(language == "python" for _, _, language, _ in found) > 20
-    assert sum(not runs for _, runs, _, _ in found) <= 1
+    assert sum(not runs for _, runs, _, _ in found) <= 2  # of hosts that no extra of the tests brings
 
 
 # What others run.
