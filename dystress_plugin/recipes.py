@@ -267,7 +267,7 @@ def register(recipe: Recipe, *, variants: bool = False) -> Recipe:
 
     Args:
         recipe: the method.
-        variants: whether to register `..._dcl`, `..._dclw` and `..._moco` too, as far as they differ from it.
+        variants: whether to register `..._dcl`, `..._dclw`, `..._dual` and `..._moco` too, as far as they differ.
 
     Returns:
         The recipe.
