@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,9 @@ def peak_bytes(training: Training, batch: int, chunk: int) -> float:
 def alone(batch: int, given: list[str]) -> float:
     """`peak_bytes` in a process of its own."""
     command = [sys.executable, __file__, *given, "--measure", str(batch)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    # What is freed goes back at once, or glibc's heap, with holes between what is held, would be counted as well.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
