@@ -37,6 +37,7 @@ SHOWN: list[tuple[str, str, Temperature, Any]] = [
     ("DySTreSS, constant above -0.2", "dystress", temperature.DySTreSS(profile="cosine_constant"), "-."),
     ("DySTreSS, exponential", "dystress", temperature.DySTreSS(profile="exponential"), ":"),
     ("DySTreSS, linear", "dystress", temperature.DySTreSS(profile="linear"), (0, (6, 2, 1, 2, 1, 2))),
+    ("DySTreSS, root (TeMo)", "dystress", temperature.DySTreSS(profile="root"), (0, (1, 1))),
     (f"MACL, aligned to {ALIGNED}", "macl", temperature.ModelAware(), "-"),
     ("TS, a quarter of the cycle", "ts", temperature.CosineSchedule(), "-"),
     ("temperature-free", "tempfree", temperature.TemperatureFree(), "-"),
@@ -67,8 +68,9 @@ def grid(mode: str) -> None:
     axes = {
         "temperature": ["constant", "per pair (DySTreSS)", "per batch (MACL)", "per epoch (TS)", "per image (iSogCLR)",
                         "per anchor (TempNet)", "learned (CLIP, FastCLIP)", "none (temperature-free)"],
-        "objective": ["NT-Xent", "MACL", "DCL", "DCLW", "SogCLR", "GCL"],
-        "layout": ["views of a batch (SimCLR)", "a queue of keys (MoCo)", "one way (SimCSE)", "both ways (CLIP)"],
+        "objective": ["NT-Xent", "MACL", "DCL", "DCLW", "SogCLR", "GCL", "dual (SimCo)"],
+        "layout": ["views of a batch (SimCLR)", "views of a class (SupCon)", "a queue of keys (MoCo)",
+                   "one way (SimCSE)", "both ways (CLIP)"],
     }  # fmt: skip
     ax = bare(9.6, 3.6)
     for number, (name, values) in enumerate(axes.items()):
