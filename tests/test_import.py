@@ -61,6 +61,7 @@ def test_public_names_are_those_of_the_contract():
         "Constant",
         "CosineSchedule",
         "DySTreSS",
+        "Hardness",
         "Individual",
         "Learnable",
         "LogitMap",
@@ -75,4 +76,5 @@ def test_public_names_are_those_of_the_contract():
         "Temperature",
         "TemperatureFree",
         "WarmUp",
+        "WeightedMap",
     ]
