@@ -165,7 +165,7 @@ def summarise(
         **trained.top1,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
-        # None where nothing was left to train.
+        # None where nothing was left to train, or processes were spawned for it, which keep it to themselves.
         "images_per_second": images_per_second and round(images_per_second, 1),
     }
     files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
