@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import yaml
+
+from dystress_plugin.experiment.settings import PretrainSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -87,7 +91,11 @@ def folder(tmp_path, monkeypatch):
         for path in (Path("PHOTOS"), *(Path("FOLDER") / part / f"class{number % 3}" for part in ("train", "val"))):
             (tmp_path / path).mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / path / f"{number}.png")
-    np.save(tmp_path / "split1_D_i.npy", np.arange(24))
+    for name in ("split1_D_i.npy", "split1_D_b.npy"):
+        np.save(tmp_path / name, np.arange(24))
+    kept = Path("results") / "long-tails" / "long-tail"
+    for run in sorted((ROOT / kept).iterdir())[:2]:
+        shutil.copytree(run, tmp_path / kept / run.name)
     for name in (FEW, "first5000.txt"):
         (tmp_path / name).write_text("\n".join(map(str, range(64))))
     monkeypatch.chdir(tmp_path)
@@ -214,7 +222,9 @@ def check_python(words):
         if word.startswith("--"):
             assert word in source, f"{words[0]} has no {word}"
         elif re.match(r"[a-z_]+=", word):
-            assert re.search(rf"\b{word.partition('=')[0]}\b", source), f"{words[0]} has no {word}"
+            name = word.partition("=")[0]
+            known = "KEY=VALUE" in source and name in {field.name for field in fields(PretrainSettings)}
+            assert known or re.search(rf"\b{name}\b", source), f"{words[0]} has no {word}"
 
 
 def check_pip(words):
