@@ -80,10 +80,9 @@ class ContrastiveLoss(nn.Module):
             objective of p alone, in NT-Xent with the other positives among what it is compared with, as in SupCon:
             mean_p -log( e^a_p / (sum_p e^a_p + sum_n e^a_n) ). The same with labels, where "dclw" has no "mean".
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
-            and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views) on a CPU,
-            where it is the faster one below; on a GPU, until it is measured there, up to a hundredth of a CUDA device's
-            memory, and at least 64 MiB; and as far as 2^26 entries where torch.func or forward-mode differentiation
-            need all of it.
+            and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views) on a CPU and up
+            to 64 MiB (2048 images) elsewhere, where it is the faster one below; and as far as 2^26 entries where
+            torch.func or forward-mode differentiation need all of it.
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.

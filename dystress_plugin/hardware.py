@@ -1,4 +1,4 @@
-"""What depends on the device: how wide its numbers are, its memory, and what the host may know without a wait."""
+"""What depends on the device: how wide its numbers are, and what the host may know without a wait."""
 
 from __future__ import annotations
 
@@ -31,13 +31,6 @@ def moved(given: Tensor, device: torch.device) -> Tensor:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where operations keep the dtypes that they are given."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def memory(device: torch.device) -> int:
-    """Bytes that a CUDA device has in all, so that every step and every rank finds the same; 0 for others."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 0
-    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 class Glance:
