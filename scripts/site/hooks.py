@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     def moved(link: re.Match[str]) -> str:
         target = resolved(here, link[1])
         inside = target.removeprefix("docs/") if target.startswith("docs/") else place(target)
-        if not (ROOT / target).is_file():
+        if not (ROOT / target).exists():
             return link[1]  # which mkdocs reports
         return posixpath.relpath(inside, posixpath.dirname(here) or ".")
 
@@ -82,9 +82,9 @@ def resolved(page: str, link: str) -> str:
 
 
 def outside(page: str, markdown: str) -> set[str]:
-    """Files of the repository that a page links to and that are not under docs/."""
+    """Files and folders of the repository that a page links to and that are not under docs/."""
     links = {resolved(page, link) for link in LINK.findall(FENCED.sub("", markdown))}
-    return {link for link in links if (ROOT / link).is_file() and not link.startswith("docs/")}
+    return {link for link in links if (ROOT / link).exists() and not link.startswith("docs/")}
 
 
 def place(target: str) -> str:
@@ -100,6 +100,9 @@ def shown_as(target: str) -> dict[str, str]:
     path = ROOT / target
     if path.suffix in (".png", ".svg"):
         return {"abs_src_path": str(path)}
+    if path.is_dir():
+        files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+        return {"content": f"# {target}\n\n````text\n" + "\n".join(files) + "\n````\n"}
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return {"content": text}
