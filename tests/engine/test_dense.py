@@ -15,10 +15,10 @@ def units(rows, dim, seed=0):
 
 
 def map_of(name, rows, side="negative"):
-    index = torch.arange(rows, device=DEVICE) if CASES[name].maps is None else None
+    index = torch.arange(rows, device=DEVICE)
     batch = Batch(torch.full((rows, 1), 0.7, dtype=torch.float64, device=DEVICE), index, EPOCH, 1, torch.mean)
     temperature = build(name)
-    if index is not None:
+    if CASES[name].maps is None:
         temperature.tau[:rows] = torch.linspace(0.06, 0.5, rows)
     return getattr(temperature.prepare(batch), side)
 
