@@ -10,6 +10,7 @@ sentences := tests/frameworks/test_sentence_transformers.py
 solo := tests/frameworks/test_solo_methods.py tests/frameworks/test_solo_settings.py
 open-clip := tests/frameworks/test_open_clip.py
 lightly-train := tests/frameworks/test_lightly_train.py
+stable-pretraining := tests/frameworks/test_stable_pretraining.py
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

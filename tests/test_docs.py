@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dystress_plugin import recipes
 from dystress_plugin.experiment.settings import PretrainSettings
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,15 @@ def pipeline(words):
 
 
 # What a page is about is there in its folder.
+
+
+@pytest.fixture(autouse=True)
+def own_table(monkeypatch):
+    """What a page registers is gone with it, and no adapter hears of it."""
+    for name in ("METHODS", "_BY"):
+        monkeypatch.setattr(recipes, name, dict(getattr(recipes, name)))
+    monkeypatch.setattr(recipes, "_TABLE", recipes.METHODS)
+    monkeypatch.setattr(recipes, "_FOLLOWERS", [])
 
 
 @pytest.fixture
