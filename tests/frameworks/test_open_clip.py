@@ -254,6 +254,9 @@ METHODS = {
     "macl": [],
     "ts": [],
     "tempfree": [],
+    "temo": [],
+    "simco": [],
+    "dystress_clip": [],
     "isogclr": ["method_kwargs.rho=1"],
     "fastclip": ["method_kwargs.rho=1", "method_kwargs.gamma=0.5"],
     "tempnet": ["method_kwargs.rho=1", "temperature_lr=0.01"],
@@ -262,7 +265,7 @@ METHODS = {
 
 def test_every_method_without_a_queue_is_tried():
     ours = [m for m in recipes.METHODS.values() if m.temperature.__module__.startswith("dystress_plugin.")]
-    assert {m.name for m in ours if not m.queue and not m.name.endswith(("_dcl", "_dclw"))} == set(METHODS)
+    assert {m.name for m in ours if not m.queue and not m.name.endswith(("_dcl", "_dclw", "_dual"))} == set(METHODS)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
