@@ -281,10 +281,17 @@ def test_defaults_are_the_tables_and_lightly_trains(host):
     theirs = host.helpers.get_method_cls("simclr").method_args_cls()()
     for name, cls in host.classes.items():
         args = cls.method_args_cls()()
-        parameters = {key: value for key, value in METHODS[name].parameters.items() if key != "num_samples"}
+        parameters = METHODS[name].choices
         assert {key: getattr(args, key) for key in parameters} == parameters
         assert args.hidden_dim == theirs.hidden_dim
         assert "temperature" not in args.model_dump()
+
+
+def test_a_parameter_of_any_type_is_taken(host, tmp_path):
+    np.save(tmp_path / "counts.npy", np.array([3, 1, 2]))
+    for offset in ([3, 1, 2], str(tmp_path / "counts.npy")):
+        loss = host.classes["ts"].method_args_cls()(offset=offset).criterion()
+        assert loss.temperature.counts.tolist() == [3, 1, 2]
 
 
 @pytest.mark.parametrize(
