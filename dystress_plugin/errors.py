@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 PACKAGE = "dystress-plugin"
 # What is installed is mostly called as what is imported.
@@ -58,6 +63,35 @@ def to_install(extra: str, lacking: ImportError | str = "") -> str:
     if (clone / "pyproject.toml").is_file():
         return f'pip install -e "{clone}[{extra}]"'
     return f'pip install "{PACKAGE}[{extra}]{_origin()}"'
+
+
+def checked_version(distribution: str, oldest: str, newest: str, supported: str, advice: str) -> Version:
+    """The installed version of a host, which the caller's caller imports.
+
+    Args:
+        distribution: name of the host's package.
+        oldest: the first that works.
+        newest: the last that was tried, of which any patch will do.
+        supported: which versions are, the beginning of a sentence.
+        advice: what to do about another one, a line.
+
+    Raises:
+        ImportError: if it is missing or older; two lines.
+
+    Warns:
+        UserWarning: if it is newer.
+    """
+    from packaging.version import Version  # which the loss alone does without
+
+    try:
+        version = Version(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{supported}, and none is installed.\n{advice}") from None
+    if version < Version(oldest):
+        raise ImportError(f"{supported}, and {version} is installed.\n{advice}")
+    if version.release[:2] > Version(newest).release[:2]:
+        warnings.warn(f"{supported}; {version} is installed, and nobody has tried it yet.", stacklevel=4)
+    return version
 
 
 def _extra_with(distribution: str, otherwise: str) -> str:

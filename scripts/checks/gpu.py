@@ -3,7 +3,7 @@
 
     scripts/checks/gpu.sh                                    # all sections, at most nine minutes, into results/gpu
     scripts/checks/gpu.sh --seconds 150 --quick              # smaller
-    scripts/checks/gpu.sh --device cpu --quick --out /tmp/x  # that it runs at all; no CUDA graphs, no waiting to catch
+    scripts/checks/gpu.sh --device cpu --quick --out runs/gpu  # that it runs; no CUDA graphs, no waiting to catch
     scripts/checks/gpu.sh --sections steps,errors
 
 It needs PyTorch and says what else it misses and so leaves out. The sections:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from packaging.version import Version
-
-from dystress_plugin.errors import to_install
+from dystress_plugin.errors import checked_version, to_install
 
 OLDEST = "0.13.0"  # the first with lightly_train.pretrain
 NEWEST = "0.18.0"
@@ -44,7 +40,7 @@ def register() -> None:
     Warns:
         UserWarning: if it is newer than what was tried.
     """
-    version = _checked_version()
+    version = checked_version("lightly-train", OLDEST, NEWEST, SUPPORT, ADVICE)
     try:
         from lightly_train._methods import method_helpers
 
@@ -55,15 +51,3 @@ def register() -> None:
         raise ImportError(f"{SUPPORT}, and {version} does not work: {error}\n{ADVICE}") from error
     if not isinstance(table, MethodTable):
         method_helpers._method_name_to_cls = MethodTable(table, CLASSES)
-
-
-def _checked_version() -> Version:
-    try:
-        version = Version(importlib.metadata.version("lightly-train"))
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"{SUPPORT}, and none is installed.\n{ADVICE}") from None
-    if version < Version(OLDEST):
-        raise ImportError(f"{SUPPORT}, and {version} is installed.\n{ADVICE}")
-    if version.release[:2] > Version(NEWEST).release[:2]:
-        warnings.warn(f"{SUPPORT}; {version} is installed, and nobody has tried it yet.", stacklevel=4)
-    return version
