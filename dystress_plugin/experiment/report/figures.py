@@ -180,7 +180,7 @@ def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
             colorbar.outline.set_visible(False)
         axes[0].set_title(title)
         axes[-1].set_xlabel("training step")
-        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     return _picture(draw, f"{title}: histograms of the {quantity} over training", (SIZE[0], 3.9), panels=2)
 
