@@ -52,6 +52,8 @@ def test_its_small_files_make_the_same_report_without_weights_and_data(script, t
         shutil.rmtree(tmp_path / "cifar10-lt", ignore_errors=True)
     tables = [pd.read_csv(f"{folder}-report/results.csv") for folder in ("out/long-tail/runs", "small/long-tail")]
     pd.testing.assert_frame_equal(*tables)
+    # All classes have as many images.
+    assert "frequency" not in Path("small/long-tail-report/report.html").read_text()
     assert set(tables[0]["name"]) == {"simclr", "dystress", "untrained"}
     kept = list(Path("small").rglob("*.*"))
     assert {path.name for path in kept} <= {*script.SMALL, "report.html", "results.csv"}

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import matplotlib as mpl
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 from scipy.stats import dunnett, ttest_ind
 
 from dystress_plugin.experiment.arms import family_of
+from dystress_plugin.experiment.evaluate.protocols import Features, protocol
+from dystress_plugin.experiment.evaluate.scores import score
 from dystress_plugin.experiment.report import command, figures, records
 from dystress_plugin.experiment.report.differences import Difference, differences, interval, sentence, simultaneous
 from dystress_plugin.experiment.report.page import spread
@@ -193,6 +196,19 @@ def diagnostics_of(path, steps):
     ]
     path.write_text(pd.DataFrame(rows).to_csv(index=False))
     return path
+
+
+@pytest.mark.parametrize(
+    ("counts", "drawn"), [((6, 6, 6), False), ((9, 8, 6), False), ((18, 9, 2), True), ((12, 6), True)]
+)
+def test_classes_are_drawn_over_their_frequency_where_that_differs(counts, drawn):
+    labels, features = torch.arange(len(counts)), torch.eye(len(counts))
+    train = labels.repeat_interleave(torch.tensor(counts))
+    shown = Features(features[train], train, features, labels, features[train], train, tuple("abc"[: len(counts)]))
+    scores = score(shown, [protocol("linear"), protocol("knn_1")])
+    rows = pd.DataFrame([{"name": "a", **vars(each)} for each in scores])
+    assert figures._class_protocols(rows) == (["linear"] if drawn else [])
+    assert bool(records.frequency_groups(rows)) == drawn
 
 
 def test_one_sample_of_diagnostics_is_drawn_as_one_and_several_over_the_steps(tmp_path):

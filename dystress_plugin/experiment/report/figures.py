@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
+from dystress_plugin.experiment.report.records import frequency_groups
 from dystress_plugin.experiment.style import COMMON, NEGATIVE, POSITIVE, Style
 
 if TYPE_CHECKING:
@@ -259,5 +260,8 @@ def _short(name: str) -> str:
 
 
 def _class_protocols(rows: pd.DataFrame) -> list[str]:
+    """By which classes are drawn over their frequency; by none where that is the same for all of them."""
+    if not frequency_groups(rows):
+        return []
     there = list(rows["protocol"][rows["group"] != "all"].unique())
     return [name for name in PER_CLASS if name in there] or there[:1]

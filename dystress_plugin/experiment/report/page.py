@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED, protocol
 from dystress_plugin.experiment.report import cost, figures
 from dystress_plugin.experiment.report.differences import FEW_SEEDS, differences, sentence
-from dystress_plugin.experiment.report.records import UNTRAINED, Run, one_per, unequal
+from dystress_plugin.experiment.report.records import UNTRAINED, Run, frequency_groups, one_per, unequal
 from dystress_plugin.experiment.style import GREY, Style, styles
 
 
@@ -65,7 +65,7 @@ def render(runs: Sequence[Run], rows: pd.DataFrame, names: Sequence[str], out: P
         titles_of={name: its.title for name, its in how.items()},
         constants=constants,
         summary=summary(rows, "all"),
-        groups={group: summary(rows, group) for group in _groups(rows)},
+        groups={group: summary(rows, group) for group in frequency_groups(rows)},
         differences=found,
         sentences=[
             sentence(titles[name], mine)
@@ -93,10 +93,6 @@ def spread(values: Iterable[float]) -> str:
     """Mean and, of more than one, the standard deviation, with two decimals."""
     series = pd.Series(values)
     return f"{series.mean():.2f}" + (f" ± {series.std():.2f}" if len(series) > 1 else "")
-
-
-def _groups(rows: pd.DataFrame) -> list[str]:
-    return [group for group in rows["group"].unique() if group != "all" and not group.startswith("class ")]
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:

@@ -141,6 +141,11 @@ def read_rows(runs: Sequence[Run], protocols: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame([row for part in parts for row in part])
 
 
+def frequency_groups(rows: pd.DataFrame) -> list[str]:
+    """Groups of classes by their training images, such as tail; none where all classes have about equally many."""
+    return [group for group in rows["group"].unique() if group != "all" and not group.startswith("class ")]
+
+
 def _unlabelled_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What stands for accuracies, from the summaries of the runs."""
     summaries = {run.folder: files.read_json(run.folder / "summary.json") for run in runs}
