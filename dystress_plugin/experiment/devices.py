@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
 import re
 import signal
 from collections.abc import Iterator
@@ -37,6 +38,16 @@ def torch_device(accelerator: str) -> str:
     if accelerator != "cpu" and there["cuda"]:
         return "cuda"
     return "mps" if accelerator in ("gpu", "mps") else "cpu"
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is, such as NVIDIA H100 80GB HBM3, or x86_64 CPU with 2 threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{platform.machine()} {device.type.upper()}"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU with {threads} thread{'s' if threads > 1 else ''}"
 
 
 def build_trainer(hardware: HardwareSpec, **options: Any) -> Trainer:

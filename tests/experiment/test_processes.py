@@ -126,7 +126,8 @@ def test_workers_that_are_not_forked_change_no_number(elsewhere):
 
 
 def test_processes_that_lightning_spawns_share_the_images_and_return_the_weights(elsewhere):
-    out = elsewhere[0] / "ddp_spawn"
+    folder, printed = elsewhere
+    out = folder / "ddp_spawn"
     assert [row["epoch"] for row in rows(out)] == ["0", "1"]
     state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     # Each of the 18 images was on one of the two, and iSogCLR's tables know it.
@@ -138,6 +139,11 @@ def test_processes_that_lightning_spawns_share_the_images_and_return_the_weights
     hparams, config = OmegaConf.load(out / "tensorboard" / "hparams.yaml"), OmegaConf.load(out / "config.yaml")
     assert hparams == config.settings
     assert hparams.lr == pytest.approx(0.075 * 6**0.5)
+    # Measured in a process that has ended.
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["images_per_second"] > 0
+    assert summary["device"].startswith("2 x ")
+    assert printed.count(" images/s in training") == 3
 
 
 def test_every_process_that_a_launcher_starts_sees_that_a_run_has_finished(tiny):

@@ -30,14 +30,13 @@ from dystress_plugin.experiment.evaluate.scores import (
 from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.interruption import Progress, resumable
 from dystress_plugin.experiment.keys import checked
-from dystress_plugin.experiment.pretrain import figures
+from dystress_plugin.experiment.pretrain import figures, speed
 from dystress_plugin.experiment.pretrain.folder import RunFolder
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
 from dystress_plugin.experiment.pretrain.trainer import (
     HOST_NOISE,
-    ImagesPerSecond,
     Loader,
     Loaders,
     make_loaders,
@@ -98,8 +97,7 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
     fit(module, loaders, trainer, folder)
     if not first:
         return {}
-    (speed,) = (its for its in trainer.callbacks if isinstance(its, ImagesPerSecond))  # type: ignore[attr-defined]
-    return summarise(module, data, loaders[0], folder, untrained, started, speed.median)
+    return summarise(module, data, loaders[0], folder, untrained, started)
 
 
 def prepare(settings: PretrainSettings, devices: int) -> tuple[RunSpec, Data, dict[str, Scan]]:
@@ -138,7 +136,6 @@ def summarise(
     folder: RunFolder,
     untrained: dict[str, Any],
     started: float,
-    images_per_second: float | None,
 ) -> dict[str, Any]:
     """Scores what was trained, and writes backbone, figures and, last, `summary.json`, whose content it returns."""
     spec, out = module.spec, folder.path
@@ -165,8 +162,7 @@ def summarise(
         **trained.top1,
         **{f"untrained_{name}": value for name, value in untrained.items()},
         "seconds": round(time.monotonic() - started, 1),
-        # None where nothing was left to train, or processes were spawned for it, which keep it to themselves.
-        "images_per_second": images_per_second and round(images_per_second, 1),
+        **speed.summary(out),
     }
     files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +20,7 @@ from dystress_plugin.experiment.data.transforms import plain_transform, view_tra
 from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.pretrain.guard import NanGuard
+from dystress_plugin.experiment.pretrain.speed import ImagesPerSecond
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import HardwareSpec, RunSpec, part
 from dystress_plugin.experiment.terminal import MEASURES
@@ -98,7 +97,7 @@ def make_trainer(settings: PretrainSettings, out: Path) -> Trainer:
             every_n_epochs=settings.check_every_n_epochs,
             save_on_train_epoch_end=True,  # when the epoch has its row in the table
         ),
-        ImagesPerSecond(),
+        ImagesPerSecond(out),
     ]
     bar = settings.progress and sys.stdout.isatty()
     if settings.progress:
@@ -149,32 +148,6 @@ class SeedEveryEpoch(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seed_cpu(self.seed, trainer.current_epoch, trainer.global_rank)
         torch.cuda.manual_seed_all(int(torch.randint(2**31, ())))
-
-
-class ImagesPerSecond(Callback):
-    """Measures how many images an epoch trains on in a second, on all devices, without what is measured after it."""
-
-    def __init__(self) -> None:
-        self._epochs: list[float] = []
-        self._started = 0.0
-
-    @property
-    def median(self) -> float | None:
-        """Of the epochs of this process, so that the first one's start counts little; None without any."""
-        return median(self._epochs) if self._epochs else None
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not trainer.is_last_batch:
-            return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        images = len(batch[-1]) * trainer.num_training_batches * trainer.world_size
-        self._epochs.append(images / (time.monotonic() - self._started))
 
 
 class EpochTable(Callback):

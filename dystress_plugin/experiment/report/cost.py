@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,8 @@ import pandas as pd
 import torch
 
 from dystress_plugin.experiment.data.datasets import load_for_run
+from dystress_plugin.experiment.devices import device_name
+from dystress_plugin.experiment.evaluate.scores import scoring_device
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.io.files import write_table
 from dystress_plugin.experiment.pretrain.module import PretrainModule
@@ -66,7 +67,8 @@ def measure(runs: Sequence[Run], table: Path) -> None:
     """Measures a step of each arm into `table`, unless that is of the same arms already."""
     if not read(runs, table):
         arms, reference = measured_arms(runs)
-        found = _compared(_measure(arms), reference)
+        device, seconds = _measure(arms)
+        found = _compared(seconds, reference, device_name(device))
         write_table(table, [f.name for f in fields(Cost)], map(vars, found))
 
 
@@ -78,8 +80,7 @@ def read(runs: Sequence[Run], table: Path) -> list[Cost]:
     return costs if [cost.name for cost in costs] == list(arms) else []
 
 
-def _compared(seconds: Mapping[str, Sequence[float]], reference: str) -> list[Cost]:
-    machine = _machine()
+def _compared(seconds: Mapping[str, Sequence[float]], reference: str, machine: str) -> list[Cost]:
     found = []
     for name, taken in seconds.items():
         ratios = [mine / its for mine, its in zip(taken, seconds[reference], strict=True)]
@@ -88,11 +89,11 @@ def _compared(seconds: Mapping[str, Sequence[float]], reference: str) -> list[Co
     return found
 
 
-def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
+def _measure(runs: Mapping[str, Path]) -> tuple[torch.device, dict[str, list[float]]]:
     settings = {name: read_config(run / "config.yaml") for name, run in runs.items()}
     name, some = next(iter(settings.items()))
     data = load_for_run(runs[name], some).data
-    device = "cuda" if some.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
+    device = torch.device(scoring_device(some))
     size, batch = some.model.image_size, some.data.batch_size
     modules = {name: build_module(run, data).to(device) for name, run in settings.items()}
     views = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
@@ -106,7 +107,7 @@ def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
             taken = _step(module, views, index)
             if number >= WARM_UP:
                 seconds[name].append(taken)
-    return seconds
+    return device, seconds
 
 
 def _step(module: PretrainModule, views: list[torch.Tensor], index: torch.Tensor) -> float:
@@ -119,9 +120,3 @@ def _step(module: PretrainModule, views: list[torch.Tensor], index: torch.Tensor
     taken = time.perf_counter() - started
     module.zero_grad(set_to_none=True)
     return taken
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
