@@ -9,6 +9,7 @@ from typing import Any
 from dystress_plugin import recipes
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.objectives import OBJECTIVES
+from dystress_plugin.temperature import Constant
 
 
 def method_of(arm: str) -> str:
@@ -20,6 +21,11 @@ def family_of(method: str) -> str:
     """The method with a fixed temperature and the same word behind the underscore, such as simclr_moco; else simclr."""
     named = "_".join(["simclr", *method.split("_")[1:]])
     return named if named in recipes.METHODS else "simclr"
+
+
+def is_constant(method: str) -> bool:
+    """Whether a method is a fixed temperature and nothing else: SimCo's is fixed as well."""
+    return recipes.recipe(method).temperature is Constant and family_of(method) == method
 
 
 def loss_in_batch(method: str, settings: Mapping[str, Any], *lengths: int) -> ContrastiveLoss:

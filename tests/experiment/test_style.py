@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,8 @@ from dystress_plugin.experiment.inspect.figures import draw
 from dystress_plugin.experiment.pretrain.figures import curves
 from dystress_plugin.experiment.pretrain.trainer import COLUMNS
 from dystress_plugin.experiment.style import styles
-from dystress_plugin.recipes import METHODS
+from dystress_plugin.recipes import METHODS, Recipe
+from dystress_plugin.temperature import Constant, Learnable
 
 
 @pytest.fixture
@@ -60,6 +62,9 @@ def test_colours_of_an_inspection_are_those_of_methods_and_of_negatives(tmp_path
     assert thick == {arms["steep"].color}
     for name in ("weights", "gradients"):
         assert set().union(*map(colors_of, drawn[name].axes)) - {"#000000"} == own | {style.NEGATIVE}, name
+    for axes in drawn["measures"].axes:
+        assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [arm.color for arm in arms.values()]
+        assert [bar.get_hatch() or "" for bar in axes.patches] == [arm.hatch for arm in arms.values()]
     (axes,) = drawn["similarities"].axes
     assert [patch.get_fill() for patch in axes.patches] == [True, False]
 
@@ -68,15 +73,40 @@ def test_a_method_has_one_colour_in_every_figure_and_pairs_have_others():
     bases = [name for name in METHODS if "_" not in name]
     colors = {name: style.method_color(name) for name in bases}
     assert not set(colors.values()) & {style.POSITIVE, style.NEGATIVE}
-    assert [name for name in bases if colors[name] == style.GREY] == ["simclr", "simco"]
-    kinds = {METHODS[name].temperature for name in bases}
-    assert len(set(colors.values())) == min(len(kinds), 1 + len(style.COLORS))
+    assert [name for name in bases if colors[name] == style.GREY] == ["simclr"]
+    kinds = {METHODS[name].temperature for name in bases} | {"SimCo's"}
+    assert len(set(colors.values())) == len(kinds)
+    assert colors["temo"] == colors["dystress"]
     arms = styles(
         {name: name for name in METHODS} | {"constant-0.1": "simclr"}, dict.fromkeys([*METHODS, "constant-0.1"])
     )
     for name in METHODS:
         assert style.method_color(name) == arms[name].color == colors[name.partition("_")[0]]
     assert arms["constant-0.1"].color == style.GREY
+
+
+def test_a_method_of_another_package_is_grey_only_where_it_is_a_constant_and_told_apart_from_all_others(monkeypatch):
+    class Theirs(Learnable):
+        pass
+
+    more = [type(f"Theirs{number}", (Theirs,), {}) for number in range(5)]
+    theirs = {
+        f"theirs{number}": Recipe(f"theirs{number}", "", kind, "ntxent", "", "") for number, kind in enumerate(more)
+    }
+    theirs |= {
+        "fixed": Recipe("fixed", "", Constant, "dclw", "", ""),
+        "simco2": replace(METHODS["simco"], name="simco2"),
+    }
+    before = {name: style.method_color(name) for name in METHODS}
+    for name, recipe in theirs.items():
+        monkeypatch.setitem(METHODS, name, recipe)
+    constants = {f"constant-{number}": "simclr" for number in range(5)}
+    arms = styles({name: name for name in METHODS} | constants, dict.fromkeys([*METHODS, *constants]))
+    assert {name: arms[name].color for name in before} == before
+    grey = {name for name, arm in arms.items() if arm.color == style.GREY}
+    assert grey == {"simclr", "simclr_dcl", "simclr_dclw", "simclr_moco", *constants}
+    for how in ("line", "marker", "hatch"):
+        assert len({(arm.color, str(getattr(arm, how))) for arm in arms.values()}) == len(arms), how
 
 
 def test_arms_of_one_method_are_told_apart_by_lines():

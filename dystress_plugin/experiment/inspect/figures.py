@@ -120,7 +120,9 @@ def _measures(figure: Figure, effects: Effects, style: Styles, seen: Similaritie
         (panels[3], "inverted_percent", "inverted order", 1.0, "of the pairs (%)"),
     ):
         values = [scale * found.measures[key] for found in effects.values()]
-        bars = axes.barh(names, values, color=[style[name].color for name in names])
+        bars = axes.barh(names, values, color=[style[name].color for name in names], edgecolor="white", linewidth=0)
+        for bar, name in zip(bars, names, strict=True):
+            bar.set_hatch(style[name].hatch)
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
         axes.set(title=title, xlabel=unit, xlim=(0, 1.25 * max([*values, 1.0])))
         axes.grid(visible=False)

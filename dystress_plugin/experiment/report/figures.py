@@ -92,10 +92,10 @@ def _differences(found: Sequence[Difference], name: str, style: Mapping[str, Sty
 
     def draw(axes: Axes) -> None:
         for y, d in enumerate(mine):
-            color = style[d.name].color
+            color, marker = style[d.name].color, style[d.name].marker
             if d.low is not None and d.high is not None:
                 axes.plot([d.low, d.high], [y, y], color=color, linewidth=2.5, solid_capstyle="butt")
-            axes.plot(d.mean, y, "o", color=color, markersize=6)
+            axes.plot(d.mean, y, marker, color=color, markersize=6)
         axes.axvline(0, color=TEXT, linewidth=1)
         axes.set_yticks(range(len(mine)), [style[d.name].title.replace(", ", ",\n") for d in mine], fontsize=8)
         axes.set_ylim(len(mine) - 0.5, -0.5)

@@ -12,14 +12,13 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from dystress_plugin import recipes
-from dystress_plugin.experiment.arms import family_of
+from dystress_plugin.experiment.arms import family_of, is_constant
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
 from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE, is_labelled
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.config import comparable, read_config
 from dystress_plugin.experiment.places import check_folders
 from dystress_plugin.experiment.spec import RunSpec
-from dystress_plugin.temperature import Constant
 
 UNTRAINED = "untrained"
 
@@ -60,10 +59,8 @@ class Run:
 
     @property
     def constant(self) -> float | None:
-        """The fixed temperature, if it is that and nothing else: SimCo's is fixed as well."""
-        method = self.settings.method
-        fixed = recipes.recipe(method).temperature is Constant and family_of(method) == method
-        return float(self.settings.method_kwargs["tau"]) if fixed else None
+        """The fixed temperature, if the run has that and nothing else."""
+        return float(self.settings.method_kwargs["tau"]) if is_constant(self.settings.method) else None
 
     @property
     def title(self) -> str:
