@@ -9,8 +9,9 @@ Images of 16 pixels, a network of 77 thousand parameters, 100 epochs of 21 steps
 The sensitivity is of temperatures half and twice as high as a method's own. Results: results/README.md.
 
 The most important runs come first, seed by seed. The same command resumes, and leaves out what is there, in `--out` or
-in `--results`; after `--seconds` it stops. Arguments KEY=VALUE are those of `dystress pretrain`, and win over the
-script's own. The small files of a run, of which `dystress report` makes its page, are copied to `--results` as it ends.
+in `--results`; after `--seconds` it stops; `--only long-tail sensitivity` leaves out other groups. Arguments KEY=VALUE,
+before the options, are those of `dystress pretrain`, and win over the script's own. The small files of a run, of which
+`dystress report` makes its page, are copied to `--results` as it ends; summary.json names device and PyTorch.
 
 A process trains one run after another, so that only its first one waits for imports, images and the GPU. Convolutions
 are deterministic: one run is done twice, in `again`, and should be equal to the digit.
@@ -24,6 +25,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -86,12 +88,14 @@ def groups() -> list[tuple[str, str, CompareSettings]]:
     ]
 
 
-def tasks(data: Path, out: Path, results: Path, tokens: list[str]) -> list[Task]:
-    """What is to be done, in order: first all starts, as every run wants its own."""
+def tasks(data: Path, out: Path, results: Path, tokens: list[str], only: Collection[str] = ()) -> list[Task]:
+    """What is to be done, in order: first all starts, as every run wants its own; of some groups, or of all."""
     common = parse(PretrainSettings, [*COMMON, f"protocols=[{','.join(PROTOCOLS)}]", *tokens])
     starts: dict[Path, Task] = {}
     runs = []
     for group, name, compared in groups():
+        if only and group not in only:
+            continue
         for seed in compared.seeds:
             for arm in plan(compared):
                 run = replace(
@@ -180,11 +184,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/long-tails"))
     parser.add_argument("--results", type=Path, help="folder for the small files of finished runs; null: OUT/small")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train")
+    names = [group for group, *_ in groups()]
+    parser.add_argument("--only", nargs="+", default=(), choices=names, metavar="GROUP", help=", ".join(names))
     parser.add_argument("--limit", type=int, help="only so many runs")
     parser.add_argument("--seconds", type=float, default=1e7, help="stop after so many")
     chosen = parser.parse_intermixed_args(arguments)
     started = trained = time.monotonic()
-    todo = tasks(chosen.data, chosen.out, chosen.results or chosen.out / "small", chosen.settings)
+    todo = tasks(chosen.data, chosen.out, chosen.results or chosen.out / "small", chosen.settings, chosen.only)
     starts = [task for task in todo if task.scores_start]
     runs = [task for task in todo if not (task.scores_start or task.kept.exists())][: chosen.limit]
     starts = [start for start in starts if any(task.start == start.start for task in runs)]

@@ -1,6 +1,7 @@
 """scripts/reproduce/long_tails.py: what it runs, in which order, and that its small files make a report."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from itertools import groupby
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import dystress, write_images  # beside this file
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce" / "long_tails.py"
@@ -35,6 +37,21 @@ def test_a_stop_at_any_time_leaves_whole_seeds(script):
     assert {task.run.epochs / task.run.method_kwargs["period"] for task in todo if task.run.method == "ts"} == {2.0}
 
 
+def test_some_groups_are_run_alone_in_their_own_order_with_the_starts_that_they_need(script, tmp_path, capsys):
+    def todo(only):
+        return script.tasks(Path("data"), Path("out"), Path("small"), [], only)
+
+    whole = todo(())
+    runs = [task for task in whole if not task.scores_start]
+    for only in (["sensitivity"], ["sensitivity", "long-tail"], ["balanced"], [name for name, *_ in script.groups()]):
+        its = todo(only)
+        assert [task for task in its if not task.scores_start] == [task for task in runs if task.group in only]
+        assert {task.start for task in its if task.scores_start} == {task.start for task in runs if task.group in only}
+    with pytest.raises(SystemExit, match="2"):
+        script.main([str(tmp_path), "--only", "tail"])
+    assert "'tail' (choose from" in capsys.readouterr().err
+
+
 def test_its_small_files_make_the_same_report_without_weights_and_data(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "cifar10-lt")
@@ -55,6 +72,9 @@ def test_its_small_files_make_the_same_report_without_weights_and_data(script, t
     # All classes have as many images.
     assert "frequency" not in Path("small/long-tail-report/report.html").read_text()
     assert set(tables[0]["name"]) == {"simclr", "dystress", "untrained"}
+    summary = json.loads(Path("small/long-tail/simclr-0/summary.json").read_text())
+    assert summary["torch"] == torch.__version__
+    assert "CPU" in summary["device"]
     kept = list(Path("small").rglob("*.*"))
     assert {path.name for path in kept} <= {*script.SMALL, "report.html", "results.csv"}
     assert all(str(tmp_path) not in path.read_text() for path in Path("small/long-tail").rglob("*.*"))
