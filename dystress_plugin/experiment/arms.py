@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dystress_plugin import recipes
+from dystress_plugin.checks import unknown_name
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.objectives import OBJECTIVES
 from dystress_plugin.temperature import Constant
@@ -26,6 +27,13 @@ def family_of(method: str) -> str:
 def is_constant(method: str) -> bool:
     """Whether a method is a fixed temperature and nothing else: SimCo's is fixed as well."""
     return recipes.recipe(method).temperature is Constant and family_of(method) == method
+
+
+def check_family(method: str) -> None:
+    """A ValueError for what is no method of a fixed temperature."""
+    constants = [name for name in recipes.METHODS if is_constant(name)]
+    if method not in constants:
+        raise ValueError(unknown_name("family", method, constants))
 
 
 def loss_in_batch(method: str, settings: Mapping[str, Any], *lengths: int) -> ContrastiveLoss:

@@ -29,6 +29,8 @@ SHARDING = ("fsdp", "deepspeed")  # strategies that gather a network's weights f
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 
+NOTHING_TO_INSPECT = "methods=[] and constants=[] leave nothing to inspect."
+
 SEED = f"[0, {2**32 - 1}]"  # NumPy's, and so Lightning's
 
 
@@ -182,13 +184,18 @@ class PretrainSettings:
                 f"chunk_size={self.chunk_size} embeds twice, for which strategy={self.strategy} does not have the "
                 "weights: choose ddp, or leave chunk_size out."
             )
+        if self.long_tail is not None and self.labels is False:
+            raise ValueError(f"long_tail={self.long_tail} is of classes, which labels=false leaves out.")
         check_protocols(self.protocols)
 
     def check_names(self) -> None:
-        """A ValueError for methods and parameters that there are not."""
+        """A ValueError for methods, parameters and backbones that there are not."""
         from dystress_plugin.experiment import arms  # which imports torch
 
         arms.check([self.method], {self.method: self.method_kwargs})
+        if self.family is not None:
+            arms.check_family(self.family)
+        _check_backbone(self.backbone)
 
 
 @dataclass
@@ -353,12 +360,20 @@ class InspectSettings:
     def check_together(self) -> None:
         """A ValueError for values that do not go together."""
         _check_arms(self.methods, self.method_kwargs, self.constants)
+        for key in ("backbone", "image_size"):
+            if self.checkpoint is not None and (value := getattr(self, key)) is not None:
+                raise ValueError(
+                    f"{key}={value} is for an untrained network; the run in checkpoint={self.checkpoint} has its own."
+                )
+        if self.checkpoint is None and not (self.methods or self.constants):
+            raise ValueError(NOTHING_TO_INSPECT)
 
     def check_names(self) -> None:
-        """A ValueError for methods and parameters that there are not."""
+        """A ValueError for methods, parameters and backbones that there are not."""
         from dystress_plugin.experiment import arms  # which imports torch
 
         arms.check(self.methods, self.method_kwargs)
+        _check_backbone(self.backbone)
 
 
 def check_protocols(names: Sequence[str]) -> None:
@@ -366,6 +381,13 @@ def check_protocols(names: Sequence[str]) -> None:
     for name in names:
         if not re.fullmatch(f"weighted_knn|linear|{KNN}|{FEW_SHOT}", name):
             raise ValueError(unknown_name("protocol", name, PROTOCOLS, choices=KNOWN_PROTOCOLS))
+
+
+def _check_backbone(name: str | None) -> None:
+    if name is not None:
+        from dystress_plugin.experiment.backbone import library  # which imports torch
+
+        library(name)
 
 
 def _check_arms(methods: Sequence[str], method_kwargs: Mapping[str, Any], constants: Sequence[float]) -> None:

@@ -12,6 +12,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from dystress_plugin.errors import RunStopped
 from dystress_plugin.experiment import devices
+from dystress_plugin.experiment.compare import command as compare
+from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data.datasets import load_for
 from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.pretrain import command as pretrain
@@ -161,6 +163,17 @@ def test_a_layer_that_a_precision_does_not_have_is_said_before_training():
     assert torch.equal(torch.get_rng_state(), state)
     assert network[0].weight.dtype == torch.float32
     assert network[0].weight.grad is None
+
+
+@pytest.mark.parametrize("command", ["pretrain", "compare"])
+def test_it_is_said_before_the_images_are_read(command, tiny, capsys, monkeypatch):
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), Spectrum())
+    for module in (pretrain, compare):
+        monkeypatch.setattr(module, "new_backbone", lambda _: network)
+    monkeypatch.setattr(folders, "read", lambda *_: pytest.fail("read the images"))
+    own = {"methods": "[simclr]", "constants": "[]", "seeds": "[0]"} if command == "compare" else {}
+    assert dystress(command, tiny | own | {"precision": "bf16-true"}) == 2
+    assert "precision=bf16-true cannot train this backbone on cpu" in capsys.readouterr().err
 
 
 TRACEBACK = """

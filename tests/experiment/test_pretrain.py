@@ -15,6 +15,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from dystress_plugin import training
+from dystress_plugin.experiment import devices
+from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.pretrain import command as pretraining
 from dystress_plugin.experiment.pretrain.trainer import COLUMNS, SeedEveryEpoch
@@ -325,6 +327,57 @@ def test_bad_settings_stop_before_anything_is_written(setting, message, tiny, tm
     assert dystress("pretrain", tiny | setting) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# Beside what follows from the key alone, which test_settings.py has.
+WITHOUT_DATA = [
+    ({"backbone": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet1"),
+    ({"backbone": "fcn_resnet50"}, "backbone=fcn_resnet50 is one of torchvision's models for segmentation"),
+    ({"backbone": "vit_b_16"}, "backbone=vit_b_16 cannot train on images of 12 pixels"),
+    ({"chunk_size": 1}, "chunk_size=1 leaves batch norm, which this network has, a single image"),
+    ({"queue_size": 9}, "queue_size=9 is for methods with a queue, such as 'simclr_moco', not 'tempnet'."),
+    ({"momentum_encoder": 0.9}, "momentum_encoder=0.9 is for methods with a queue"),
+    ({"method_kwargs.dim": 3}, "dim=3 must be that of the embeddings, projection_dim=128; leave it out."),
+    ({"indices": "none.npy"}, "indices=none.npy cannot be read: "),
+    ({"indices": "{images}/class0/0.png"}, "class0/0.png cannot be read: "),
+    ({"family": "simclr_moko"}, "Unknown family 'simclr_moko'. Did you mean 'simclr_moco'?"),
+    ({"labels": "false", "long_tail": 0.1}, "long_tail=0.1 is of classes, which labels=false leaves out."),
+    ({"strategy": "dd"}, "Unknown strategy 'dd'. Did you mean 'ddp'?"),
+    ({"devices": "two"}, "devices=two must be auto, or 1 to "),
+    ({"augment": "batch"}, "The command needs more than torch: "),  # where kornia is not installed
+]
+OF_ONE = {"family", "method_kwargs.dim"}  # run, or method
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "message"),
+    [
+        *(("pretrain", setting, message) for setting, message in WITHOUT_DATA),
+        *(("compare", setting, message) for setting, message in WITHOUT_DATA if not setting.keys() & OF_ONE),
+        *(("inspect", setting, message) for setting, message in WITHOUT_DATA[:3]),
+        ("inspect", {"methods": "[]", "constants": "[]"}, "methods=[] and constants=[] leave nothing to inspect."),
+        ("long-tail", *next(each for each in WITHOUT_DATA if "indices" in each[0])),
+    ],
+)
+def test_what_depends_on_neither_data_nor_devices_is_refused_before_them(
+    command, setting, message, tiny, images, capsys, monkeypatch
+):
+    monkeypatch.setattr(devices, "Trainer", lambda **_: pytest.fail("asked for devices"))
+    monkeypatch.setattr(folders, "read", lambda *_: pytest.fail("read the images"))
+    if setting == {"augment": "batch"}:
+        monkeypatch.setitem(sys.modules, "kornia", None)
+        monkeypatch.delitem(sys.modules, "dystress_plugin.experiment.data.views", raising=False)
+    own = {
+        "pretrain": tiny | {"method": "tempnet"},
+        "compare": tiny | {"methods": "[tempnet]", "seeds": "[0]"},
+        "inspect": {key: tiny[key] for key in ("data", "out", "image_size", "backbone")},
+        "long-tail": {key: tiny[key] for key in ("data", "out")},
+    }[command]
+    given = {key: value.format(images=images) if isinstance(value, str) else value for key, value in setting.items()}
+    assert dystress(command, own | given) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dystress: ")]
+    assert message in said
+    assert not Path(tiny["out"]).exists()
 
 
 def test_a_schedule_that_cannot_reach_its_minimum_warns(tiny):

@@ -20,14 +20,21 @@ from dystress_plugin.experiment.compare.plan import plan
 from dystress_plugin.experiment.compare.workers import Workers, shell_lines
 from dystress_plugin.experiment.data.datasets import Data, load_for
 from dystress_plugin.experiment.data.scan import left_out, scan_images, write_all
-from dystress_plugin.experiment.devices import build_trainer
+from dystress_plugin.experiment.devices import build_trainer, check_step
 from dystress_plugin.experiment.evaluate.scores import is_scored, pool_for, score_start
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.interruption import sigterm_exits
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.pretrain.folder import check_settings
-from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
+from dystress_plugin.experiment.pretrain.resolve import (
+    build_module,
+    check_batch,
+    check_first,
+    image_size,
+    new_backbone,
+    resolve,
+)
 from dystress_plugin.experiment.report.command import write as write_report
 from dystress_plugin.experiment.settings import CompareSettings, PretrainSettings, output_folder
 from dystress_plugin.experiment.spec import DataSpec, HardwareSpec, part
@@ -121,7 +128,12 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
     Folders of images are scanned once: the runs find in their folders what was found.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    devices = build_trainer(part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False).world_size
+    for run in runs:
+        check_first(run)
+    network = new_backbone(runs[0])  # all have the same
+    trainer = build_trainer(part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False)
+    check_step(network, trainer, image_size(runs[0]))
+    devices = trainer.world_size
     out = Path(settings.out)
     scans = scan_images(runs[0], out)
     write_all(scans, out)

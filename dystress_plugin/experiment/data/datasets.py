@@ -34,6 +34,8 @@ CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
 
 NORMALIZE = {"digits": {"mean": [0.3] * 3, "std": [0.37] * 3}, "cifar10": CIFAR, "cifar100": CIFAR}  # else ImageNet's
 
+IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # else 224
+
 
 @dataclass(frozen=True)
 class Images:
@@ -68,7 +70,6 @@ class Data:
     Attributes:
         train: images to pretrain on, and the memory of the kNN.
         test: images that accuracies are measured on; without labels some of those to pretrain on.
-        image_size: pixels of a view, unless set otherwise.
         normalize: `mean` and `std` of a colour channel, each three numbers.
         augmentation: values that differ from those of natural images.
         classes: a name for every class, in the order of the labels, which is their alphabetical one; () without labels.
@@ -77,7 +78,6 @@ class Data:
 
     train: Images
     test: Images
-    image_size: int
     normalize: dict[str, list[float]]
     augmentation: dict[str, float]
     classes: tuple[str, ...]
@@ -294,7 +294,6 @@ def _digits(_root: str, _download: bool) -> Data:
     return Data(
         train=images.subset(train),
         test=images.subset(test),
-        image_size=8,
         normalize=NORMALIZE["digits"],
         # A mirrored or strongly cropped digit is another digit, and there is no colour.
         augmentation={"min_scale": 0.5, "grayscale": 0.0, "flip": 0.0, "rotate": 15.0},
@@ -317,7 +316,6 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
         return Data(
             train=train,
             test=test,
-            image_size=32,
             normalize=NORMALIZE["cifar10"],
             augmentation={},
             classes=tuple(halves[0].classes),
@@ -335,6 +333,11 @@ def normalize_of(name: str) -> dict[str, list[float]]:
     return found
 
 
+def image_size_of(name: str) -> int:
+    """Pixels of a view of a data set, unless set otherwise."""
+    return IMAGE_SIZES.get(name, 224)
+
+
 def _folder(name: str, labels: bool | None, without: Collection[str]) -> tuple[Data, set[str]]:
     """What a folder has, and the files in it that are to be left out."""
     places.check_data(name)
@@ -347,7 +350,7 @@ def _folder(name: str, labels: bool | None, without: Collection[str]) -> tuple[D
         if not len(files):
             raise ValueError(f"data={name} has no images that Pillow can read.")
         images = Images(files, np.zeros(len(files), dtype=np.int64))
-        return Data(images, images, 224, IMAGENET_NORMALIZE, {}, ()), bad
+        return Data(images, images, IMAGENET_NORMALIZE, {}, ()), bad
     (train, classes), *others = found
     for test, its in others:
         if classes != its:
@@ -355,9 +358,9 @@ def _folder(name: str, labels: bool | None, without: Collection[str]) -> tuple[D
                 f"{layout.train[0]} and {layout.held_out} have different class folders: "
                 f"{', '.join(sorted(set(classes) ^ set(its)))} only in one of them."
             )
-        return Data(train, test, 224, IMAGENET_NORMALIZE, {}, classes), bad
+        return Data(train, test, IMAGENET_NORMALIZE, {}, classes), bad
     kept, held_out = split(train.labels)
-    return Data(train.subset(kept), train.subset(held_out), 224, IMAGENET_NORMALIZE, {}, classes), bad
+    return Data(train.subset(kept), train.subset(held_out), IMAGENET_NORMALIZE, {}, classes), bad
 
 
 def _image_folder(path: Path, layout: folders.Layout, without: Collection[str]) -> tuple[Images, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data.datasets import Images, load
-from dystress_plugin.experiment.data.selection import file_numbers, select
+from dystress_plugin.experiment.data.selection import file_numbers, read_numbers, select
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.lock import alone
 from dystress_plugin.experiment.keys import checked
@@ -39,6 +39,8 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
     files.check_place(out)
     if settings.long_tail is None and settings.indices is None:
         raise ValueError("Give long_tail=RATIO, such as 0.01, or indices=FILE: else all images would stay.")
+    if settings.indices is not None:
+        read_numbers(settings.indices)  # before the images, of which there may be many
     # Beside the folder, which is put in its place at once.
     with alone(out, file=out.absolute().with_name(f".{out.name}.lock")):
         return _write(settings, out)

@@ -79,6 +79,17 @@ def read_indices(path: str | Path, images: int, numbers: np.ndarray | None = Non
         images: how many images there are to choose from.
         numbers: (images,) what the file means by its integers, where that is not the positions.
     """
+    positions = read_numbers(path)
+    if numbers is not None:
+        positions = _positions_of(positions, numbers, Path(path))
+    if positions.min() < 0 or positions.max() >= images:
+        wrong = int(positions.min()) if positions.min() < 0 else int(positions.max())
+        raise ValueError(f"indices={path} has {wrong}, but positions run from 0 to {images - 1}: is it for other data?")
+    return positions
+
+
+def read_numbers(path: str | Path) -> np.ndarray:
+    """What an index file holds, whatever the images: different integers, int64, in the file's order."""
     path = Path(path)
     try:
         if path.suffix == ".npy":
@@ -91,18 +102,13 @@ def read_indices(path: str | Path, images: int, numbers: np.ndarray | None = Non
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or not len(found):
         raise ValueError(
             f"indices={path} holds {found.dtype} of shape {found.shape}; needs a list of integers, positions among "
-            f"the {images} training images from 0."
+            "the training images from 0."
         )
-    positions: np.ndarray = found.astype(np.int64)
-    if numbers is not None:
-        positions = _positions_of(positions, numbers, path)
-    if positions.min() < 0 or positions.max() >= images:
-        wrong = int(positions.min()) if positions.min() < 0 else int(positions.max())
-        raise ValueError(f"indices={path} has {wrong}, but positions run from 0 to {images - 1}: is it for other data?")
-    values, counts = np.unique(positions, return_counts=True)
-    if len(values) < len(positions):
+    integers: np.ndarray = found.astype(np.int64)
+    values, counts = np.unique(integers, return_counts=True)
+    if len(values) < len(integers):
         raise ValueError(f"indices={path} lists {values[counts > 1][0]} more than once.")
-    return positions
+    return integers
 
 
 def digest(path: str | Path) -> str:

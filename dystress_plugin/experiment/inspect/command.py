@@ -29,8 +29,8 @@ from dystress_plugin.experiment.io import files, lock
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.keys import checked
 from dystress_plugin.experiment.pretrain.module import ViewsModule
-from dystress_plugin.experiment.pretrain.resolve import resolve
-from dystress_plugin.experiment.settings import InspectSettings, PretrainSettings
+from dystress_plugin.experiment.pretrain.resolve import new_backbone, resolve
+from dystress_plugin.experiment.settings import NOTHING_TO_INSPECT, InspectSettings, PretrainSettings
 from dystress_plugin.experiment.spec import DataSpec, RunSpec, part
 from dystress_plugin.experiment.style import styles
 from dystress_plugin.temperature import Constant
@@ -40,6 +40,10 @@ MAX_IMAGES = 512  # a million negative pairs
 FIXED = "simclr"  # the method of a constant
 
 REFERENCE = "constant 0.1"  # its default
+
+LAST = "checkpoints/last.ckpt"  # in a run's folder
+
+WITHOUT = "untrained=true does without."
 
 
 class Sample(NamedTuple):
@@ -196,19 +200,15 @@ def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
     if run is None:
         asked = _untrained_settings(settings)
         places.check_apart(out, asked.data)
+        new_backbone(asked)
         data = load_for(part(DataSpec, asked), asked.seed)
         return Shown(resolve(asked, data, 1), data, own=False)
-    trained = _run_spec(run, settings)
+    if not settings.untrained and not (last := run / LAST).exists():
+        raise ValueError(f"checkpoint={run} has no trained network: {last} is missing. {WITHOUT}")
+    trained = read_config(run / "config.yaml")
     places.check_apart(out, settings.data or trained.data.name)
     given = {key: getattr(settings, key) for key in ("data", "labels", "data_root", "download")}
     return load_for_run(run, trained, **given)
-
-
-def _run_spec(run: Path, settings: InspectSettings) -> RunSpec:
-    for key in ("backbone", "image_size"):
-        if (value := getattr(settings, key)) is not None:
-            raise ValueError(f"{key}={value} is for an untrained network; the run in checkpoint={run} has its own.")
-    return read_config(run / "config.yaml")
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:
@@ -226,13 +226,11 @@ def _network(spec: RunSpec, data: Data) -> ViewsModule:
 
 
 def _load(module: ViewsModule, run: Path) -> None:
-    path, remedy = run / "checkpoints" / "last.ckpt", "untrained=true does without."
-    if not path.exists():
-        raise ValueError(f"checkpoint={run} has no trained network: {path} is missing. {remedy}")
-    state = files.load(path, "a checkpoint", remedy).get("state_dict", {})
+    path = run / LAST
+    state = files.load(path, "a checkpoint", WITHOUT).get("state_dict", {})
     wanted = ("backbone.", "projection_head.", "loss.temperature.")
     state = {name: value for name, value in state.items() if name.startswith(wanted)}
-    files.check_state(module, state, path, remedy)
+    files.check_state(module, state, path, WITHOUT)
     module.load_state_dict(state)
 
 
@@ -261,5 +259,5 @@ def _losses(settings: InspectSettings, seen: Sample) -> dict[str, tuple[str, Con
         title = f"{recipe.title} ({word})" if word else recipe.title
         losses[title] = recipe.name, loss_in_batch(recipe.name, own, seen.samples, seen.z[0].shape[1])
     if not losses:
-        raise ValueError("methods=[] and constants=[] leave nothing to inspect.")
+        raise ValueError(NOTHING_TO_INSPECT)
     return losses

@@ -34,7 +34,14 @@ from dystress_plugin.experiment.pretrain import figures, speed
 from dystress_plugin.experiment.pretrain.folder import RunFolder
 from dystress_plugin.experiment.pretrain.guard import NanGuard
 from dystress_plugin.experiment.pretrain.module import PretrainModule
-from dystress_plugin.experiment.pretrain.resolve import build_module, check_batch, resolve
+from dystress_plugin.experiment.pretrain.resolve import (
+    build_module,
+    check_batch,
+    check_first,
+    image_size,
+    new_backbone,
+    resolve,
+)
 from dystress_plugin.experiment.pretrain.trainer import (
     HOST_NOISE,
     Loader,
@@ -69,7 +76,11 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     with resumable(out) as progress:
         files.check_place(out)
         places.check_apart(out, settings.data, settings.val)
+        check_first(settings)
+        network = None if RunFolder(out).summary.exists() else new_backbone(settings)
         trainer = make_trainer(settings, out)
+        if network is not None:
+            check_step(network, trainer, image_size(settings))
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
             summary = _run(settings, trainer, progress)
@@ -85,7 +96,6 @@ def _run(settings: PretrainSettings, trainer: Trainer, progress: Progress) -> di
     if folder.finished is not None:  # by all of them: who went on to train would wait for the first process
         return folder.finished if first else {}
     module = build_module(spec, data)
-    check_step(module.backbone, trainer, spec.model.image_size)
     training.warn_of_concerns(module.loss.temperature, spec.epochs, warnings.warn)
     if first:
         folder.begin(module)

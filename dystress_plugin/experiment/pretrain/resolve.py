@@ -4,23 +4,55 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import seed_everything
+from torch import nn
 
 from dystress_plugin import recipes
 from dystress_plugin.chunks import check_chunks
 from dystress_plugin.contrastive import ContrastiveLoss
 from dystress_plugin.experiment.backbone import backbone_name, build_backbone
-from dystress_plugin.experiment.data.datasets import Data
+from dystress_plugin.experiment.data.datasets import Data, image_size_of
+from dystress_plugin.experiment.data.selection import read_numbers
 from dystress_plugin.experiment.data.transforms import augmentation
 from dystress_plugin.experiment.pretrain.module import MOMENTUM, OPTIMIZERS, PretrainModule, QueueModule, ViewsModule
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import RunSpec
 
+if TYPE_CHECKING:
+    from dystress_plugin.experiment.data.views import BatchViews
+
 QUEUE_SIZE = 4096
 
 SAMPLES = 40  # of the diagnostics in a run
+
+
+def check_first(settings: PretrainSettings) -> None:
+    """A ValueError for what is wrong whatever the data and the devices are, but for `new_backbone`."""
+    recipe = recipes.recipe(settings.method)
+    _queue(settings, recipe)
+    _check_dim(settings)
+    if settings.indices is not None:
+        read_numbers(settings.indices)
+    if settings.augment == "batch":
+        _batch_views()  # which would be missed when the data had been read
+
+
+def new_backbone(settings: PretrainSettings) -> nn.Module:
+    """The backbone of a run that settings ask for, with random weights: what is trained is `build_module`'s.
+
+    Raises:
+        ValueError: for one that cannot train on images of this size, or in such chunks.
+    """
+    backbone, _ = build_backbone(backbone_name(settings.backbone, settings.data), image_size(settings))
+    check_chunks(settings.chunk_size, backbone)
+    return backbone
+
+
+def image_size(settings: PretrainSettings) -> int:
+    """As set, or that of the data."""
+    return settings.image_size or image_size_of(settings.data)
 
 
 def check_batch(settings: PretrainSettings, data: Data, devices: int) -> None:
@@ -43,10 +75,10 @@ def resolve(settings: PretrainSettings, data: Data, devices: int) -> RunSpec:
     """
     recipe = recipes.recipe(settings.method)
     lr, weight_decay = OPTIMIZERS[settings.optimizer]
-    image_size = settings.image_size or data.image_size
+    size = image_size(settings)
     steps = settings.epochs * (len(data.train.labels) // devices // settings.batch_size)
     defaults = {
-        "image_size": image_size,
+        "image_size": size,
         "backbone": backbone_name(None, settings.data),
         "lr": lr(settings.batch_size * devices),
         "weight_decay": weight_decay,
@@ -57,7 +89,7 @@ def resolve(settings: PretrainSettings, data: Data, devices: int) -> RunSpec:
     defaults["temperature_lr"] = (defaults["lr"] if settings.lr is None else settings.lr) / 10
     defaults |= _queue(settings, recipe)
     chosen = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    chosen |= augmentation(settings, data, image_size)
+    chosen |= augmentation(settings, data, size)
     parameters = _parameters(settings, recipe, len(data.train.labels))
     return RunSpec.of(replace(settings, **chosen, method_kwargs=parameters))
 
@@ -79,10 +111,13 @@ def _parameters(settings: PretrainSettings, recipe: recipes.Recipe, images: int)
     own = recipe.sized(own | settings.method_kwargs, images, settings.projection_dim)
     if (given := recipe.table_length(own)) not in (None, images):
         raise ValueError(f"num_samples={given} must be that of the training images, {images}; leave it out.")
-    if (dim := own.get(recipes.DIM)) not in (None, settings.projection_dim):
+    return own
+
+
+def _check_dim(settings: PretrainSettings) -> None:
+    if (dim := settings.method_kwargs.get(recipes.DIM)) not in (None, settings.projection_dim):
         wanted = f"projection_dim={settings.projection_dim}"
         raise ValueError(f"dim={dim} must be that of the embeddings, {wanted}; leave it out.")
-    return own
 
 
 def build_module(spec: RunSpec, data: Data) -> PretrainModule:
@@ -100,7 +135,11 @@ def build_module(spec: RunSpec, data: Data) -> PretrainModule:
     module = ViewsModule if spec.queue is None else QueueModule
     views = None
     if spec.augmentation.augment == "batch":
-        from dystress_plugin.experiment.data.views import BatchViews  # kornia with it, which takes its time
-
-        views = BatchViews(spec.augmentation, spec.model.image_size, data.normalize)
+        views = _batch_views()(spec.augmentation, spec.model.image_size, data.normalize)
     return module(backbone, features, loss, spec, data.evaluated.num_classes, views)
+
+
+def _batch_views() -> type[BatchViews]:
+    from dystress_plugin.experiment.data.views import BatchViews  # kornia with it, which takes its time
+
+    return BatchViews
