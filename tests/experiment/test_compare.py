@@ -209,8 +209,8 @@ def test_compare_trains_scores_and_reports_and_only_what_is_missing(tiny, tmp_pa
     assert "Only 2 seeds" in shown
     assert "flatters the constant" in shown
     assert re.search(r"dystress compare .*'methods=\[simclr,dystress\]'", shown)
-    # Differences by 2 protocols, 2 curves, classes by 1 protocol, similarities of 3 arms, temperature of 1, 4 maps.
-    assert text.count("<figure") == 2 + 2 + 1 + 3 + 1 + 4
+    # Differences by 2 protocols, 2 curves, similarities of 3 arms, temperature of 1, 4 maps.
+    assert text.count("<figure") == 2 + 2 + 3 + 1 + 4
 
     before = {name: (out / name).read_text() for name in ("results.csv", "report.html")}
     for name in before:

@@ -179,7 +179,8 @@ def test_any_named_data_set_is_trained_on_without_labels():
 
 def test_a_long_tail_needs_classes(tmp_path, capsys):
     fill(tmp_path / "flat", *FLAT)
-    for given in ({"long_tail": 0.5}, {"indices": tmp_path / "i.npy"}):
+    (tmp_path / "kept.txt").write_text("0 1")
+    for given in ({"long_tail": 0.5}, {"indices": tmp_path / "kept.txt"}):
         assert dystress("long-tail", {"data": tmp_path / "flat", "out": tmp_path / "tail", **given}) == 2
         assert f"data={tmp_path}/flat has no class folders, but a long tail is of classes." in capsys.readouterr().err
 

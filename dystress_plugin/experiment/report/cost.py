@@ -19,6 +19,7 @@ from dystress_plugin.experiment.io.files import write_table
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module
 from dystress_plugin.experiment.report.records import Run, one_per
+from dystress_plugin.experiment.spec import RunSpec
 
 TABLE = "cost.csv"
 
@@ -67,8 +68,8 @@ def measure(runs: Sequence[Run], table: Path) -> None:
     """Measures a step of each arm into `table`, unless that is of the same arms already."""
     if not read(runs, table):
         arms, reference = measured_arms(runs)
-        device, seconds = _measure(arms)
-        found = _compared(seconds, reference, device_name(device))
+        machine = device_name(_device(runs[0].settings))
+        found = _compared(_measure(arms), reference, machine)
         write_table(table, [f.name for f in fields(Cost)], map(vars, found))
 
 
@@ -89,11 +90,11 @@ def _compared(seconds: Mapping[str, Sequence[float]], reference: str, machine: s
     return found
 
 
-def _measure(runs: Mapping[str, Path]) -> tuple[torch.device, dict[str, list[float]]]:
+def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
     settings = {name: read_config(run / "config.yaml") for name, run in runs.items()}
     name, some = next(iter(settings.items()))
     data = load_for_run(runs[name], some).data
-    device = torch.device(scoring_device(some))
+    device = _device(some)
     size, batch = some.model.image_size, some.data.batch_size
     modules = {name: build_module(run, data).to(device) for name, run in settings.items()}
     views = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
@@ -107,7 +108,11 @@ def _measure(runs: Mapping[str, Path]) -> tuple[torch.device, dict[str, list[flo
             taken = _step(module, views, index)
             if number >= WARM_UP:
                 seconds[name].append(taken)
-    return device, seconds
+    return seconds
+
+
+def _device(spec: RunSpec) -> torch.device:
+    return torch.device(scoring_device(spec))
 
 
 def _step(module: PretrainModule, views: list[torch.Tensor], index: torch.Tensor) -> float:
