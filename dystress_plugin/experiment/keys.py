@@ -9,6 +9,7 @@ import re
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
@@ -24,7 +25,7 @@ PATHS = ("data", "val", "indices", "data_root", "out", "checkpoint")
 
 # What raises a ValueError for a key's value that names what is not there.
 THERE: dict[str, Callable[[Any], None]] = {
-    **{"data": places.check_data, "val": places.check_data},
+    **{"data": places.check_data, "val": partial(places.check_data, key="val")},
     **{"checkpoint": places.check_run, "runs": places.check_folders},
 }
 

@@ -42,6 +42,11 @@ def there(data: str | Path) -> bool:
     return all(map(matches, sources(str(data))))
 
 
+def is_gone(data: str | None) -> bool:
+    """Whether a value of `data` names folders that are not there."""
+    return data is not None and data not in NAMED and not there(data)
+
+
 def same(one: str | Path, other: str | Path) -> bool:
     """Whether two values of `data`, or two paths, mean the same, whatever the spelling and the links on the way."""
     return place(one) == place(other)
@@ -60,11 +65,11 @@ def name_of(data: str) -> str:
     return next((part for part in reversed(Path(first).parts[1:]) if not glob.has_magic(part)), "images")
 
 
-def check_data(data: str) -> None:
-    """Raises a ValueError for a value of `data` that names what is not there."""
+def check_data(data: str, key: str = "data") -> None:
+    """Raises a ValueError for a value of `data`, or of another such key, that names what is not there."""
     missing = [] if data in NAMED else [source for source in sources(data) if not matches(source)]
     if missing:
-        raise ValueError(f"data={missing[0]} is neither a folder nor one of {', '.join(NAMED)}.")
+        raise ValueError(f"{key}={missing[0]} is neither a folder nor one of {', '.join(NAMED)}.")
 
 
 def check_run(checkpoint: str) -> None:

@@ -204,6 +204,9 @@ class EvaluateSettings:
 
     checkpoint: str = option("???", "folder that `dystress pretrain` wrote")
     data: str | None = option(None, "other data than it was trained on; null: the same")
+    val: str | None = option(
+        None, "other data, with labels, for the accuracies; null: as in training, or a part of other data"
+    )
     labels: bool | None = option(None, "whether class folders are labels; null: as in training, or where there are two")
     data_root: str | None = option(None, "where cifar10 and cifar100 are; null: as in training")
     download: bool = option(False, "fetch cifar10 or cifar100 from the internet if they are not there")

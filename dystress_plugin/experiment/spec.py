@@ -43,8 +43,15 @@ class DataSpec:
         """Whether only a part of the training images is used."""
         return self.long_tail is not None or self.indices is not None
 
-    def on(self, data: str | None, data_root: str | None, download: bool, labels: bool | None = None) -> DataSpec:
-        """The same with other data, whose tail nobody cut; None: its own."""
+    def on(
+        self,
+        data: str | None,
+        val: str | None,
+        data_root: str | None,
+        download: bool,
+        labels: bool | None = None,
+    ) -> DataSpec:
+        """The same with other data, whose tail nobody cut, or with other accuracies; None: its own."""
         own = data is None or places.same(data, self.name)
         return replace(
             self,
@@ -52,7 +59,7 @@ class DataSpec:
             data_root=data_root or self.data_root,
             download=download,
             labels=self.labels if own and labels is None else labels,
-            val=self.val if own else None,
+            val=val or (self.val if own else None),
             long_tail=self.long_tail if own else None,
             indices=self.indices if own else None,
         )

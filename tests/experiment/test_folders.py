@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -553,6 +554,76 @@ def test_data_that_is_gone_is_an_error_and_found_again_where_it_is_said_to_be(ow
     assert json.loads(printed.out)["train"] == 27
     assert "data=others is not what" in printed.err
     assert "no long tail, indices or skipped files are left out" in printed.err
+
+
+@pytest.fixture
+def with_val(tmp_path, monkeypatch, quick):
+    """The folder of a run `x` that was evaluated on `seen`, of which a file was left out, and that is `moved` now."""
+    write_images(tmp_path / "photos")
+    write_images(tmp_path / "seen", per_class=4)
+    (tmp_path / "seen" / "class1" / "bad.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", *WITH_VAL, "val=seen"]) == 0
+    (tmp_path / "seen").rename(tmp_path / "moved")
+    return tmp_path
+
+
+WITH_VAL = [*RUN[:-2], "data=photos", "out=x"]
+
+
+def test_images_that_accuracies_are_of_are_found_where_they_are_said_to_be(with_val, monkeypatch, capsys):
+    monkeypatch.setattr(
+        evaluation, "features_of", lambda _, data, **rest: {"train": len(data.train.labels), "of": files_of(data)}
+    )
+    monkeypatch.setattr(evaluation, "score_features", lambda features, *rest: scores.Scores(features, [], None))
+    gone = f"x was evaluated on val={with_val}/seen, which is not there. Put it, or a link to it, there"
+    assert main(["evaluate", "checkpoint=x"]) == 2
+    assert f"{gone}; `dystress evaluate` also takes val=FOLDER." in capsys.readouterr().err
+    assert main(["report", "x", "protocols=[knn_1]", "out=page"]) == 2
+    assert gone in capsys.readouterr().err
+    assert main(["evaluate", "checkpoint=x", "val=moved"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"train": 18, "of": {"moved": 12}}
+    assert f"val=moved has the very files that x was evaluated on in {with_val}/seen" in printed.err
+    write_images(with_val / "others")
+    for given, found in (
+        (["val=others"], {"train": 18, "of": {"others": 24}}),
+        (["data=others"], {"train": 18, "of": {"others": 24}}),
+        (["data=others", "val=photos"], {"train": 18, "of": {"photos": 24}}),
+    ):
+        assert main(["evaluate", "checkpoint=x", *given]) == 0
+        assert json.loads(capsys.readouterr().out) == found
+    assert main(["evaluate", "checkpoint=x", "val=nowhere"]) == 2
+    assert "val=nowhere is neither a folder nor one of" in capsys.readouterr().err
+    (with_val / "seen").symlink_to("moved")
+    assert main(["evaluate", "checkpoint=x"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"train": 18, "of": {"seen": 12}}
+
+
+def files_of(data):
+    """How many images accuracies are measured with, by the folder that they lie in."""
+    paths = [*data.evaluated.train.files, *data.evaluated.test.files]
+    return dict(Counter(Path(path).parents[1].name for path in paths))
+
+
+def test_what_needs_no_accuracies_needs_no_images_for_them(with_val, monkeypatch):
+    monkeypatch.setattr(inspection.figures, "draw", lambda *args: None)
+    assert main(["inspect", "checkpoint=x", "methods=[]", "out=seen-by", "accelerator=cpu"]) == 0
+    assert main(["embed", "checkpoint=x", "out=e.npz", "accelerator=cpu"]) == 0
+
+
+@pytest.mark.parametrize("key", ["data", "val"])
+def test_a_run_whose_images_have_moved_says_how_it_goes_on(key, with_val, monkeypatch, capsys):
+    (with_val / "x" / "summary.json").unlink()
+    (with_val / "moved").rename(with_val / "seen")
+    name = {"data": "photos", "val": "seen"}[key]
+    (with_val / name).rename(with_val / "moved")
+    assert main(["pretrain", *WITH_VAL, "val=seen", f"{key}=moved"]) == 2
+    said = capsys.readouterr().err
+    assert f"with other settings: {key}={with_val}/moved (there: {with_val}/{name}). " in said
+    assert f"{with_val}/{name} is not there any more; put it, or a link to it, there. Choose another out." in said
+    (with_val / name).symlink_to("moved")
+    assert main(["pretrain", *WITH_VAL, "val=seen", f"{key}=moved"]) == 0
 
 
 def test_a_part_of_images_that_are_others_now_is_an_error(own, monkeypatch, capsys):

@@ -34,6 +34,12 @@ CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
 
 NORMALIZE = {"digits": {"mean": [0.3] * 3, "std": [0.37] * 3}, "cifar10": CIFAR, "cifar100": CIFAR}  # else ImageNet's
 
+# The settings that name a run's images: what was done on them, and who takes them from another place.
+KEYS = {
+    "data": ("trained", "`dystress evaluate`, `dystress inspect` and `dystress embed` also take"),
+    "val": ("evaluated", "`dystress evaluate` also takes"),
+}
+
 IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # else 224
 
 
@@ -222,10 +228,12 @@ def load_for_run(
     trained: RunSpec,
     *,
     data: str | None = None,
+    val: str | None = None,
     data_root: str | None = None,
     download: bool | None = None,
     labels: bool | None = None,
     whole: bool = False,
+    evaluated: bool = True,
     without: Mapping[str, Collection[str]] | None = None,
 ) -> Shown:
     """The data of a run, as it was trained on it, or other data, whose tail nobody cut.
@@ -234,29 +242,26 @@ def load_for_run(
         run: its folder.
         trained: it, as `read_config` gives it.
         data: None for its own, which also has other spellings, or another place if it was moved.
+        val: the same of what its accuracies are of.
         data_root: None for its own.
         download: None for its own.
         labels: as for `folders.read`; None for its own: as in training.
         whole: its own before a long tail was cut.
+        evaluated: whether accuracies are to be measured, so that `val` is needed.
         without: files of other data to leave out, as for `load_for`.
 
     Raises:
-        ValueError: as `load`; for data that is not there any more; for a part of data that is not the same any more.
+        ValueError: as `load`; for images that are not there any more; for a part of data that is not the same any more.
     """
-    asked = trained.data
+    asked = trained.data if evaluated else replace(trained.data, val=None)
     scans = read_scans(run)
     scan = scans.get("data")
-    if asked.name not in places.NAMED and not places.there(asked.name):
-        if data is None:
-            raise ValueError(
-                f"{run} was trained on data={asked.name}, which is not there. Put it, or a link to it, there; "
-                "`dystress evaluate` and `dystress inspect` also take data=FOLDER."
-            )
-        if scan is not None and folders.are_files(data) and scan.fits(data):
-            say(f"data={data} has the very files that {run} was trained on in {asked.name}, and is taken for it.")
-            asked = replace(asked, name=data)
-    shown = asked.on(data, data_root, asked.download if download is None else download, labels)
-    own = places.same(shown.name, asked.name)
+    asked = replace(asked, name=_found(run, "data", asked.name, data))
+    own = data is None or places.same(data, asked.name)
+    if own and asked.val is not None:
+        asked = replace(asked, val=_found(run, "val", asked.val, val))
+    own_val = own and asked.val is not None and (val is None or places.same(val, asked.val))
+    shown = asked.on(data, val, data_root, asked.download if download is None else download, labels)
     if not own and (asked.cut or (scan is not None and scan.bad)):
         say(f"data={shown.name} is not what {run} was trained on: no long tail, indices or skipped files are left out.")
     if own and asked.indices is not None:
@@ -266,10 +271,30 @@ def load_for_run(
         if asked.cut:  # positions in it mean other images now
             raise ValueError(f"{changed}, and only a part of those was used. Put them back as they were.")
         say(f"{changed}.")
-    images = load_for(shown, trained.seed, without=left_out(scans) if own else without, whole=whole)
+    if own_val and "val" in scans and not scans["val"].fits(str(shown.val)):
+        say(f"val={shown.val} has other images, or other splits, than {run} was evaluated on.")
+    left = {key: files for key, files in left_out(scans).items() if key != "val" or own_val} if own else without
+    images = load_for(shown, trained.seed, without=left, whole=whole)
     if not own:  # the network knows colours as it was shown them
         images = replace(images, normalize=normalize_of(asked.name))
     return Shown(replace(trained, data=shown), images, own)
+
+
+def _found(run: Path, key: str, name: str, given: str | None) -> str:
+    """Where images of a run are that a setting names: where they were, else as given, if that has the very files."""
+    if not places.is_gone(name):
+        return name
+    did, takers = KEYS[key]
+    if given is None:
+        raise ValueError(
+            f"{run} was {did} on {key}={name}, which is not there. Put it, or a link to it, there; {takers} "
+            f"{key}=FOLDER."
+        )
+    scan = read_scans(run).get(key)
+    if scan is None or not folders.are_files(given) or not scan.fits(given):
+        return name
+    say(f"{key}={given} has the very files that {run} was {did} on in {name}, and is taken for it.")
+    return given
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     device = torch_device(settings.accelerator)
     run = Path(settings.checkpoint)
     trained, backbone = trained_backbone(run)
-    shown = load_for_run(run, trained, **_asked(settings))
+    shown = load_for_run(run, trained, val=settings.val, **_asked(settings))
     its = replace(shown.spec.data, batch_size=settings.batch_size, num_workers=settings.num_workers)
     features = features_of(backbone, shown.data, spec=replace(trained, data=its), device=device)
     return score_features(features, EvaluationSpec(settings.knn_k, settings.knn_t, protocols=[], map=False)).top1
@@ -57,7 +57,8 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     device = torch_device(settings.accelerator)
     trained, backbone = trained_backbone(run)
     own = settings.data is None or places.same(settings.data, trained.data.name)
-    found = load_for_run(run, trained, whole=True, without=None if own else _bad(settings), **_asked(settings))
+    without = None if own else _bad(settings)
+    found = load_for_run(run, trained, whole=True, evaluated=False, without=without, **_asked(settings))
     images, names = _everything(found.data)
     views = Views(images, plain_transform(trained.model.image_size, found.data.normalize))
     loader = DataLoader(views, settings.batch_size, num_workers=settings.num_workers)

@@ -208,7 +208,7 @@ def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
     trained = read_config(run / "config.yaml")
     places.check_apart(out, settings.data or trained.data.name)
     given = {key: getattr(settings, key) for key in ("data", "labels", "data_root", "download")}
-    return load_for_run(run, trained, **given)
+    return load_for_run(run, trained, evaluated=False, **given)
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:

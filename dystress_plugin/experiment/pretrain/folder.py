@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dystress_plugin import __version__
+from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import scan, selection
 from dystress_plugin.experiment.evaluate.scores import UNTRAINED_FILES
 from dystress_plugin.experiment.io import files, lock
@@ -121,6 +122,9 @@ def _check_same(wanted: RunSpec, found: RunSpec, done: int, what: str) -> None:
     different, reason = _differences(wanted, found), ""
     if set(different) <= {"epochs", "warmup_epochs"} and not (reason := _tied_to_length(wanted, found, done)):
         return
+    there = {key: place for key, place in comparable(found).items() if key in scan.RECORDS and key in different}
+    if gone := [place for place in there.values() if places.is_gone(place)]:
+        reason += f"{' and '.join(gone)} is not there any more; put it, or a link to it, there. "
     raise ValueError(f"{what} with other settings: {', '.join(different.values())}. {reason}Choose another out.")
 
 
