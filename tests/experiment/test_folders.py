@@ -600,6 +600,28 @@ def test_images_that_accuracies_are_of_are_found_where_they_are_said_to_be(with_
     assert json.loads(capsys.readouterr().out) == {"train": 18, "of": {"seen": 12}}
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("one", "the single class 'class0'; accuracies need at least two. If the classes are in there, give val=one/"),
+        (
+            "split",
+            "val=split has 'train', read as a split, but not something held out, such as val. Add it, or give val=",
+        ),
+        ("[one,split]", "val=[one,split] has no labels: labels=true needs one folder of class folders."),
+    ],
+)
+def test_what_is_wrong_with_val_is_said_of_val(name, said, with_val, capsys):
+    write_images(with_val / "one", classes=1)
+    write_images(with_val / "split" / "train")
+    for given in (["pretrain", *WITH_VAL[:-1], "out=y"], ["evaluate", "checkpoint=x"]):
+        capsys.readouterr()
+        assert main([*given, f"val={name}"]) == 2
+        found = capsys.readouterr().err
+        assert said in found
+        assert "data=one" not in found
+
+
 def files_of(data):
     """How many images accuracies are measured with, by the folder that they lie in."""
     paths = [*data.evaluated.train.files, *data.evaluated.test.files]

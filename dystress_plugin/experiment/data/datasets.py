@@ -161,6 +161,7 @@ def load(
     indices: str | None = None,
     without: Collection[str] = (),
     labels: bool | None = None,
+    key: str = "data",
 ) -> Data:
     """A data set by name, or from folders of images; its training images those that `long_tail.select` chooses.
 
@@ -176,7 +177,7 @@ def load(
     if name in BUILTIN:
         data = BUILTIN[name](root, download)
     else:
-        data, bad = _folder(name, labels, without)
+        data, bad = _folder(name, labels, without, key)
     if labels is False:
         data = replace(data, classes=())
     if long_tail is not None and not data.classes:
@@ -206,7 +207,9 @@ def load_for(
     )
     if spec.val is None:
         return data
-    return replace(data, val=load(spec.val, long_tail=None, without=without.get("val", ()), labels=True, **place))
+    with folders.speaking_of("val"):
+        val = load(spec.val, long_tail=None, without=without.get("val", ()), labels=True, key="val", **place)
+    return replace(data, val=val)
 
 
 class Shown(NamedTuple):
@@ -291,8 +294,9 @@ def _found(run: Path, key: str, name: str, given: str | None) -> str:
             f"{key}=FOLDER."
         )
     scan = read_scans(run).get(key)
-    if scan is None or not folders.are_files(given) or not scan.fits(given):
-        return name
+    with folders.speaking_of(key):
+        if scan is None or not folders.are_files(given) or not scan.fits(given):
+            return name
     say(f"{key}={given} has the very files that {run} was {did} on in {name}, and is taken for it.")
     return given
 
@@ -363,10 +367,10 @@ def image_size_of(name: str) -> int:
     return IMAGE_SIZES.get(name, 224)
 
 
-def _folder(name: str, labels: bool | None, without: Collection[str]) -> tuple[Data, set[str]]:
+def _folder(name: str, labels: bool | None, without: Collection[str], key: str) -> tuple[Data, set[str]]:
     """What a folder has, and the files in it that are to be left out."""
     places.check_data(name)
-    layout = folders.read(name, labels)
+    layout = folders.read(name, labels, key=key)
     bad = {str(layout.folder / each) for each in without}
     found = [_image_folder(part, layout, bad) for part in layout.parts]
     folders.say(layout)

@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Layout:
         held_out: folder of class folders to measure accuracies on; None: a part of `train`, or nothing.
         unused: names of the other folders beside the two.
         labelled: whether class folders are labels.
+        key: the setting that it is a value of.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Layout:
     held_out: Path | None = None
     unused: tuple[str, ...] = ()
     labelled: bool = True
+    key: str = "data"
 
     @property
     def parts(self) -> tuple[Path, ...]:
@@ -107,15 +110,27 @@ class Layout:
         others = Counter(os.path.splitext(file)[1].lower() for file in rest if os.path.basename(file)[0] != ".")
         if others:
             told += "; no images: " + ", ".join(f"{n} {end or 'without an ending'}" for end, n in others.most_common(5))
-        return f"data={self.name}: {told}."
+        return f"{self.key}={self.name}: {told}."
 
 
-def read(data: str | Path, labels: bool | None = None) -> Layout:
+@contextmanager
+def speaking_of(key: str) -> Iterator[None]:
+    """Errors about images from inside name this setting, where they would name `data`."""
+    try:
+        yield
+    except pictures.BadPicture:  # which names a file
+        raise
+    except ValueError as error:
+        raise ValueError(str(error).replace("data=", f"{key}=")) from None
+
+
+def read(data: str | Path, labels: bool | None = None, *, key: str = "data") -> Layout:
     """How images are laid out: class folders, splits (in any spelling of `SPLITS`) with class folders, or no classes.
 
     Args:
         data: a folder, or a list of folders or a pattern, whose images have no labels.
         labels: whether class folders are labels; None: where there are two or more.
+        key: the setting that `data` is the value of.
 
     Raises:
         ValueError: for a folder that cannot be read, or in two ways, that has splits without class folders or nothing
@@ -126,7 +141,7 @@ def read(data: str | Path, labels: bool | None = None) -> Layout:
         if not places.there(data):
             raise ValueError(f"data={data} names what is not there.")
         if len(found) == 1 and found[0].is_dir():
-            return _read(found[0], str(data), labels)
+            return replace(_read(found[0], str(data), labels), key=key)
         if labels:
             raise ValueError(f"data={data} has no labels: labels=true needs one folder of class folders.")
         return _read_several(found, str(data))

@@ -103,11 +103,12 @@ def scan_images(settings: PretrainSettings, out: Path) -> dict[str, Scan]:
     how = {name: getattr(settings, name) for name in ("on_bad_image", "num_workers", "progress")}
     labels = {"data": settings.labels, "val": True}
     named = {key: getattr(settings, key) for key in RECORDS}
-    return {
-        key: scan_folder(name, out, key=key, labels=labels[key], **how)
-        for key, name in named.items()
-        if name is not None and folders.are_files(name)
-    }
+    found = {}
+    for key, name in named.items():
+        if name is not None and folders.are_files(name):
+            with folders.speaking_of(key):
+                found[key] = scan_folder(name, out, key=key, labels=labels[key], **how)
+    return found
 
 
 def scan_folder(
@@ -135,7 +136,7 @@ def scan_folder(
         ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
             are not those the run began with, or read in another way; as `folders.read`.
     """
-    layout = folders.read(folder, labels)
+    layout = folders.read(folder, labels, key=key)
     folders.say(layout)
     states, unlisted = _files(layout)
     state = _digest(f"{name} {value}" for name, value in (states | unlisted).items())
