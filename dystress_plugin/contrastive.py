@@ -18,7 +18,15 @@ from dystress_plugin import layout as layouts
 from dystress_plugin.arguments import Index, Indices, indices_of, instances, labels_of, objective_of, queue_of
 from dystress_plugin.checks import check_at_least, unknown_name
 from dystress_plugin.embeddings import check_view, units_of
-from dystress_plugin.engine import ENGINES, NegativeStats, PositiveStats, RowStats, mean_loss, positive_stats
+from dystress_plugin.engine import (
+    ENGINES,
+    NegativeStats,
+    PositiveStats,
+    RowStats,
+    closed_form,
+    mean_loss,
+    positive_stats,
+)
 from dystress_plugin.layout import LAYOUTS, Alike, Block
 from dystress_plugin.objectives import Objective
 from dystress_plugin.recipes import recipe
@@ -80,9 +88,10 @@ class ContrastiveLoss(nn.Module):
             objective of p alone, in NT-Xent with the other positives among what it is compared with, as in SupCon:
             mean_p -log( e^a_p / (sum_p e^a_p + sum_n e^a_n) ). The same with labels, where "dclw" has no "mean".
         engine: "dense" holds the matrix of similarities, "blockwise" tiles of it, so that memory grows with the batch
-            and not with its square. "auto" takes "dense" up to 2^16 entries (128 images in two views) on a CPU and up
-            to 64 MiB (2048 images) elsewhere, where it is the faster one below; and as far as 2^26 entries where
-            torch.func or forward-mode differentiation need all of it.
+            and not with its square. "auto" takes the whole matrix up to 2^16 entries (128 images in two views) on a
+            CPU and up to 64 MiB (2048 images) elsewhere, where that is the faster one: for two views without state in
+            closed form, else as "dense" does. Also up to 2^26 entries where torch.func or forward-mode differentiation
+            need all of it.
         gather_distributed: compare with the batches of all ranks, with gradient. The loss of a rank is scaled such
             that the mean over ranks is the loss of the whole batch. MACL's alignment and DCLW's weights are then
             those of the whole batch.
@@ -195,7 +204,7 @@ class ContrastiveLoss(nn.Module):
                 alone (in compiled code and under torch.func there is nothing to look at, and on CUDA a step would wait
                 for the device: numbers that are not finite propagate, and an index beyond a table is CUDA's own error).
         """
-        units, indices, epoch = self._checked(views, index, epoch)
+        indices, epoch = self._checked(views, index, epoch)
         trains = self.training and torch.is_grad_enabled()
         learns = trains and any(view.requires_grad for view in views)
         if trains:
@@ -203,6 +212,11 @@ class ContrastiveLoss(nn.Module):
             for temperature in self.temperatures:
                 temperature.hold_parameters()
         classes = None if labels is None else self._checked_labels(labels, views[0])
+        if self._has_closed_form and classes is None and closed_form.takes(views):
+            again = partial(self._again, indices, epoch)
+            step = closed_form.Step(self.temperature, self._objective, self.objective_settings, epoch, learns, again)
+            return closed_form.value(step, views)
+        units = units_of(views)
         compute = partial(self._value, units, indices, epoch, classes, learns=learns)
         ranks = distributed.world_size() > 1
         with distributed.batch_of(units.shape[1], units.device) if ranks else nullcontext():
@@ -239,7 +253,8 @@ class ContrastiveLoss(nn.Module):
         It holds the whole matrix of similarities: give it a few hundred images. The arguments are those of the loss,
         and how many keys of a queue to compare with at most, all of them where that is None.
         """
-        units, indices, epoch = self._checked(views, index, epoch)
+        indices, epoch = self._checked(views, index, epoch)
+        units = units_of(views)
         with hardware.without_autocast(units.device):
             found: Any = Pairs([], [], [], [])  # type: ignore[arg-type]  # lists of tensors until they are joined
             for side in self._sides(units, indices, epoch, gather=False, max_keys=max_keys):
@@ -431,8 +446,8 @@ class ContrastiveLoss(nn.Module):
 
     def _checked(
         self, views: Sequence[Tensor], index: Index | None, epoch: float | None
-    ) -> tuple[Tensor, Indices, float | None]:
-        """(views, batch, dim) of length 1 in the dtype of the computation, indices there, the epoch as a float."""
+    ) -> tuple[Indices, float | None]:
+        """The sample numbers of every side on the views' device, and the epoch as a float."""
         self._check_views(views)
         indices = indices_of(index, views[0], self.temperatures, self.layout)
         for temperature in self.temperatures:
@@ -440,7 +455,7 @@ class ContrastiveLoss(nn.Module):
                 given_epoch(epoch, type(temperature).__name__)
         if epoch is not None:
             epoch = check_at_least("epoch", epoch, 0)
-        return units_of(views), indices, epoch
+        return indices, epoch
 
     def _checked_labels(self, labels: Tensor, view: Tensor) -> Tensor:
         if not self._in_views:
@@ -467,6 +482,25 @@ class ContrastiveLoss(nn.Module):
                 )
         elif self.lacks_negatives(*views):
             raise ValueError("A batch of one image has no negatives; use at least two images, or a queue.")
+
+    @property
+    def _has_closed_form(self) -> bool:
+        """Whether `closed_form` has a batch of two views: nothing is learned, and the objective has a slope."""
+        own = self.temperature
+        return (
+            self._in_views
+            and self.engine == "auto"
+            and self.positives == "sum"
+            and self._objective.slope is not None
+            and not (own._parameters or own._buffers or own._modules or own.needs_index)
+            and type(own).running_mean is Temperature.running_mean
+            and type(own).own_loss is Temperature.own_loss
+            and distributed.world_size() == 1
+        )
+
+    def _again(self, indices: Indices, epoch: float | None, *views: Tensor) -> Tensor:
+        """The loss of views that have been learned from."""
+        return self._value(units_of(views), indices, epoch, None, learns=False)
 
     @property
     def _in_views(self) -> bool:

@@ -17,21 +17,33 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
+    return _by_peak(z, _unless_zero(_peak(z), least))
+
+
+def _by_peak(z: Tensor, peak: Tensor, ordinary: bool = False) -> Tensor:
+    """z / |z|, where `ordinary` with a peak above zero in every row."""
     if not tracing.transformed(z):
-        units: Tensor = _Normalize.apply(z, least)[0]  # type: ignore[no-untyped-call]
+        units: Tensor = _Normalize.apply(z, peak, ordinary)[0]  # type: ignore[no-untyped-call]
         return units
-    peak = _peak(z.detach(), least)
     scaled = z / peak
-    length: Tensor = scaled.square().sum(dim=1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
+    length: Tensor = scaled.square().sum(dim=-1, keepdim=True).masked_fill(peak.isinf(), 1.0).sqrt()
     return scaled / length
 
 
-def _peak(z: Tensor, least: float) -> Tensor:
+def _peak(z: Tensor) -> Tensor:
+    """The largest entry of every row."""
+    return z.detach().abs().amax(dim=-1, keepdim=True)  # ten times as fast as the norm of that name
+
+
+def _least_peak(z: Tensor) -> float:
+    """Up to here a row counts as zero: the gradient 1/|z| itself would leave the dtype's range."""
+    return 1e8 * torch.finfo(z.dtype).tiny
+
+
+def _unless_zero(peak: Tensor, least: float) -> Tensor:
     """The largest entry of every row, infinite where the row counts as zero."""
-    peak = z.abs().amax(dim=1, keepdim=True)  # ten times as fast as the norm of that name
-    # Below, the gradient 1/|z| itself would leave the dtype's range.
-    nothing = peak <= 1e8 * torch.finfo(z.dtype).tiny
-    return peak.masked_fill_(nothing | (peak < least) if least else nothing, math.inf)
+    nothing = peak <= _least_peak(peak)
+    return peak.masked_fill(nothing | (peak < least) if least else nothing, math.inf)
 
 
 class _Normalize(torch.autograd.Function):
@@ -41,27 +53,36 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, peak: Tensor, ordinary: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        # Over the largest entry first: the squares of tiny and huge rows would leave the range.
-        peak = _peak(z, least)
-        units = z / peak
-        length = torch.linalg.vector_norm(units, dim=1, keepdim=True)
-        units.div_(length.clamp_min(1.0))  # as long as its largest entry, which is 1, unless the row is zero
-        length = (length * peak).nan_to_num_(math.inf, math.inf)
+        units, length = lengths_of(z, peak, ordinary)
         ctx.save_for_backward(units, length)
         return units, length
 
     @staticmethod
-    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_units: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor | None, None, None]:
         units, length = ctx.saved_tensors
-        grad = None
-        if grad_units is not None:
-            grad = (grad_units - units * (units * grad_units).sum(1, keepdim=True)) / length
+        grad = None if grad_units is None else gradient_of_rows(units, length, grad_units)
         if grad_length is not None:
             along = units * grad_length
             grad = along if grad is None else grad + along
-        return grad, None
+        return grad, None, None
+
+
+def lengths_of(z: Tensor, peak: Tensor, ordinary: bool) -> tuple[Tensor, Tensor]:
+    """z / |z| and |z|, the latter infinite where the row counts as zero; without autograd."""
+    # Over the largest entry first: the squares of tiny and huge rows would leave the range.
+    units = z / peak
+    length = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
+    # As long as its largest entry, which is 1, unless the row is zero.
+    units.div_(length if ordinary else length.clamp_min(1.0))
+    length = length * peak
+    return units, length if ordinary else length.nan_to_num_(math.inf, math.inf)
+
+
+def gradient_of_rows(units: Tensor, length: Tensor, grad: Tensor) -> Tensor:
+    """The gradient by z from that by z / |z|."""
+    return (grad - units * (units * grad).sum(-1, keepdim=True)) / length
 
 
 def check_view(number: int, view: Tensor, first: Tensor) -> None:
@@ -87,23 +108,29 @@ def _not_finite(views: Sequence[Tensor]) -> str:
     return f"View {number} has {bad[number]} of {len(views[0])} rows with NaN or infinity: the model diverged."
 
 
-def units_of(views: Sequence[Tensor]) -> Tensor:
-    """(views, batch, dim) of length 1 in the dtype of the computation: float64 if any view is, else float32.
+def stacked(views: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
+    """(views, batch, dim) in the dtype of the computation, its peaks as `normalize` wants them, and whether ordinary.
+
+    The dtype is float64 if that of any view is, else float32.
 
     Raises:
         ValueError: on the CPU in eager code, for embeddings that are not finite.
     """
     dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
     # Nothing here is an operation that autocast would take to a half precision.
-    together = torch.cat([view.to(dtype) for view in views])
-    # A sum is quick and finds every NaN and infinity; where it overflows by itself, nothing is wrong.
-    if (
-        together.device.type == "cpu"
-        and tracing.eager(together)
-        and not math.isfinite(together.detach().sum())
-        and not torch.isfinite(together).all()
-    ):
-        raise ValueError(_not_finite(views))
+    together = torch.stack([view.to(dtype) for view in views])
     # A half precision's subnormal rows have few digits left, and gradients beyond its range.
     least = torch.finfo(torch.float16).tiny if views[0].dtype == torch.float16 else 0.0
-    return normalize(together, least).view(len(views), *views[0].shape)
+    peak = _peak(together)
+    ordinary = False
+    if together.device.type == "cpu" and tracing.eager(together):
+        lowest, highest = (end.item() for end in peak.aminmax())
+        if not math.isfinite(highest):
+            raise ValueError(_not_finite(views))
+        ordinary = lowest > max(least, _least_peak(peak))
+    return together, peak if ordinary else _unless_zero(peak, least), ordinary
+
+
+def units_of(views: Sequence[Tensor]) -> Tensor:
+    """(views, batch, dim) of length 1; the dtype and the errors are those of `stacked`."""
+    return _by_peak(*stacked(views))

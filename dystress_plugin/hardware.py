@@ -30,7 +30,14 @@ def moved(given: Tensor, device: torch.device) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where operations keep the dtypes that they are given."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not _autocasts(device.type):  # asked first, as to enter takes ten times as long
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _autocasts(device_type: str) -> bool:
+    # Before torch 2.4 there is a function for every kind of device.
+    return torch.is_autocast_enabled(device_type) if hasattr(torch, "get_autocast_dtype") else True
 
 
 class Glance:

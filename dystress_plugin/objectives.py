@@ -107,6 +107,7 @@ class Objective:
         parameters: its own parameters with their defaults, positive numbers.
         softened_by: the parameter that says by what logits are divided in `RowStats.soft_positive` and `soft_negative`;
             None where it reads neither.
+        slope: the derivative of a row's loss by d = L - P, from d, where the loss is a function of it alone.
         competing: whether the positives of an anchor that are taken one by one are compared with each other too.
     """
 
@@ -116,6 +117,7 @@ class Objective:
     sum_over_views: bool = False
     parameters: Mapping[str, float] = field(default_factory=dict)
     softened_by: str | None = None
+    slope: Callable[[Tensor], Tensor] | None = None
     competing: bool = False
 
     def checked(self, settings: Mapping[str, float]) -> dict[str, float]:
@@ -136,11 +138,11 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective("ntxent", ntxent, competing=True),
-        Objective("macl", macl),
+        Objective("ntxent", ntxent, slope=torch.sigmoid, competing=True),
+        Objective("macl", macl, slope=torch.ones_like),
         Objective("sogclr", sogclr, needs_negative_cosine=True, sum_over_views=True),
         Objective("gcl", sogclr, needs_negative_cosine=True),
-        Objective("dcl", dcl),
+        Objective("dcl", dcl, slope=torch.ones_like),
         Objective("dclw", dclw, parameters={"sigma": 0.5}),
         Objective("dual", dual, parameters={"ratio": 10.0}, softened_by="ratio"),
     )

@@ -23,7 +23,7 @@ def tensors():
 
 @pytest.mark.filterwarnings("ignore")  # of temperatures that sink, with so few images
 @pytest.mark.parametrize("differentiated", [True, False])
-@pytest.mark.parametrize("engine", ["dense", "blockwise"])
+@pytest.mark.parametrize("engine", ["auto", "dense", "blockwise"])
 @pytest.mark.parametrize("name", recipes.METHODS)
 def test_no_tensor_outlives_its_step(name, engine, differentiated):
     recipe = recipes.METHODS[name]

@@ -81,10 +81,11 @@ def test_a_step_of_any_objective_waits_for_nothing(objective, layout, engine, ea
     check(ContrastiveLoss(build("isogclr"), objective=objective, engine=engine, **LAYOUTS[layout]), layout)
 
 
+@pytest.mark.parametrize("engine", ["auto", "blockwise"])
 @pytest.mark.parametrize("name", recipes.METHODS)
-def test_a_step_of_any_method_waits_for_nothing(name, eager):
+def test_a_step_of_any_method_waits_for_nothing(name, engine, eager):
     own = {"queue_size": (11, DIM)} if recipes.METHODS[name].queue else {}
-    check(ContrastiveLoss(name, engine="blockwise", **recipes.METHODS[name].sized(own, SAMPLES, DIM)))
+    check(ContrastiveLoss(name, engine=engine, **recipes.METHODS[name].sized(own, SAMPLES, DIM)))
 
 
 def test_positives_one_by_one_hard_negatives_and_a_watched_floor_wait_for_nothing(eager):

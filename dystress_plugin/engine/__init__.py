@@ -10,20 +10,6 @@ from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.rows import NegativeStats, RowStats
 from dystress_plugin.temperature.maps import LogitMap
 
-# Entries of the matrix up to which the dense engine is the faster one: measured on a CPU, where the two differ by a
-# tenth below and the blockwise engine wins ever more clearly above.
-DENSE_ENTRIES = 2**16
-# Bytes of the matrix up to which it is taken elsewhere: on an H100 the dense engine is a fifth faster at 16 MiB, 1024
-# images in two views, and the blockwise one at 256 MiB, in a fifth of the memory.
-DENSE_BYTES = 64 * 2**20
-
-
-def dense_entries(like: Tensor) -> int:
-    """Entries of the matrix, in the dtype and on the device of `like`, up to which "auto" takes the dense engine."""
-    if like.device.type == "cpu":
-        return DENSE_ENTRIES
-    return DENSE_BYTES // like.itemsize
-
 
 def auto(
     anchors: Tensor,
@@ -36,7 +22,7 @@ def auto(
 ) -> NegativeStats:
     """The faster of the two engines for this size, or the one that can."""
     entries = len(anchors) * len(anchors if candidates is None else candidates)
-    whole = entries <= dense_entries(anchors) or (
+    whole = entries <= dense.most_entries(anchors) or (
         entries <= blockwise.WHOLE_ENTRIES and not blockwise.in_tiles(anchors, candidates, logit_map)
     )
     engine = dense if whole else blockwise

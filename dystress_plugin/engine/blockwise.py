@@ -80,7 +80,7 @@ def negative_stats(
         negative = negative if term is None else negative + term
     else:
         negative, cosine, soft = _Blockwise.apply(plan, anchors, candidates, *_tensors(logit_map))  # type: ignore[no-untyped-call]
-    return NegativeStats(negative, cosine if want_cosine else None, None if ratio is None else soft)
+    return NegativeStats(negative, cosine if want_cosine else None, soft)
 
 
 # For torch before 2.4: outside of the compiled graph.
@@ -116,13 +116,14 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, plan: Plan, anchors: Tensor, candidates: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         negative, cosine, soft, passed = forward(plan, anchors, candidates)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         by_tensors = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(*passed, cosine if by_tensors else None, anchors, candidates, *tensors)
-        ctx.mark_non_differentiable(soft)
+        if soft is not None:
+            ctx.mark_non_differentiable(soft)
         return negative, cosine, soft
 
     @staticmethod

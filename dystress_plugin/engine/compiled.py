@@ -20,7 +20,7 @@ _GIVEN = (
 )
 
 
-def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """L, N and the second L of all rows, with gradients by the embeddings, not by the tensors of the map."""
     parts = plan.logit_map.parts()
     assert parts is not None  # as `blockwise.in_tiles` asks; narrows the type
@@ -39,7 +39,7 @@ def statistics(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[
         plan.rows if plan.shifted else 0,
         plan.kept_entries(anchors),
     )
-    return negative, cosine, soft.detach()
+    return negative, cosine, None if plan.ratio is None else soft.detach()
 
 
 def _plan(
@@ -75,15 +75,18 @@ def _tiles(*given: Any) -> tuple[Tensor, ...]:
     *planned, _, _ = given
     anchors, candidates, *_ = planned
     *found, passed = forward(_plan(*planned), anchors, candidates)
-    return *found, *(anchors.new_empty(0) if x is None else x for x in passed)
+    return tuple(anchors.new_empty(0) if x is None else x for x in (*found, *passed))
 
 
 @_tiles.register_fake
 def _(anchors: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    *_, shifts, kept = given
-    total = anchors.new_empty(len(anchors), dtype=widest(anchors.device))
+    *_, want_cosine, ratio, _, shifts, kept = given
+    rows = len(anchors)
+    total = anchors.new_empty(rows, dtype=widest(anchors.device))
     return (
-        *(anchors.new_empty(len(anchors)) for _ in range(3)),
+        anchors.new_empty(rows),
+        anchors.new_empty(rows if want_cosine else 0),
+        anchors.new_empty(0 if ratio is None else rows),
         total,
         anchors.new_empty(shifts),
         anchors.new_empty(kept),

@@ -11,6 +11,20 @@ from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.rows import NegativeStats
 from dystress_plugin.temperature.maps import LogitMap
 
+# Entries of the matrix up to which the dense engine is the faster one: measured on a CPU, where the two differ by a
+# tenth below and the blockwise engine wins ever more clearly above.
+ENTRIES = 2**16
+# Bytes of the matrix up to which it is taken elsewhere: on an H100 the dense engine is a fifth faster at 16 MiB, 1024
+# images in two views, and the blockwise one at 256 MiB, in a fifth of the memory.
+BYTES_ELSEWHERE = 64 * 2**20
+
+
+def most_entries(like: Tensor) -> int:
+    """Entries up to which "auto" takes the matrix as a whole, in the dtype and on the device of `like`."""
+    if like.device.type == "cpu":
+        return ENTRIES
+    return BYTES_ELSEWHERE // max(4, like.itemsize)  # half precisions are computed in float32
+
 
 def negative_stats(
     anchors: Tensor,

@@ -68,8 +68,8 @@ class Plan:
         logit_map: LogitMap,
         want_cosine: bool,
         ratio: float | None,
-        tile: int | None,
-        keep_bytes: int,
+        tile: int | None = None,
+        keep_bytes: int = KEEP_BYTES,
     ) -> Plan:
         rows, columns = len(anchors), len(anchors if candidates is None else candidates)
         side = tile or math.isqrt(entries_of_a_tile(anchors.device))
@@ -83,6 +83,11 @@ class Plan:
         column_tile = side if candidates is None or tile else side * side // row_tile
         sizes = rows, columns, candidates is None, side, column_tile
         return Plan(*sizes, excluded, logit_map, want_cosine, ratio, keep_bytes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one tile is all."""
+        return self.row_tile >= self.rows and self.column_tile >= self.columns
 
     @property
     def shifted(self) -> bool:
@@ -110,7 +115,8 @@ class Plan:
         gain = self.logit_map.gain
         for r in range(0, self.rows, self.row_tile):
             rows = slice(r, min(r + self.row_tile, self.rows))
-            scaled = anchors[rows] if gain == 1 else anchors[rows] * gain
+            left = _part(anchors, rows)
+            scaled = left if gain == 1 else left * gain
             for c in range(r if self.symmetric else 0, self.columns, self.column_tile):
                 yield rows, slice(c, min(c + self.column_tile, self.columns)), scaled
 
@@ -143,11 +149,16 @@ class Plan:
         logit, multiply_by_slope = self.logit_map.rows(rows).logit_and_slope(scaled, work)
         out = work and work[0]
         if shift is not None:
-            logit = torch.sub(logit, shift[rows, None], out=out)
+            logit = torch.sub(logit, _part(shift, rows)[:, None], out=out)
         if see is not None:
             see(logit)
         e = torch.exp(logit, out=out)
         return self.excluded.fill_(e, 0.0, row=rows.start, column=columns.start), multiply_by_slope
+
+
+def _part(x: Tensor, rows: slice) -> Tensor:
+    """Some of the rows, at no cost where they are all."""
+    return x if rows.stop - rows.start == len(x) else x[rows]
 
 
 # What a thread keeps from one call to the next.
@@ -162,16 +173,18 @@ class _Scratch:
     def __init__(self, plan: Plan, like: Tensor) -> None:
         # With two the exponentials take the place of the products.
         number = 2 if plan.shared and not plan.want_cosine else 3
-        entries = min(plan.row_tile, plan.rows) * min(plan.column_tile, plan.columns)
+        shape = min(plan.row_tile, plan.rows), min(plan.column_tile, plan.columns)
+        entries = shape[0] * shape[1]
         last: Tensor | None = getattr(_of_thread, "scratch", None)
         if last is None or last.numel() < number * entries or last.dtype != like.dtype or last.device != like.device:
             last = like.new_empty(number * entries)
             if like.device.type == "cpu":
                 _of_thread.scratch = last
-        self.tiles = last[: number * entries].view(number, entries)
+        self.tiles = last[: number * entries].view(number, *shape).unbind()
 
     def tile(self, number: int, shape: tuple[int, int]) -> Tensor:
-        return self.tiles[number, : shape[0] * shape[1]].view(shape)
+        tile = self.tiles[number]
+        return tile if tile.shape == shape else tile.view(-1)[: shape[0] * shape[1]].view(shape)
 
     def product(self, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """left right^T in the first tile, and two as work for a map."""
@@ -208,6 +221,8 @@ class _Roll:
 
     def tile(self, shape: torch.Size | tuple[int, int]) -> Tensor:
         entries = shape[0] * shape[1]
+        if entries == len(self.rest):
+            return self.rest.view(shape)
         cut, self.rest = self.rest[:entries].view(shape), self.rest[entries:]
         return cut
 
@@ -220,20 +235,29 @@ class _Sums:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._sum = torch.zeros(rows, dtype=widest(device), device=device)
-        self._lost = None if self._sum.dtype == torch.float64 else torch.zeros_like(self._sum)
+        self._rows, self._device = rows, device
+        self._sum: Tensor | None = None
+        self._lost: Tensor | None = None
 
     def add(self, rows: slice, x: Tensor) -> None:
         """Adds to some of the rows."""
+        if self._sum is None:
+            dtype = widest(self._device)
+            if len(x) == self._rows:  # at no cost where they are all
+                self._sum = x.to(dtype, copy=True)
+                return
+            self._sum = torch.zeros(self._rows, dtype=dtype, device=self._device)
         before = self._sum[rows]
         after = before + x
-        if self._lost is not None:
+        if self._sum.dtype != torch.float64:
+            self._lost = torch.zeros_like(self._sum) if self._lost is None else self._lost
             added = after - before
             self._lost[rows] += (before - (after - added)) + (x - added)
         self._sum[rows] = after
 
     def value(self) -> Tensor:
         """All rows, wide."""
+        assert self._sum is not None  # narrows the type
         return self._sum if self._lost is None else self._sum + self._lost
 
 
@@ -251,7 +275,9 @@ class Passed(NamedTuple):
     kept: Tensor | None
 
 
-def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Passed]:
+def forward(
+    plan: Plan, anchors: Tensor, candidates: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Passed]:
     """L of all rows, and the mean cosine of their negatives and the second L if the plan wants them."""
     others = anchors if candidates is None else candidates
     shift = plan.row_maxima(anchors, others)
@@ -267,7 +293,7 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
     shared, kept, scratch = plan.shared, _room(plan, anchors), _Scratch(plan, anchors)
     roll = None if kept is None else _Roll(kept)
     for rows, columns, left in plan.tiles(anchors):
-        scaled, work = scratch.product(left, others[columns])
+        scaled, work = scratch.product(left, _part(others, columns))
         mirrored = plan.symmetric and rows != columns
         if roll is not None:
             work = (roll.tile(scaled.shape), work[1])
@@ -288,12 +314,13 @@ def forward(plan: Plan, anchors: Tensor, candidates: Tensor | None) -> tuple[Ten
             multiply_by_slope(roll.tile(e.shape).copy_(e) if plan.want_cosine else e)
     total = sums.value()
     negative = total.log() if shift is None else total.log() + shift
-    cosine = moments.value() / (total * plan.logit_map.gain)
-    soft = softened.value().log()
-    if shift is not None and plan.ratio is not None:
-        soft = soft + shift / plan.ratio
-    dtype = anchors.dtype
-    return negative.to(dtype), cosine.to(dtype), soft.to(dtype), Passed(total, shift, kept)
+    cosine = moments.value() / (total * plan.logit_map.gain) if plan.want_cosine else None
+    soft = None
+    if plan.ratio is not None:
+        soft = softened.value().log()
+        soft = soft if shift is None else soft + shift / plan.ratio
+    found = [None if x is None else x.to(anchors.dtype) for x in (negative, cosine, soft)]
+    return *found, Passed(total, shift, kept)  # type: ignore[return-value]  # negative is a tensor
 
 
 def backward(
@@ -309,12 +336,14 @@ def backward(
     """Gradients by the anchors and by the candidates, the latter None unless asked for."""
     others = anchors if candidates is None else candidates
     # dS_ij = e_ij (a'_ij / gain weight_slope_i + weight_i): the softmax weight, e over its total, times what arrives.
-    nothing = torch.zeros_like(passed.total)
-    weight_slope = nothing if grad_negative is None else grad_negative * plan.logit_map.gain / passed.total
-    weight = nothing if grad_cosine is None else grad_cosine / passed.total
-    weight_slope, weight = weight_slope.to(anchors.dtype), weight.to(anchors.dtype)
-    grad_anchors = torch.zeros_like(anchors)
-    grad_others = torch.zeros_like(others) if by_candidates else None
+    gain = plan.logit_map.gain
+    slope_weight = torch.zeros_like(passed.total) if grad_negative is None else grad_negative * gain / passed.total
+    weight_slope = slope_weight.to(anchors.dtype)
+    weight = None if grad_cosine is None else (grad_cosine / passed.total).to(anchors.dtype)
+    # The only tile is all there is to add up.
+    beta, room = (0, torch.empty_like) if plan.whole else (1, torch.zeros_like)
+    grad_anchors = room(anchors)
+    grad_others = room(others) if by_candidates else None
     shared, scratch = plan.shared, _Scratch(plan, anchors)
     roll = None if passed.kept is None else _Roll(passed.kept)
 
@@ -325,21 +354,25 @@ def backward(
 
     def tile_gradient(tile: list[Tensor], rows: slice) -> Tensor:
         """dS of a tile, as far as it comes from the statistics of its rows."""
-        block = tile[0] * weight_slope[rows, None]
-        return torch.addcmul(block, tile[1], weight[rows, None]) if plan.want_cosine else block
+        block = tile[0] * _part(weight_slope, rows)[:, None]
+        return block if weight is None else torch.addcmul(block, tile[1], _part(weight, rows)[:, None])
 
     def shared_tile_gradient(tile: list[Tensor], rows: slice, columns: slice) -> Tensor:
         """The same of a tile that is its mirror image's too: from the statistics of its rows and of its columns."""
         block = scratch.tile(-1, tile[0].shape)  # type: ignore[arg-type]  # the map is done with it
-        torch.add(weight_slope[rows, None], weight_slope[None, columns], out=block).mul_(tile[0])
-        return block.addcmul_(tile[1], weight[rows, None] + weight[None, columns]) if plan.want_cosine else block
+
+        def of_both(x: Tensor, out: Tensor | None = None) -> Tensor:
+            return torch.add(_part(x, rows)[:, None], _part(x, columns), out=out)
+
+        of_both(weight_slope, block).mul_(tile[0])
+        return block if weight is None else block.addcmul_(tile[1], of_both(weight))
 
     for rows, columns, left in plan.tiles(anchors):
         mirrored = plan.symmetric and rows != columns
         if roll is not None:
             tile = [roll.tile((len(left), columns.stop - columns.start)) for _ in range(1 + plan.want_cosine)][::-1]
         else:
-            scaled, work = scratch.product(left, others[columns])
+            scaled, work = scratch.product(left, _part(others, columns))
             tile = recompute_tile(scaled, rows, columns, work)
         if shared:
             block = shared_tile_gradient(tile, rows, columns)
@@ -350,9 +383,9 @@ def backward(
                 if mirrored:
                     mirror = tile_gradient(recompute_tile(scaled.T, columns, rows, None), columns)
                 block = block + mirror.T
-        grad_anchors[rows].addmm_(block, others[columns])
+        _part(grad_anchors, rows).addmm_(block, _part(others, columns), beta=beta)
         if mirrored:
             grad_anchors[columns].addmm_(block.T, anchors[rows])
         if grad_others is not None:
-            grad_others[columns].addmm_(block.T, anchors[rows])
+            _part(grad_others, columns).addmm_(block.T, _part(anchors, rows), beta=beta)
     return grad_anchors, grad_others

@@ -1,0 +1,252 @@
+"""What the loss of a small batch gives as one node of the graph is what the other engines give."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from grid import assert_close, embeddings
+from torch import Tensor
+
+from dystress_plugin import ContrastiveLoss, recipes
+from dystress_plugin.engine import closed_form
+from dystress_plugin.objectives import OBJECTIVES, Objective
+from dystress_plugin.temperature import Constant, DySTreSS
+from dystress_plugin.temperature.base import Batch, Temperature
+from dystress_plugin.temperature.maps import LogitMap, LogitMaps, Scaled
+
+pytestmark = pytest.mark.filterwarnings("ignore:tau_max/tau_min")
+SLOPED = [name for name, objective in OBJECTIVES.items() if objective.slope is not None]
+TEMPERATURES = {
+    "detached": DySTreSS(),
+    "live": DySTreSS(detach=False),
+    "two-maps": DySTreSS(negative_range=(0.2, 0.3)),
+    "shifted-exponentials": DySTreSS(0.004, 0.008, detach=False),
+    "constant": Constant(0.3),
+}
+
+
+@dataclass(frozen=True)
+class RowMap(LogitMap):
+    """A temperature an anchor, and all but `logit` and `bound` by default."""
+
+    tau: Tensor
+
+    def logit(self, cosine):
+        return cosine / self.tau
+
+    @property
+    def bound(self):
+        return 1 / 0.1
+
+    @property
+    def rowless(self):
+        return False
+
+    def rows(self, rows):
+        return RowMap(self.tau[rows])
+
+
+class OfRows(Temperature):
+    """Keeps nothing but a count of the batches it has learned from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def prepare(self, batch: Batch) -> LogitMaps:
+        own = RowMap(0.3 + 0.2 * batch.positive_cosine)
+        return LogitMaps(own, own)
+
+    def begin(self, opposite):
+        self.seen.append(opposite.shape)
+
+    def update(self, stats, batch):
+        self.seen.append((stats.negative.shape, batch.anchors.shape))
+
+
+def losses(temperature, **settings):
+    return [ContrastiveLoss(temperature, engine=engine, **settings) for engine in ("auto", "dense")]
+
+
+def is_closed(value):
+    return type(value.grad_fn).__name__ == "_ClosedFormBackward"
+
+
+def value_and_gradients(loss, views, weight=1.0):
+    views = [view.detach().clone().requires_grad_() for view in views]
+    value = loss(*views, epoch=3.0)
+    return value, torch.stack(torch.autograd.grad(value * weight, views))
+
+
+def assert_alike(ours, plain, views, tolerance=1e-13):
+    value, gradients = value_and_gradients(ours, views, weight=0.7)
+    expected_value, expected = value_and_gradients(plain, views, weight=0.7)
+    assert is_closed(value)
+    assert not is_closed(expected_value)
+    assert_close(value, expected_value, tolerance)
+    assert_close(gradients, expected, tolerance)
+
+
+@pytest.mark.parametrize("images", [2, 9])
+@pytest.mark.parametrize("objective", SLOPED)
+@pytest.mark.parametrize("name", TEMPERATURES)
+def test_value_and_gradients_are_those_of_the_dense_engine(name, objective, images):
+    assert_alike(*losses(TEMPERATURES[name], objective=objective), embeddings(images, 5))
+
+
+@pytest.mark.parametrize("objective", SLOPED)
+def test_a_slope_is_the_derivative_by_the_difference(objective):
+    class Stats:
+        positive = torch.zeros(61, dtype=torch.float64)
+        negative = torch.linspace(-40, 60, 61, dtype=torch.float64).requires_grad_()
+
+    own = OBJECTIVES[objective]
+    (expected,) = torch.autograd.grad(own.row_loss(Stats).sum(), Stats.negative)
+    assert_close(own.slope(Stats.negative.detach()), expected, 1e-14)
+
+
+def test_a_map_that_differs_from_row_to_row_and_what_it_learns():
+    ours, plain = losses(OfRows(), objective="ntxent")
+    plain.temperature = OfRows()
+    views = embeddings(6, 4)
+    assert_alike(ours, plain, views)
+    assert ours.temperature.seen == plain.temperature.seen == [(6, 4), ((12,), (12, 4))]
+    for loss in (ours, plain):
+        loss.eval()(*views)
+        loss.train()(*views)
+        assert len(loss.temperature.seen) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.METHODS if not recipes.METHODS[name].queue])
+def test_recipes_without_state_have_it(name):
+    recipe = recipes.METHODS[name]
+    own = recipe.sized({}, 10, 3)
+    value = ContrastiveLoss(name, **own)(
+        *(view.requires_grad_() for view in embeddings(5, 3)), index=torch.arange(5), epoch=0.0
+    )
+    loss = ContrastiveLoss(name, **own)
+    stateless = not (list(loss.parameters()) or list(loss.buffers()))
+    two_views = loss.layout == "views" and OBJECTIVES[loss.objective].slope is not None
+    assert is_closed(value) == (stateless and two_views)
+
+
+@pytest.mark.parametrize(
+    ("settings", "views"),
+    [
+        ({"engine": "blockwise"}, 2),
+        ({"layout": "both_ways"}, 2),
+        ({"queue_size": (8, 3)}, 2),
+        ({"positives": "mean"}, 3),
+        ({}, 3),
+        ({"objective": "dclw"}, 2),
+        ({"objective": Objective("mine", lambda stats: stats.negative - stats.positive)}, 2),
+    ],
+)
+def test_all_else_is_left_to_the_engines(settings, views):
+    z = [view.requires_grad_() for view in embeddings(5, 3, views=views)]
+    assert not is_closed(ContrastiveLoss("dystress", **settings)(*z))
+
+
+def test_large_batches_are_left_to_tiles():
+    loss = ContrastiveLoss("dystress")
+    small, large = (torch.randn(2, images, 3, generator=torch.Generator().manual_seed(0)) for images in (128, 129))
+    assert is_closed(loss(*small.requires_grad_()))
+    assert not is_closed(loss(*large.requires_grad_()))
+
+
+@pytest.mark.parametrize("learned", [0, 1])
+def test_a_view_without_gradient_and_derivatives_of_the_gradient(learned):
+    found = []
+    for loss in losses("dystress"):
+        views = embeddings(5, 4)
+        views[learned].requires_grad_()
+        value = loss(*views)
+        (gradient,) = torch.autograd.grad(value, views[learned], create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), views[learned])
+        value = loss(*views)
+        value.backward()
+        assert views[1 - learned].grad is None
+        found.append(torch.stack([gradient.detach(), second, views[learned].grad]))
+    assert_close(found[0], found[1], 1e-13)
+
+
+def test_one_view_computed_from_the_other():
+    def of(loss):
+        z = embeddings(5, 4)[0].requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(z, z.tanh()), z, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.pow(3).sum(), z)
+        return torch.stack([gradient.detach(), second])
+
+    assert_close(*(of(loss) for loss in losses("dystress")), 1e-13)
+
+
+def test_batched_gradients():
+    def of(loss):
+        views = [view.requires_grad_() for view in embeddings(5, 4)]
+        value = loss(*views)
+        weights = torch.tensor([1.0, -2.0, 0.5], dtype=value.dtype)
+        return torch.cat(torch.autograd.grad(value, views, weights, is_grads_batched=True))
+
+    assert_close(*(of(loss) for loss in losses("dystress")), 1e-13)
+
+
+def test_a_graph_that_is_kept_gives_the_same_again():
+    views = [view.requires_grad_() for view in embeddings(5, 4)]
+    value = ContrastiveLoss("macl")(*views)
+    first, again = (torch.autograd.grad(value, views, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_under_autocast_is_computed_in_float32(dtype):
+    views = [view.to(dtype) for view in embeddings(5, 4)]
+    half, whole = ([view.to(kind).requires_grad_() for view in views] for kind in (dtype, torch.float32))
+    loss = ContrastiveLoss("dystress")
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(*half)
+    expected = loss(*whole)
+    assert is_closed(value)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, expected)
+    for ours, theirs in zip(torch.autograd.grad(value, half), torch.autograd.grad(expected, whole), strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs.to(dtype))
+
+
+def test_the_number_is_the_same_with_and_without_a_gradient():
+    loss, views = ContrastiveLoss("dystress"), embeddings(5, 4)
+    with torch.no_grad():
+        expected = loss(*views)
+    assert torch.equal(loss(*(view.clone().requires_grad_() for view in views)), expected)
+
+
+def test_it_stands_within_a_checkpoint():
+    views = [view.requires_grad_() for view in embeddings(5, 4)]
+    loss = ContrastiveLoss("dystress")
+    kept = torch.autograd.grad(loss(*views), views)
+    for reentrant in (False, True):
+        value = torch.utils.checkpoint.checkpoint(loss, *views, use_reentrant=reentrant)
+        value.backward()
+        assert all(torch.equal(view.grad, expected) for view, expected in zip(views, kept, strict=True))
+        for view in views:
+            view.grad = None
+
+
+def test_a_scaled_map_is_not_written_into():
+    """What a map returns as a logit may be the tensor that it was given."""
+    taus = torch.full((), 0.4, dtype=torch.float64)
+
+    class OfATensor(Temperature):
+        def prepare(self, batch):
+            own = Scaled(taus, least=0.4)
+            return LogitMaps(own, own)
+
+    assert_alike(*losses(OfATensor(), objective="ntxent"), embeddings(4, 3))
+    assert taus == 0.4
+
+
+def test_what_it_takes():
+    views = embeddings(4, 3)
+    assert closed_form.takes(views)
+    assert not closed_form.takes(embeddings(4, 3, views=3))
+    assert not torch.func.vmap(lambda z: torch.tensor(closed_form.takes((z, z))))(views[0][None])
