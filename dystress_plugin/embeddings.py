@@ -82,7 +82,12 @@ def lengths_of(z: Tensor, peak: Tensor, ordinary: bool) -> tuple[Tensor, Tensor]
 
 def gradient_of_rows(units: Tensor, length: Tensor, grad: Tensor) -> Tensor:
     """The gradient by z from that by z / |z|."""
-    return (grad - units * (units * grad).sum(-1, keepdim=True)) / length
+    work = units * grad
+    along = work.sum(-1, keepdim=True)
+    if torch.is_grad_enabled():
+        return (grad - units * along) / length
+    # New memory takes the system longer than the arithmetic.
+    return torch.sub(grad, torch.mul(units, along, out=work), out=work).div_(length)
 
 
 def check_view(number: int, view: Tensor, first: Tensor) -> None:

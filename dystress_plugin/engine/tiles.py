@@ -24,6 +24,9 @@ UNSHIFTED = 60.0
 # Entries of a tile: large enough that threads seldom wait for each other; on a GPU one fills the chip.
 TILE_ENTRIES = {"cpu": 1152 * 1152}
 TILE_ENTRIES_ELSEWHERE = 4096 * 4096
+# Of a symmetric matrix on a CPU, rows of a tile for each thread and one more: small tiles compute less that lies below
+# the diagonal for nothing, and of many threads each waits for the others more often.
+SIDE = 256
 # Entries of float32 in a cache line.
 LINE = 16
 # Up to this size the forward pass keeps its tiles for the backward pass, which otherwise computes them again: 4096
@@ -74,6 +77,8 @@ class Plan:
         rows, columns = len(anchors), len(anchors if candidates is None else candidates)
         side = tile or math.isqrt(entries_of_a_tile(anchors.device))
         if tile is None and candidates is None:
+            if anchors.device.type == "cpu":
+                side = min(side, SIDE * (1 + torch.get_num_threads()))
             # Blocks of the same size, as those on the diagonal compute too much; and rows of whole cache lines, as a
             # product into others takes up to twice as long.
             blocks = -(-rows // side)
@@ -247,13 +252,15 @@ class _Sums:
                 self._sum = x.to(dtype, copy=True)
                 return
             self._sum = torch.zeros(self._rows, dtype=dtype, device=self._device)
-        before = self._sum[rows]
-        after = before + x
-        if self._sum.dtype != torch.float64:
-            self._lost = torch.zeros_like(self._sum) if self._lost is None else self._lost
-            added = after - before
-            self._lost[rows] += (before - (after - added)) + (x - added)
-        self._sum[rows] = after
+        sum_ = _part(self._sum, rows)
+        if self._sum.dtype == torch.float64:
+            sum_.add_(x)
+            return
+        self._lost = torch.zeros_like(self._sum) if self._lost is None else self._lost
+        after = sum_ + x
+        added = after - sum_
+        self._lost[rows] += (sum_ - (after - added)) + (x - added)
+        sum_.copy_(after)
 
     def value(self) -> Tensor:
         """All rows, wide."""
