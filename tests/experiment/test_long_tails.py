@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import dystress, write_images  # beside this file
 
+from dystress_plugin.experiment.devices import device_name
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce" / "long_tails.py"
 
 
@@ -70,7 +72,10 @@ def test_its_small_files_make_the_same_report_without_weights_and_data(script, t
     tables = [pd.read_csv(f"{folder}-report/results.csv") for folder in ("out/long-tail/runs", "small/long-tail")]
     pd.testing.assert_frame_equal(*tables)
     # All classes have as many images.
-    assert "frequency" not in Path("small/long-tail-report/report.html").read_text()
+    page = Path("small/long-tail-report/report.html").read_text()
+    assert "frequency" not in page
+    assert f"<dt>trained on</dt><dd>{device_name(torch.device('cpu'))}</dd>" in page
+    assert "compared on cifar10-lt</h1>" in page  # wherever it was, or would be
     assert set(tables[0]["name"]) == {"simclr", "dystress", "untrained"}
     summary = json.loads(Path("small/long-tail/simclr-0/summary.json").read_text())
     assert summary["torch"] == torch.__version__

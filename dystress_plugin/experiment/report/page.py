@@ -10,6 +10,7 @@ import jinja2
 import pandas as pd
 from omegaconf import OmegaConf
 
+from dystress_plugin.experiment import places
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED, protocol
 from dystress_plugin.experiment.report import cost, figures
 from dystress_plugin.experiment.report.differences import FEW_SEEDS, differences, sentence
@@ -100,11 +101,17 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     d = s.data
     tail = f", long tail {d.long_tail:g} ({d.long_tail_profile})" if d.long_tail is not None else ""
     return {
-        "data": d.name + tail + (f", indices {d.indices}" if d.indices else ""),
-        **({"accuracies": f"of {d.val}"} if d.val else {}),
+        "data": _named(d.name) + tail + (f", indices {d.indices}" if d.indices else ""),
+        **({"accuracies": f"of {_named(d.val)}"} if d.val else {}),
         "backbone": f"{s.model.backbone}, {s.model.image_size} px",
         "epochs": str(s.epochs),
         "batch": str(d.batch_size),
         "optimizer": f"{s.optimizer.name}, lr {s.optimizer.lr:g}",
         "seeds": ", ".join(map(str, sorted({run.settings.seed for run in runs}))),
+        "trained on": "; ".join(dict.fromkeys(run.device for run in runs)),
     }
+
+
+def _named(data: str) -> str:
+    """Data with its place, or by name alone where tables were kept without it."""
+    return places.name_of(data) if places.is_gone(data) else data

@@ -62,6 +62,11 @@ class Run:
         """The fixed temperature, if the run has that and nothing else."""
         return float(self.settings.method_kwargs["tau"]) if is_constant(self.settings.method) else None
 
+    @cached_property
+    def device(self) -> str:
+        """What it was trained on; of a run by an earlier version what was asked for."""
+        return files.read_json(self.folder / "summary.json").get("device") or self.settings.hardware.accelerator
+
     @property
     def title(self) -> str:
         """For the page."""
