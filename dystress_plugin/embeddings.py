@@ -82,12 +82,10 @@ def lengths_of(z: Tensor, peak: Tensor, ordinary: bool) -> tuple[Tensor, Tensor]
 
 def gradient_of_rows(units: Tensor, length: Tensor, grad: Tensor) -> Tensor:
     """The gradient by z from that by z / |z|."""
-    work = units * grad
-    along = work.sum(-1, keepdim=True)
+    along = (units * grad).sum(-1, keepdim=True)
     if torch.is_grad_enabled():
         return (grad - units * along) / length
-    # New memory takes the system longer than the arithmetic.
-    return torch.sub(grad, torch.mul(units, along, out=work), out=work).div_(length)
+    return (units * along).neg_().add_(grad).div_(length)  # new memory takes the system longer than the arithmetic
 
 
 def check_view(number: int, view: Tensor, first: Tensor) -> None:

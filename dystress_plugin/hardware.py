@@ -30,14 +30,16 @@ def moved(given: Tensor, device: torch.device) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where operations keep the dtypes that they are given."""
-    if device.type == "meta" or not _autocasts(device.type):  # asked first, as to enter takes ten times as long
+    if device.type == "meta" or _without(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
-def _autocasts(device_type: str) -> bool:
-    # Before torch 2.4 there is a function for every kind of device.
-    return torch.is_autocast_enabled(device_type) if hasattr(torch, "get_autocast_dtype") else True
+def _without(device_type: str) -> bool:
+    """Whether there is no autocast anyway; to ask takes a tenth of the time to enter, where it can be asked for."""
+    if not hasattr(torch, "get_autocast_dtype") or torch.compiler.is_compiling():  # before torch 2.4
+        return False
+    return not torch.is_autocast_enabled(device_type)
 
 
 class Glance:

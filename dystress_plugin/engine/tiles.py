@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dystress_plugin import tracing
 from dystress_plugin.hardware import widest
 from dystress_plugin.layout import Alike, Excluded
 from dystress_plugin.temperature.maps import LogitMap, Times, Work
@@ -77,7 +78,7 @@ class Plan:
         rows, columns = len(anchors), len(anchors if candidates is None else candidates)
         side = tile or math.isqrt(entries_of_a_tile(anchors.device))
         if tile is None and candidates is None:
-            if anchors.device.type == "cpu":
+            if anchors.device.type == "cpu" and not tracing.compiled(anchors):  # which cannot ask for threads
                 side = min(side, SIDE * (1 + torch.get_num_threads()))
             # Blocks of the same size, as those on the diagonal compute too much; and rows of whole cache lines, as a
             # product into others takes up to twice as long.
