@@ -7,9 +7,10 @@
     python scripts/benchmarks/loss.py --batches 65536 --only ours --repeats 0    # one huge batch, one step
 
 Ours has DySTreSS' temperature per pair, the others a fixed one, except "dense PyTorch", which is a plain matrix with
-the same per-pair temperature. They run in turn in one process, so that the machine's ups and downs meet all of them;
-quoted are medians, as times (a GPU's by its own events) and as multiples of ours. The first of the dims and of the
-dtypes meet all batches, and the compiler; the others each other's first at 256 and 1024 images, dtypes on a GPU all.
+the same per-pair temperature. They run in turn in one process, in another order each time, so that the machine's ups
+and downs meet all of them; quoted are medians, as times (a GPU's by its own events) and as multiples of ours. The first
+of the dims and of the dtypes meet all batches, and the compiler; the others each other's first at 256 and 1024 images,
+dtypes on a GPU all.
 "autocast" is embeddings in bfloat16 under bfloat16 autocast, as networks give them there. "floor" is the time of the
 two full products of matrices that no exact algorithm avoids, tile by tile at the speed measured in the same run. Peak
 memory is that of one call above its inputs, on a CPU in a process of its own. Writes OUT.csv and OUT.png and prints a
@@ -24,6 +25,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -160,9 +162,11 @@ def time_all(calls: dict[str, Callable[[], None]], device: str, repeats: int | N
         call()
     once = sum(seconds(call, device) for call in calls.values())
     taken: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
     for _ in range(repeats or max(3 if device == "cuda" else 7, min(100, int(budget / once)))):
-        for name, call in calls.items():
-            taken[name].append(seconds(call, device))
+        draw.shuffle(order)  # a small batch takes longer after a call that has filled the caches
+        for name in order:
+            taken[name].append(seconds(calls[name], device))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
