@@ -491,8 +491,8 @@ class ContrastiveLoss(nn.Module):
             self._in_views
             and self.engine == "auto"
             and self.positives == "sum"
-            and self._objective.slope is not None
-            and not (own._parameters or own._buffers or own._modules or own.needs_index)
+            and self._objective.has_closed_form
+            and not (own._parameters or own._buffers or own._modules or own.needs_index or own.needs_negative_cosine)
             and type(own).running_mean is Temperature.running_mean
             and type(own).own_loss is Temperature.own_loss
             and distributed.world_size() == 1

@@ -107,7 +107,8 @@ class Objective:
         parameters: its own parameters with their defaults, positive numbers.
         softened_by: the parameter that says by what logits are divided in `RowStats.soft_positive` and `soft_negative`;
             None where it reads neither.
-        slope: the derivative of a row's loss by d = L - P, from d, where the loss is a function of it alone.
+        slope: the derivative of a row's loss by d = L - P, from d and the parameters by keyword, where the loss is a
+            function of it alone. Small batches go by it; engine="dense" differentiates `row_loss` itself.
         competing: whether the positives of an anchor that are taken one by one are compared with each other too.
     """
 
@@ -117,8 +118,14 @@ class Objective:
     sum_over_views: bool = False
     parameters: Mapping[str, float] = field(default_factory=dict)
     softened_by: str | None = None
-    slope: Callable[[Tensor], Tensor] | None = None
+    slope: Callable[..., Tensor] | None = None
     competing: bool = False
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether P and L are all that the loss is of, and the derivative is known."""
+        reads_more = self.needs_negative_cosine or self.softened_by is not None
+        return self.slope is not None and not (reads_more or self.sum_over_views)
 
     def checked(self, settings: Mapping[str, float]) -> dict[str, float]:
         """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf), or in [1, inf)."""

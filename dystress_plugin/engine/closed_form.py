@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Step(NamedTuple):
 
     Attributes:
         temperature: one without state.
-        objective, settings: one with a `slope`, and its parameters.
+        objective, settings: one that has a closed form, and its parameters.
         epoch: the current epoch, or None.
         learns: whether the batch is learned from.
         again: the loss of the views by autograd, for derivatives of the gradient.
@@ -74,7 +75,8 @@ class _ClosedForm(torch.autograd.Function):
             loss = step.objective.rows(stats, step.settings).mean()
             if step.learns:
                 step.temperature.update(stats, seen)
-        ctx.again, ctx.objective, ctx.maps = step.again, step.objective, maps
+        assert step.objective.slope is not None  # Objective.has_closed_form; narrows the type
+        ctx.again, ctx.slope, ctx.maps = step.again, partial(step.objective.slope, **step.settings), maps
         ctx.save_for_backward(units, length, negative - positive, total, tile, *views)
         return loss
 
@@ -84,7 +86,7 @@ class _ClosedForm(torch.autograd.Function):
         if torch.is_grad_enabled() or tracing.transformed(arriving) or tracing.batched(arriving):
             return None, *_by_autograd(ctx.again, views, arriving)
         rows = units.flatten(0, 1)
-        by_negative = ctx.objective.slope(difference) * (arriving / len(rows))
+        by_negative = ctx.slope(difference) * (arriving / len(rows))
         # dL_i/ds_ij = e_ij a'(s_ij) / total_i, of the row and of the column that j is.
         negative = ctx.maps.negative
         weight = by_negative * negative.gain / total

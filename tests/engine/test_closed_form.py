@@ -147,6 +147,40 @@ def test_all_else_is_left_to_the_engines(settings, views):
     assert not is_closed(ContrastiveLoss("dystress", **settings)(*z))
 
 
+def test_an_objective_of_ones_own_with_a_parameter():
+    def loss(stats, *, power):
+        return (stats.negative - stats.positive) ** power
+
+    def slope(difference, *, power):
+        return power * difference ** (power - 1)
+
+    own = Objective("mine", loss, parameters={"power": 3.0}, slope=slope)
+    assert_alike(*losses("dystress", objective=own, power=2.0), embeddings(5, 4))
+
+
+@pytest.mark.parametrize("more", ["needs_negative_cosine", "sum_over_views"])
+def test_an_objective_that_is_of_more_has_none(more):
+    own = Objective("mine", OBJECTIVES["dcl"].row_loss, slope=torch.ones_like, **{more: True})
+    ours, plain = losses("dystress", objective=own)
+    views = embeddings(5, 4)
+    (value, gradients), (expected, right) = (value_and_gradients(loss, views) for loss in (ours, plain))
+    assert not is_closed(value)
+    assert_close(value, expected, 1e-13)
+    assert_close(gradients, right, 1e-13)
+
+
+def test_a_temperature_that_reads_the_negatives_cosine_gets_it():
+    class Reads(OfRows):
+        needs_negative_cosine = True
+
+        def update(self, stats, batch):
+            self.seen.append(stats.negative_cosine.shape)
+
+    loss = ContrastiveLoss(Reads(), objective="ntxent")
+    loss(*(view.requires_grad_() for view in embeddings(5, 4)))
+    assert loss.temperature.seen[-1] == (10,)
+
+
 def test_large_batches_are_left_to_tiles():
     loss = ContrastiveLoss("dystress")
     small, large = (torch.randn(2, images, 3, generator=torch.Generator().manual_seed(0)) for images in (128, 129))
