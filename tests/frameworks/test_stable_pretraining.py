@@ -135,7 +135,7 @@ def test_with_a_constant_temperature_it_is_its_simclr():
         out.loss.backward()
         found.append([out.loss.detach(), out.embedding, *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-6 * float(b.abs().max()))
     assert torch.equal(ours(views[0]).embedding, theirs(views[0]).embedding)
 
 
