@@ -1,6 +1,7 @@
 import math
 import re
 import statistics
+import warnings
 from types import SimpleNamespace
 
 import matplotlib as mpl
@@ -82,6 +83,30 @@ def test_no_interval_for_all_at_once_without_a_spread():
     assert simultaneous({"dystress": [71.0]}, [70.0], 0.95) == {}
     assert simultaneous({"macl": [2.0] * 3}, [1.0] * 3, 0.95) == {}
     assert [d.together for d in found(rows, ["constant-0.1"], ["linear"])] == [None]
+
+
+@pytest.mark.parametrize("failing", [1, 100])
+def test_an_interval_whose_search_ended_off_the_level_is_searched_again(failing, monkeypatch):
+    values, control, tried = {"macl": [1.0, 2.0, 4.0]}, [1.5, 2.5, 3.0], []
+
+    class Found:
+        def __init__(self, result, seed):
+            self.result, self.seed = result, seed
+
+        def confidence_interval(self, level):
+            tried.append(self.seed)
+            if self.seed < failing:
+                warnings.warn("Computation of the confidence interval did not converge", UserWarning, stacklevel=1)
+            return self.result.confidence_interval(level)
+
+    monkeypatch.setattr(
+        "dystress_plugin.experiment.report.differences.stats.dunnett",
+        lambda *given, random_state, **more: Found(dunnett(*given, random_state=random_state, **more), random_state),
+    )
+    ends = simultaneous(values, control, 0.95)
+    expected = dunnett(values["macl"], control=control, random_state=tried[-1]).confidence_interval(0.95)
+    assert ends == {"macl": (float(expected.low[0]), float(expected.high[0]))}
+    assert tried == ([0, 1] if failing == 1 else list(range(10)))
 
 
 def test_only_common_seeds_are_paired():
