@@ -44,6 +44,10 @@ class Pairs(NamedTuple):
     negative_tau: Tensor
 
 
+# What a temperature overrides that has more to learn, or to be learned from, than `update` says.
+OF_STATE = ("begin", "hold_parameters", "running_mean", "own_loss")
+
+
 class _Side(NamedTuple):
     """What a temperature is asked about: its blocks, where their anchors lie among all, and what it may look at."""
 
@@ -213,9 +217,10 @@ class ContrastiveLoss(nn.Module):
                 temperature.hold_parameters()
         classes = None if labels is None else self._checked_labels(labels, views[0])
         if self._has_closed_form and classes is None and closed_form.takes(views):
-            again = partial(self._again, indices, epoch)
-            step = closed_form.Step(self.temperature, self._objective, self.objective_settings, epoch, learns, again)
-            return closed_form.value(step, views)
+            step = closed_form.Step(self.temperature, self._objective, self.objective_settings, epoch, learns)
+            value = closed_form.value(step, views)
+            if value is not None:
+                return value
         units = units_of(views)
         compute = partial(self._value, units, indices, epoch, classes, learns=learns)
         ranks = distributed.world_size() > 1
@@ -485,7 +490,7 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def _has_closed_form(self) -> bool:
-        """Whether `closed_form` has a batch of two views: nothing is learned, and the objective has a slope."""
+        """Whether `closed_form` has a batch of two views: of a temperature without tensors, by P and L alone."""
         own = self.temperature
         return (
             self._in_views
@@ -493,14 +498,10 @@ class ContrastiveLoss(nn.Module):
             and self.positives == "sum"
             and self._objective.has_closed_form
             and not (own._parameters or own._buffers or own._modules or own.needs_index or own.needs_negative_cosine)
-            and type(own).running_mean is Temperature.running_mean
-            and type(own).own_loss is Temperature.own_loss
+            and not any(isinstance(kept, Tensor) for kept in vars(own).values())
+            and all(getattr(type(own), name) is getattr(Temperature, name) for name in OF_STATE)
             and distributed.world_size() == 1
         )
-
-    def _again(self, indices: Indices, epoch: float | None, *views: Tensor) -> Tensor:
-        """The loss of views that have been learned from."""
-        return self._value(units_of(views), indices, epoch, None, learns=False)
 
     @property
     def _in_views(self) -> bool:

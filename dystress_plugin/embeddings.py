@@ -17,10 +17,10 @@ def normalize(z: Tensor, least: float = 0.0) -> Tensor:
 
     Tiny and huge rows come out right as well, as long as 1/|z| is within the dtype's range.
     """
-    return _by_peak(z, _unless_zero(_peak(z), least))
+    return by_peak(z, _unless_zero(_peak(z), least))
 
 
-def _by_peak(z: Tensor, peak: Tensor, ordinary: bool = False) -> Tensor:
+def by_peak(z: Tensor, peak: Tensor, ordinary: bool = False) -> Tensor:
     """z / |z|, where `ordinary` with a peak above zero in every row."""
     if not tracing.transformed(z):
         units: Tensor = _Normalize.apply(z, peak, ordinary)[0]  # type: ignore[no-untyped-call]
@@ -136,4 +136,4 @@ def stacked(views: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
 
 def units_of(views: Sequence[Tensor]) -> Tensor:
     """(views, batch, dim) of length 1; the dtype and the errors are those of `stacked`."""
-    return _by_peak(*stacked(views))
+    return by_peak(*stacked(views))

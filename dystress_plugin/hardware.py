@@ -30,12 +30,12 @@ def moved(given: Tensor, device: torch.device) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where operations keep the dtypes that they are given."""
-    if device.type == "meta" or _without(device.type):
+    if device.type == "meta" or _has_no_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
-def _without(device_type: str) -> bool:
+def _has_no_autocast(device_type: str) -> bool:
     """Whether there is no autocast anyway; to ask takes a tenth of the time to enter, where it can be asked for."""
     if not hasattr(torch, "get_autocast_dtype") or torch.compiler.is_compiling():  # before torch 2.4
         return False

@@ -107,9 +107,9 @@ class Objective:
         parameters: its own parameters with their defaults, positive numbers.
         softened_by: the parameter that says by what logits are divided in `RowStats.soft_positive` and `soft_negative`;
             None where it reads neither.
+        competing: whether the positives of an anchor that are taken one by one are compared with each other too.
         slope: the derivative of a row's loss by d = L - P, from d and the parameters by keyword, where the loss is a
             function of it alone. Small batches go by it; engine="dense" differentiates `row_loss` itself.
-        competing: whether the positives of an anchor that are taken one by one are compared with each other too.
     """
 
     name: str
@@ -118,8 +118,8 @@ class Objective:
     sum_over_views: bool = False
     parameters: Mapping[str, float] = field(default_factory=dict)
     softened_by: str | None = None
-    slope: Callable[..., Tensor] | None = None
     competing: bool = False
+    slope: Callable[..., Tensor] | None = None
 
     @property
     def has_closed_form(self) -> bool:
@@ -131,7 +131,29 @@ class Objective:
         """All parameters, those in `settings` replaced; a ValueError unless each is in [0.01, inf), or in [1, inf)."""
         # Below, the weights of a batch underflow, and exp(logit / ratio) overflows.
         least = {name: 1.0 if name == self.softened_by else 0.01 for name in self.parameters}
-        return {n: check_at_least(n, settings.get(n, value), least[n]) for n, value in self.parameters.items()}
+        found = {n: check_at_least(n, settings.get(n, value), least[n]) for n, value in self.parameters.items()}
+        if self.has_closed_form and OBJECTIVES.get(self.name) is not self:
+            self._check_slope(found)
+        return found
+
+    def _check_slope(self, settings: Mapping[str, float]) -> None:
+        """A ValueError unless `slope` is the derivative of `row_loss`, and that of d alone: a wrong one would train."""
+        assert self.slope is not None  # has_closed_form; narrows the type
+        positive, negative = (
+            torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=True)
+            for x in ([0.0, 1.0, -2.0], [-1.5, 1.5, 0.5])
+        )
+        cosine = torch.zeros_like(positive, requires_grad=False)
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = self.row_loss(RowStats(positive, negative, cosine, None, 3), **settings)
+            by_positive, by_negative = torch.autograd.grad(rows.sum(), (positive, negative))
+        found = self.slope((negative - positive).detach(), **settings)
+        fits = isinstance(found, Tensor) and found.shape == by_negative.shape
+        if not (fits and all(torch.allclose(found.to(right), right) for right in (by_negative, -by_positive))):
+            raise ValueError(
+                f"Objective '{self.name}': at d = [-1.5, 0.5, 2.5] its slope is {found}, but row_loss has derivatives "
+                f"by L and P of {by_negative.tolist()} and {by_positive.tolist()}: correct it, or leave slope out."
+            )
 
     def rows(self, stats: RowStats, settings: Mapping[str, float]) -> Tensor:
         """The loss of every row."""

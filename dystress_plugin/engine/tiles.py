@@ -183,7 +183,8 @@ class _Scratch:
         entries = shape[0] * shape[1]
         last: Tensor | None = getattr(_of_thread, "scratch", None)
         if last is None or last.numel() < number * entries or last.dtype != like.dtype or last.device != like.device:
-            last = like.new_empty(number * entries)
+            with torch.inference_mode(False):  # where it might be a training's that comes next
+                last = torch.empty(number * entries, dtype=like.dtype, device=like.device)
             if like.device.type == "cpu":
                 _of_thread.scratch = last
         self.tiles = last[: number * entries].view(number, *shape).unbind()

@@ -57,9 +57,6 @@ class OfRows(Temperature):
         own = RowMap(0.3 + 0.2 * batch.positive_cosine)
         return LogitMaps(own, own)
 
-    def begin(self, opposite):
-        self.seen.append(opposite.shape)
-
     def update(self, stats, batch):
         self.seen.append((stats.negative.shape, batch.anchors.shape))
 
@@ -110,11 +107,11 @@ def test_a_map_that_differs_from_row_to_row_and_what_it_learns():
     plain.temperature = OfRows()
     views = embeddings(6, 4)
     assert_alike(ours, plain, views)
-    assert ours.temperature.seen == plain.temperature.seen == [(6, 4), ((12,), (12, 4))]
+    assert ours.temperature.seen == plain.temperature.seen == [((12,), (12, 4))]
     for loss in (ours, plain):
         loss.eval()(*views)
         loss.train()(*views)
-        assert len(loss.temperature.seen) == 2
+        assert len(loss.temperature.seen) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.METHODS if not recipes.METHODS[name].queue])
@@ -179,6 +176,178 @@ def test_a_temperature_that_reads_the_negatives_cosine_gets_it():
     loss = ContrastiveLoss(Reads(), objective="ntxent")
     loss(*(view.requires_grad_() for view in embeddings(5, 4)))
     assert loss.temperature.seen[-1] == (10,)
+
+
+class Kept(Temperature):
+    """A constant, kept in another place than among the parameters."""
+
+    def __init__(self, place, tau=0.4):
+        super().__init__()
+        self.place, self.tau = place, torch.full((), tau, dtype=torch.float64, requires_grad=True)
+        self.elsewhere = [self.tau]
+        if place != "attribute":
+            del self.tau
+
+    def prepare(self, batch):
+        tau = self.tau if self.place == "attribute" else self.elsewhere[0]
+        own = Scaled(tau, least=0.1) if self.place == "list" else RowMap(tau.expand_as(batch.positive_cosine))
+        return LogitMaps(own, own)
+
+
+@pytest.mark.parametrize("place", ["attribute", "list", "map-without-parts"])
+def test_what_is_trained_is_trained_wherever_it_is_kept(place):
+    views, found = embeddings(5, 4), []
+    for engine in ("auto", "dense"):
+        temperature = Kept(place)
+        value = ContrastiveLoss(temperature, objective="ntxent", engine=engine)(*(z.requires_grad_() for z in views))
+        assert not is_closed(value)
+        found.append(torch.autograd.grad(value, temperature.elsewhere[0])[0])
+    assert found[1] != 0
+    assert_close(found[0], found[1], 1e-12)
+
+
+def test_a_parameter_that_was_put_in_another_place_is_seen():
+    loss = ContrastiveLoss("clip", layout="views", tau=0.2)
+    fast = loss.temperature.log_tau.detach().clone().requires_grad_()
+    del loss.temperature.log_tau
+    loss.temperature.log_tau = fast
+    (gradient,) = torch.autograd.grad(loss(*embeddings(5, 4)), fast)
+    assert gradient != 0
+
+
+@pytest.mark.parametrize("images", [5, 200])
+def test_keys_of_inference_mode_and_batches_of_it_before_a_training(images):
+    loss = ContrastiveLoss("dystress")
+    with torch.inference_mode():
+        expected = loss(*embeddings(images, 4))
+        key = embeddings(images, 4)[1]
+    query = embeddings(images, 4)[0].requires_grad_()
+    value = loss(query, key)
+    value.backward()
+    assert_close(value, expected, 1e-13)
+    assert query.grad.isfinite().all()
+
+
+def test_embeddings_may_be_written_into_after_the_loss():
+    loss, found = ContrastiveLoss("dystress"), []
+    for written in (False, True):
+        leaf, key = embeddings(5, 4)[0].requires_grad_(), embeddings(5, 4)[1]
+        query = leaf * 1
+        value = loss(query, key)
+        if written:
+            query.zero_()
+            key.zero_()
+        found.append(torch.autograd.grad(value, leaf)[0])
+    assert torch.equal(found[0], found[1])
+
+
+@dataclass(frozen=True)
+class SlopeOfItsLogit(LogitMap):
+    """k exp(s - 1): its slope is its logit, and read after it was handed out."""
+
+    k: float
+
+    def logit(self, cosine):
+        return self.k * (cosine - 1).exp()
+
+    def logit_and_slope(self, scaled, work=None):
+        logit = self.logit(scaled)
+        return logit, lambda tile: tile.mul_(logit)
+
+    def slope(self, cosine):
+        return self.logit(cosine)
+
+    @property
+    def bound(self):
+        return self.k
+
+
+@pytest.mark.parametrize("k", [2.0, 70.0])
+def test_a_map_may_read_its_logit_again_for_its_slope(k):
+    class OfSuch(Temperature):
+        def prepare(self, batch):
+            return LogitMaps(SlopeOfItsLogit(k), SlopeOfItsLogit(k))
+
+    assert_alike(*losses(OfSuch(), objective="ntxent"), embeddings(5, 4))
+
+
+def test_a_map_without_a_gradient_gives_its_number():
+    @dataclass(frozen=True)
+    class Fixed(SlopeOfItsLogit):
+        def logit(self, cosine):
+            return self.k * cosine.detach()
+
+        logit_and_slope = LogitMap.logit_and_slope
+        slope = LogitMap.slope
+
+    class OfSuch(Temperature):
+        def prepare(self, batch):
+            return LogitMaps(Fixed(3.0), Fixed(3.0))
+
+    values = [loss(*embeddings(5, 4)) for loss in losses(OfSuch(), objective="ntxent")]
+    assert_close(*values, 1e-13)
+
+
+def test_prepare_may_differentiate():
+    class Differentiates(Temperature):
+        def prepare(self, batch):
+            x = torch.full((), 0.3, requires_grad=True)
+            (slope,) = torch.autograd.grad(x**2 / 2, x)
+            own = Scaled(slope.double(), least=0.1)
+            return LogitMaps(own, own)
+
+    assert_alike(*losses(Differentiates(), objective="ntxent"), embeddings(5, 4))
+
+
+def test_derivatives_are_of_the_temperature_that_the_batch_met():
+    class Moves(Temperature):
+        tau = 0.4
+
+        def prepare(self, batch):
+            own = Scaled(self.tau)
+            return LogitMaps(own, own)
+
+        def update(self, stats, batch):
+            self.tau = self.tau / 2
+
+    found = []
+    for loss in (ContrastiveLoss(Moves(), objective="ntxent"), ContrastiveLoss(Constant(0.4), engine="dense")):
+        views = [view.requires_grad_() for view in embeddings(5, 4)]
+        gradient = torch.stack(torch.autograd.grad(loss(*views), views, create_graph=True))
+        second = torch.stack(torch.autograd.grad(gradient.square().sum(), views))
+        found.append(torch.cat([gradient.detach(), second]))
+    assert_close(*found, 1e-13)
+
+
+def test_a_backward_pass_under_autocast_is_in_float32():
+    def of(autocast):
+        views = [view.float().requires_grad_() for view in embeddings(20, 16)]
+        value = ContrastiveLoss("dystress")(*views)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return torch.stack(torch.autograd.grad(value, views))
+
+    assert torch.equal(of(True), of(False))
+
+
+@pytest.mark.parametrize(
+    "slope",
+    [
+        torch.sigmoid,
+        lambda difference: 1.0,
+        lambda difference: torch.ones(()),
+        lambda difference: torch.ones_like(difference).float() * 1.1,
+    ],
+)
+def test_a_slope_that_is_none_is_refused(slope):
+    own = Objective("mine", OBJECTIVES["dcl"].row_loss, slope=slope)
+    with pytest.raises(ValueError, match=r"Objective 'mine': at d = .* leave slope out"):
+        ContrastiveLoss("dystress", objective=own)
+
+
+def test_a_slope_is_of_the_difference_alone():
+    own = Objective("mine", lambda stats: stats.negative - 2 * stats.positive, slope=torch.ones_like)
+    with pytest.raises(ValueError, match="by L and P"):
+        ContrastiveLoss("dystress", objective=own)
 
 
 def test_large_batches_are_left_to_tiles():
