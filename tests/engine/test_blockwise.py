@@ -93,9 +93,13 @@ def test_what_is_saved_is_linear_in_the_batch():
     assert many <= 2 * 4096 * (16 * 4 + 8) + 64
 
 
-def test_tiles_are_kept_where_all_fit_into_the_budget():
-    # 4096 rows in four blocks of 1024: ten tiles on and above the diagonal
-    tiles = 10 * 1024**2 * 4
+@pytest.mark.parametrize(("threads", "blocks"), [(1, 8), (2, 6), (3, 4), (16, 4)])
+def test_tiles_are_kept_where_all_fit_into_the_budget(threads, blocks, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    # 4096 rows in blocks of whole cache lines, of which the last may be smaller; tiles on and above the diagonal
+    side = -(-4096 // (blocks * 16)) * 16
+    last = 4096 - (blocks - 1) * side
+    tiles = (4096**2 + (blocks - 1) * side**2 + last**2) // 2 * 4
     kept = [saved_bytes(2048, budget) - saved_bytes(2048, 0) for budget in (tiles - 1, tiles)]
     assert kept == [0, tiles]
 
