@@ -430,3 +430,13 @@ def test_a_wrapped_criterion_is_found(tmp_path):
         recorder.step()
     assert {row["loss_name"] for row in table(tmp_path / "x.csv")} == {"loss"}
     assert [float(row["max"]) for row in table(tmp_path / "x.csv")[1::2]] == [pytest.approx(0.2)] * 2
+
+
+@pytest.mark.parametrize("content", ["a,b\nnow,1\n", "a,b\n\n", "a,b\n\xff,1\n"])
+def test_a_damaged_table_is_named_before_the_training_goes_on(content, tmp_path):
+    path = tmp_path / "diagnostics.csv"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"diagnostics\.csv is damaged: .*\. Delete it") as caught:
+        Recorder(make_loss("simclr"), path, first_step=4)
+    assert str(path) in str(caught.value)
+    assert path.read_text(encoding="latin-1") == content

@@ -159,5 +159,11 @@ def _start_table(path: Path, step: int, earlier: Path | None) -> None:
 
 def _rows_before(step: int, table: Path) -> list[list[str]]:
     # A line without its end was being written when the power went.
-    lines = [line for line in table.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
-    return [row for row in csv.reader(lines) if int(row[0]) < step]
+    text = table.read_text(errors="replace")
+    lines = [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
+    try:
+        return [row for row in csv.reader(lines) if int(row[0]) < step]
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"{table} is damaged: {error}. Delete it, or put back a copy: its rows are lost, and nothing else."
+        ) from None

@@ -1,6 +1,8 @@
 import errno
+import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -9,18 +11,24 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import dystress  # beside this file
 from omegaconf import OmegaConf
 
+from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.interruption import resumable
 from dystress_plugin.experiment.pretrain import command as pretrain
 from dystress_plugin.experiment.pretrain import trainer
+from dystress_plugin.experiment.pretrain.figures import curves
 from dystress_plugin.experiment.pretrain.trainer import SeedEveryEpoch
+from dystress_plugin.experiment.report import cost
+from dystress_plugin.experiment.report.records import read_frame
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "checks" / "kill_and_resume.py"
 
@@ -429,3 +437,38 @@ def test_workers_change_nothing_and_the_seed_everything(tiny, tmp_path, quick):
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["loss.queue.keys"], other["loss.queue.keys"])
     assert not torch.equal(one["backbone.conv1.weight"], other["backbone.conv1.weight"])
+
+
+TABLES = [b"", b"epoch,loss\n", b"epoch,loss\n0,much\n", b"epoch\n0\n", b"epoch,loss\n\xff,1\n"]
+
+
+@pytest.mark.parametrize("content", [TABLES[0], TABLES[2]])
+def test_damaged_tables_of_a_run_lose_nothing_that_its_checkpoint_has(content, ended):
+    out = Path(ended["out"])
+    good = (out / "metrics.csv").read_bytes()
+    (out / "summary.json").unlink()
+    for name in ("metrics.csv", "speed.csv"):
+        (out / name).write_bytes(content)
+    assert dystress("pretrain", ended) == 0
+    assert (out / "metrics.csv").read_bytes() == good
+    assert json.loads((out / "summary.json").read_text())["images_per_second"] is None
+
+
+@pytest.mark.parametrize("content", TABLES)
+@pytest.mark.parametrize(
+    "read",
+    [
+        scores.read,
+        partial(pretrain._last_epoch, data=SimpleNamespace(evaluated=SimpleNamespace(classes=()))),
+        lambda table: curves(table, table.with_suffix(".png"), "SimCLR", "red"),
+        lambda table: cost.read([], table),
+        lambda table: read_frame(table, ["loss"], "Delete it."),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(read, content, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "measured_arms", lambda runs: ({}, ""))
+    table = tmp_path / "table.csv"
+    table.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(table))} is damaged: .*\. Delete it") as caught:
+        read(table)
+    assert "\n" not in str(caught.value)

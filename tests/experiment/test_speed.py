@@ -90,3 +90,22 @@ def test_of_a_training_by_an_earlier_version_nothing_is_said(tmp_path):
     assert (found["images_per_second"], found["device"]) == (None, None)
     shown = {"method": "macl", "data": "digits", "seed": 0, "epochs": 1, "seconds": 1.0}
     assert "images/s" not in summary_table(shown | found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"epoch,images_per_second,device\n",
+        b"epoch,images_per_second,device\n0,fast,A\n",
+        b"epoch,images_per_second,device\n0,3.5,A\n1\n",
+        b"epoch,images_per_second\n0,3.5\n",
+        b"epoch,images_per_second,device\n\xff,3.5,A\n",
+    ],
+)
+def test_speeds_that_cannot_be_read_end_no_training(content, tmp_path, capsys):
+    (tmp_path / "speed.csv").write_bytes(content)
+    speed.ImagesPerSecond(tmp_path).on_train_start(SimpleNamespace(current_epoch=2), None)
+    found = speed.summary(tmp_path)
+    assert (found["images_per_second"], found["device"]) == (None, None)
+    assert f"dystress: {tmp_path}/speed.csv is damaged: " in capsys.readouterr().err

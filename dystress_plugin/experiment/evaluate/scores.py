@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -260,11 +259,12 @@ def features_of_run(backbone: nn.Module, run: Path, spec: RunSpec, names: Iterab
 
 def read(table: Path) -> list[Score]:
     """The scores of a CSV that `score_run` wrote."""
-    with table.open(newline="") as file:
-        return [
-            Score(row["protocol"], row["group"], float(row["value"]), int(row["n"]), int(row["train_images"]))
-            for row in csv.DictReader(file)
-        ]
+    return files.read_table(table, _score, files.ANEW)
+
+
+def _score(cells: dict[str, str]) -> Score:
+    n, train_images = int(cells["n"]), int(cells["train_images"])
+    return Score(cells["protocol"], cells["group"], float(cells["value"]), n, train_images)
 
 
 def is_scored(run: Path, names: Iterable[str], with_map: bool) -> bool:

@@ -8,13 +8,15 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from torch import nn
+
+T = TypeVar("T")
 
 MIB = 2**20
 
@@ -54,6 +56,29 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     for row in rows:
         writer.writerow({key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()})
     write_text(path, text.getvalue())
+
+
+def read_table(path: Path, row: Callable[[dict[str, str]], T], remedy: str) -> list[T]:
+    """The rows of a CSV that `write_table` wrote, at least one.
+
+    Args:
+        path: the file.
+        row: from the cells of a row, by the names of their columns.
+        remedy: what the user can do, for the error.
+
+    Raises:
+        ValueError: for a file without rows, or of which `row` makes nothing, by a KeyError, ValueError or TypeError.
+    """
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file, restkey="", restval=""))
+        if not lines:
+            raise ValueError("it has no rows")
+        return [row(line) for line in lines]
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no column {error}. {remedy}") from None
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from None
 
 
 def save(path: Path, content: Any) -> None:
@@ -136,6 +161,14 @@ class WholeCheckpoints(TorchCheckpointIO):
 NO_CHECKPOINT = (
     "Put a copy of the right file there; or choose another out, or delete the file, and the run starts from its "
     "first epoch."
+)
+
+
+ANEW = "Delete it, and it is made anew."
+
+ROWS_IN_CHECKPOINT = (
+    "Delete it, and summary.json beside it if that is there, and run the same `dystress pretrain` again: the "
+    "checkpoint has its rows."
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.style import NEGATIVE, OUTLINE, PNG, POSITIVE, SOLID
 from dystress_plugin.metrics import some_pairs
@@ -22,12 +22,14 @@ QUALITY = {
     "effective_rank": ("Effective rank of the features (RankMe)", "effective rank"),
 }
 
+TAUS = [f"tau_{pairs}_{how}" for pairs in ("positive", "negative") for how in ("mean", "min", "max")]
+
+DRAWN = ("epoch", "loss", "alignment", "uniformity", *TAUS)
+
 
 def curves(metrics: Path, path: Path, title: str, color: str) -> None:
     """Loss, kNN or effective rank, temperatures, alignment and uniformity over epochs; `color`: of the method."""
-    with metrics.open() as file:
-        # Nothing in a column where the epoch has not been measured.
-        rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = files.read_table(metrics, _numbers, files.ROWS_IN_CHECKPOINT)
     column = {name: [row[name] for row in rows] for name in rows[0]}
     epoch = column["epoch"]
     with mpl.rc_context(PNG):
@@ -57,6 +59,11 @@ def curves(metrics: Path, path: Path, title: str, color: str) -> None:
             for line in (line for axes in figure.axes for line in axes.lines):
                 line.set_marker("o")
         figure.savefig(path)
+
+
+def _numbers(cells: dict[str, str]) -> dict[str, float]:
+    # Nothing in a column where the epoch has not been measured.
+    return {name: float(cells[name] or "nan") for name in (*DRAWN, *(name for name in QUALITY if name in cells))}
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def check_settings(out: Path, spec: RunSpec) -> None:
     """Raises a ValueError if `out` holds another run than this."""
     if (config := out / "config.yaml").exists():
         metrics = out / "metrics.csv"
-        done = metrics.read_text().count("\n") - 1 if metrics.exists() else 0
+        done = metrics.read_bytes().count(b"\n") - 1 if metrics.exists() else 0
         _check_same(spec, read_config(config, spec), max(0, done), f"out={out} holds a run")
         if spec.data.indices is not None:
             selection.check_unchanged(out, spec.data.indices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 from statistics import median
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from dystress_plugin.experiment.data.folders import say
 from dystress_plugin.experiment.devices import device_name
 from dystress_plugin.experiment.io import files
 
@@ -53,7 +53,7 @@ class ImagesPerSecond(Callback):
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """What a run's `summary.json` says of it; None of a training by a version that kept no `speed.csv`.
+    """What a run's `summary.json` says of it; None without a `speed.csv` that can be read.
 
     The median over the epochs, so that the first one's start counts little, on the last of its devices; and all its
     devices, as a run may go on elsewhere.
@@ -70,8 +70,16 @@ def summary(run: Path) -> dict[str, Any]:
 def _read(run: Path) -> list[dict[str, Any]]:
     if not (run / TABLE).exists():
         return []
-    with (run / TABLE).open(newline="") as file:
-        return [
-            {**row, "epoch": int(row["epoch"]), "images_per_second": float(row["images_per_second"])}
-            for row in csv.DictReader(file)
-        ]
+    try:
+        return files.read_table(run / TABLE, _row, "The speeds in it are left out of summary.json.")
+    except ValueError as error:  # nothing that a training should end by
+        say(error)
+        return []
+
+
+def _row(cells: dict[str, str]) -> dict[str, Any]:
+    return {
+        "epoch": int(cells["epoch"]),
+        "images_per_second": float(cells["images_per_second"]),
+        "device": cells["device"],
+    }

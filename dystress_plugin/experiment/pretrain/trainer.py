@@ -162,6 +162,10 @@ class EpochTable(Callback):
         self.rows: list[dict[str, float | None]] = []
         self._measured: int | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rows:  # by now those of the checkpoint; the file may have been damaged since
+            self._write(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured = trainer.current_epoch
 
@@ -171,6 +175,9 @@ class EpochTable(Callback):
             measure = "knn_top1" if pl_module.num_classes else "effective_rank"
             values[measure] = None
         self.rows.append({"epoch": trainer.current_epoch} | {name: values[name] for name in COLUMNS if name in values})
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         if trainer.global_rank == 0:
             files.write_table(self.path, list(self.rows[-1]), self.rows)
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from dystress_plugin.experiment.evaluate.protocols import protocol
-from dystress_plugin.experiment.report.records import frequency_groups
+from dystress_plugin.experiment.io import files
+from dystress_plugin.experiment.report.records import frequency_groups, read_frame
 from dystress_plugin.experiment.style import COMMON, NEGATIVE, POSITIVE, Style
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _curves(
 ) -> Picture:
     def draw(axes: Axes) -> None:
         for name, mine in arms.items():
-            curves = [pd.read_csv(run.folder / "metrics.csv")[column] for run in mine]
+            curves = [_column(run, column) for run in mine]
             length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
             epochs = np.flatnonzero(np.isfinite(values).all(0))  # those that were measured
@@ -127,6 +128,10 @@ def _curves(
         _legend_below(axes)
 
     return _picture(draw, f"{title} over the epochs, mean and standard deviation over the seeds", (SIZE[0], 3.9))
+
+
+def _column(run: Run, name: str) -> pd.Series:
+    return read_frame(run.folder / "metrics.csv", [name], files.ROWS_IN_CHECKPOINT)[name]
 
 
 def _classes(rows: pd.DataFrame, name: str, style: Mapping[str, Style]) -> Picture:
@@ -155,7 +160,8 @@ def _histograms(table: Path, quantity: str, title: str) -> Picture | None:
     """Shares of the pairs over training, positives above negatives; of a single sample as bars."""
     if not table.exists():
         return None
-    lines = pd.read_csv(table)
+    numbers = ("step", "bin_low", "bin_high", "mean")
+    lines = read_frame(table, numbers, "Delete it, and the page goes without its figures.", least=0)
     lines = lines[lines["quantity"] == quantity]
     if lines.empty:
         return None
@@ -207,7 +213,7 @@ def _rebinned(line: pd.Series, edges: np.ndarray) -> np.ndarray:
 
 def _map(path: Path, title: str) -> Picture:
     # A class may be called 007 or NA. A map of an earlier version has numbers alone.
-    rows = pd.read_csv(path, dtype={"name": str}, keep_default_na=False)
+    rows = read_frame(path, ("x", "y", "class"), files.ANEW, dtype={"name": str}, keep_default_na=False)
     x, y, c = rows[["x", "y", "class"]].to_numpy(float).T
     labels = rows.get("name", rows["class"].astype(str))
     names = {number: _short(name) for number, name in zip(rows["class"], labels, strict=True)}

@@ -12,6 +12,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from dystress_plugin import recipes
+from dystress_plugin.errors import first_line
 from dystress_plugin.experiment.arms import family_of, is_constant
 from dystress_plugin.experiment.evaluate.protocols import UNLABELLED
 from dystress_plugin.experiment.evaluate.scores import TABLE, UNTRAINED_TABLE, is_labelled
@@ -141,6 +142,24 @@ def read_rows(runs: Sequence[Run], protocols: Sequence[str]) -> pd.DataFrame:
         about = {"name": UNTRAINED, "method": UNTRAINED, **dict.fromkeys(TAUS), "seed": run.settings.seed}
         parts.append(_rows(run.folder / UNTRAINED_TABLE, protocols, about))
     return pd.DataFrame([row for part in parts for row in part])
+
+
+def read_frame(path: Path, numbers: Sequence[str], remedy: str, least: int = 1, **how: Any) -> pd.DataFrame:
+    """A table of a run, as pandas reads it.
+
+    Raises:
+        ValueError: for a file that has not so many rows, or not numbers in these columns.
+    """
+    try:
+        found = pd.read_csv(path, **how)
+        if missing := [name for name in numbers if name not in found]:
+            raise ValueError(f"it has no column '{missing[0]}'")
+        found[list(numbers)].to_numpy(float)
+        if len(found) < least:
+            raise ValueError("it has no rows")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)} {remedy}") from None
+    return found
 
 
 def frequency_groups(rows: pd.DataFrame) -> list[str]:
