@@ -26,7 +26,7 @@ from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.inspect import command as inspection
 from dystress_plugin.experiment.io.config import read_config
 from dystress_plugin.experiment.report import command as report_command
-from dystress_plugin.experiment.report import records
+from dystress_plugin.experiment.report import cost, records
 
 TRAIN = ["train", "training", "trn", "trainset", "training_set", "train-images"]
 VAL = ["val", "valid", "validation", "dev", "eval", "val_set"]
@@ -632,6 +632,21 @@ def test_what_needs_no_accuracies_needs_no_images_for_them(with_val, monkeypatch
     monkeypatch.setattr(inspection.figures, "draw", lambda *args: None)
     assert main(["inspect", "checkpoint=x", "methods=[]", "out=seen-by", "accelerator=cpu"]) == 0
     assert main(["embed", "checkpoint=x", "out=e.npz", "accelerator=cpu"]) == 0
+
+
+@pytest.mark.parametrize("augment", ["loader", "batch"])
+def test_the_cost_of_a_step_needs_no_images(augment, with_val, monkeypatch):
+    (with_val / "photos").rename(with_val / "gone")
+    config = OmegaConf.load("x/config.yaml")
+    config.settings.augment = augment
+    OmegaConf.save(config, "x/config.yaml")
+    for name, value in (("WARM_UP", 0), ("ROUNDS", (2, 2))):
+        monkeypatch.setattr(cost, name, value)
+    run = records.read_run(with_val / "x")
+    cost.measure([run], with_val / "cost.csv")
+    (found,) = cost.read([run], with_val / "cost.csv")
+    assert (found.name, found.ratio, found.rounds) == (run.name, 1.0, 2)
+    assert found.seconds > 0
 
 
 @pytest.mark.parametrize("key", ["data", "val"])

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,6 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from dystress_plugin.errors import RunStopped
 from dystress_plugin.experiment import devices
-from dystress_plugin.experiment.compare import command as compare
 from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data.datasets import load_for
 from dystress_plugin.experiment.evaluate import scores
@@ -168,12 +169,33 @@ def test_a_layer_that_a_precision_does_not_have_is_said_before_training():
 @pytest.mark.parametrize("command", ["pretrain", "compare"])
 def test_it_is_said_before_the_images_are_read(command, tiny, capsys, monkeypatch):
     network = nn.Sequential(nn.Conv2d(3, 3, 1), Spectrum())
-    for module in (pretrain, compare):
-        monkeypatch.setattr(module, "new_backbone", lambda _: network)
+    monkeypatch.setattr(resolve, "new_backbone", lambda _: network)
     monkeypatch.setattr(folders, "read", lambda *_: pytest.fail("read the images"))
     own = {"methods": "[simclr]", "constants": "[]", "seeds": "[0]"} if command == "compare" else {}
     assert dystress(command, tiny | own | {"precision": "bf16-true"}) == 2
     assert "precision=bf16-true cannot train this backbone on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("command", ["pretrain", "compare"])
+def test_of_the_network_that_was_tried_nothing_stays(command, precision, tiny, capsys, monkeypatch):
+    made = []
+    build = resolve.build_backbone
+
+    def kept(*args):
+        found = build(*args)
+        made.append(weakref.ref(found[0]))
+        return found
+
+    def read(*args, **rest):
+        gc.collect()
+        raise ValueError(f"of {len(made)} there is {[tried() for tried in made]}")
+
+    monkeypatch.setattr(resolve, "build_backbone", kept)
+    monkeypatch.setattr(folders, "read", read)
+    own = {"methods": "[simclr]", "constants": "[]", "seeds": "[0]"} if command == "compare" else {}
+    assert dystress(command, tiny | own | {"precision": precision}) == 2
+    assert "of 1 there is [None]" in capsys.readouterr().err
 
 
 TRACEBACK = """

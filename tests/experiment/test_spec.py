@@ -158,7 +158,7 @@ def test_loggers_checkpoint_and_config_record_the_same_run_as_it_was_resolved(me
 def test_a_finished_run_is_told_before_a_network_is_made(tiny, quick, monkeypatch):
     settings = tiny | {"epochs": 1}
     assert dystress("pretrain", settings) == 0
-    for name in ("build_module", "new_backbone"):
+    for name in ("build_module", "check_network"):
         monkeypatch.setattr(pretrain, name, lambda *args: pytest.fail("made a network"))
     assert dystress("pretrain", settings) == 0
     assert dystress("pretrain", settings | {"lr": 0.3}) == 2

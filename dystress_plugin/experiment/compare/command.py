@@ -20,7 +20,7 @@ from dystress_plugin.experiment.compare.plan import plan
 from dystress_plugin.experiment.compare.workers import Workers, shell_lines
 from dystress_plugin.experiment.data.datasets import Data, load_for
 from dystress_plugin.experiment.data.scan import left_out, scan_images, write_all
-from dystress_plugin.experiment.devices import build_trainer, check_step
+from dystress_plugin.experiment.devices import build_trainer
 from dystress_plugin.experiment.evaluate.scores import is_scored, pool_for, score_start
 from dystress_plugin.experiment.io import files
 from dystress_plugin.experiment.io.interruption import sigterm_exits
@@ -31,8 +31,7 @@ from dystress_plugin.experiment.pretrain.resolve import (
     build_module,
     check_batch,
     check_first,
-    image_size,
-    new_backbone,
+    check_network,
     resolve,
 )
 from dystress_plugin.experiment.report.command import write as write_report
@@ -130,9 +129,8 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for run in runs:
         check_first(run)
-    network = new_backbone(runs[0])  # all have the same
     trainer = build_trainer(part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False)
-    check_step(network, trainer, image_size(runs[0]))
+    check_network(runs[0], trainer)  # all have the same
     devices = trainer.world_size
     out = Path(settings.out)
     scans = scan_images(runs[0], out)
@@ -236,6 +234,6 @@ def _watch(runs: Sequence[PretrainSettings], futures: Sequence[Future[None]], sh
 
 def _epochs(run: PretrainSettings) -> int:
     try:
-        return max(0, (output_folder(run) / "metrics.csv").read_text().count("\n") - 1)
+        return max(0, (output_folder(run) / "metrics.csv").read_bytes().count(b"\n") - 1)
     except FileNotFoundError:
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 import warnings
@@ -18,7 +17,7 @@ from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import datasets as data_module
 from dystress_plugin.experiment.data.datasets import Data
 from dystress_plugin.experiment.data.scan import Scan, left_out, scan_images, write_all
-from dystress_plugin.experiment.devices import check_step, processes
+from dystress_plugin.experiment.devices import processes
 from dystress_plugin.experiment.evaluate.scores import (
     features_of,
     pool_for,
@@ -38,8 +37,7 @@ from dystress_plugin.experiment.pretrain.resolve import (
     build_module,
     check_batch,
     check_first,
-    image_size,
-    new_backbone,
+    check_network,
     resolve,
 )
 from dystress_plugin.experiment.pretrain.trainer import (
@@ -77,10 +75,9 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         files.check_place(out)
         places.check_apart(out, settings.data, settings.val)
         check_first(settings)
-        network = None if RunFolder(out).summary.exists() else new_backbone(settings)
         trainer = make_trainer(settings, out)
-        if network is not None:
-            check_step(network, trainer, image_size(settings))
+        if not RunFolder(out).summary.exists():
+            check_network(settings, trainer)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
             summary = _run(settings, trainer, progress)
@@ -182,10 +179,9 @@ def _last_epoch(metrics: Path, data: Data) -> dict[str, float]:
     """What stands for a run without accuracies, as it was in its last epoch."""
     if data.evaluated.classes:
         return {}
-    with metrics.open(newline="") as file:
-        *_, row = csv.DictReader(file)
     shown = ("loss", "alignment", "uniformity", "tau_positive_mean", "tau_negative_mean")
-    return {name: float(row[name]) for name in shown}
+    rows = files.read_table(metrics, lambda row: {n: float(row[n]) for n in shown}, files.ROWS_IN_CHECKPOINT)
+    return rows[-1]
 
 
 def _draw(module: PretrainModule, loader: Loader, out: Path) -> None:

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning import seed_everything
+from pytorch_lightning import Trainer, seed_everything
 from torch import nn
 
 from dystress_plugin import recipes
@@ -16,6 +16,7 @@ from dystress_plugin.experiment.backbone import backbone_name, build_backbone
 from dystress_plugin.experiment.data.datasets import Data, image_size_of
 from dystress_plugin.experiment.data.selection import read_numbers
 from dystress_plugin.experiment.data.transforms import augmentation
+from dystress_plugin.experiment.devices import check_step
 from dystress_plugin.experiment.pretrain.module import MOMENTUM, OPTIMIZERS, PretrainModule, QueueModule, ViewsModule
 from dystress_plugin.experiment.settings import PretrainSettings
 from dystress_plugin.experiment.spec import RunSpec
@@ -29,7 +30,7 @@ SAMPLES = 40  # of the diagnostics in a run
 
 
 def check_first(settings: PretrainSettings) -> None:
-    """A ValueError for what is wrong whatever the data and the devices are, but for `new_backbone`."""
+    """A ValueError for what is wrong whatever the data and the devices are, but for `check_network`."""
     recipe = recipes.recipe(settings.method)
     _queue(settings, recipe)
     _check_dim(settings)
@@ -48,6 +49,11 @@ def new_backbone(settings: PretrainSettings) -> nn.Module:
     backbone, _ = build_backbone(backbone_name(settings.backbone, settings.data), image_size(settings))
     check_chunks(settings.chunk_size, backbone)
     return backbone
+
+
+def check_network(settings: PretrainSettings, trainer: Trainer) -> None:
+    """`new_backbone`, of which nothing stays, and a ValueError for one that this trainer's precision cannot train."""
+    check_step(new_backbone(settings), trainer, image_size(settings))
 
 
 def image_size(settings: PretrainSettings) -> int:

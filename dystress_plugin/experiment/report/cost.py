@@ -8,20 +8,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
 
-import pandas as pd
+import numpy as np
 import torch
 
-from dystress_plugin.experiment.data.datasets import load_for_run
+from dystress_plugin.experiment.data.datasets import Data, Images, normalize_of
 from dystress_plugin.experiment.devices import device_name
 from dystress_plugin.experiment.evaluate.scores import scoring_device
 from dystress_plugin.experiment.io.config import read_config
-from dystress_plugin.experiment.io.files import write_table
+from dystress_plugin.experiment.io.files import read_table, write_table
 from dystress_plugin.experiment.pretrain.module import PretrainModule
 from dystress_plugin.experiment.pretrain.resolve import build_module
 from dystress_plugin.experiment.report.records import Run, one_per
 from dystress_plugin.experiment.spec import RunSpec
 
 TABLE = "cost.csv"
+
+REMEDY = "Delete it, and `dystress report` measures anew with cost=true."
 
 WARM_UP = 2
 
@@ -76,9 +78,13 @@ def measure(runs: Sequence[Run], table: Path) -> None:
 def read(runs: Sequence[Run], table: Path) -> list[Cost]:
     """What `measure` has found for these arms; nothing where it has not."""
     arms, _ = measured_arms(runs)
-    found = pd.read_csv(table, dtype={"name": str}, keep_default_na=False) if table.exists() else pd.DataFrame()
-    costs = [Cost(**line) for line in found.to_dict("records")]
+    costs = read_table(table, _cost, REMEDY) if table.exists() else []
     return costs if [cost.name for cost in costs] == list(arms) else []
+
+
+def _cost(cells: Mapping[str, str]) -> Cost:
+    seconds, ratio, low, high = (float(cells[name]) for name in ("seconds", "ratio", "low", "high"))
+    return Cost(cells["name"], seconds, ratio, low, high, int(cells["rounds"]), cells["machine"])
 
 
 def _compared(seconds: Mapping[str, Sequence[float]], reference: str, machine: str) -> list[Cost]:
@@ -92,8 +98,10 @@ def _compared(seconds: Mapping[str, Sequence[float]], reference: str, machine: s
 
 def _measure(runs: Mapping[str, Path]) -> dict[str, list[float]]:
     settings = {name: read_config(run / "config.yaml") for name, run in runs.items()}
-    name, some = next(iter(settings.items()))
-    data = load_for_run(runs[name], some).data
+    some = next(iter(settings.values()))
+    # A step is of random numbers: none of the images need be there any more.
+    none = Images(np.empty(0, dtype=np.str_), np.empty(0, dtype=np.int64))
+    data = Data(none, none, normalize_of(some.data.name), {}, ())
     device = _device(some)
     size, batch = some.model.image_size, some.data.batch_size
     modules = {name: build_module(run, data).to(device) for name, run in settings.items()}
