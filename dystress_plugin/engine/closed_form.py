@@ -58,13 +58,14 @@ def value(step: Step, views: Sequence[Tensor]) -> Tensor | None:
     None where the maps have something to train, which autograd has to see.
     """
     z, peak, ordinary = stacked(views)
-    with torch.no_grad(), hardware.without_autocast(z.device):
-        units, length = lengths_of(z, peak, ordinary)
-        cosine = _positive_cosine(units)
-    seen = Batch(cosine, index=None, epoch=step.epoch, views=2, mean=torch.mean, anchors=units.flatten(0, 1))
-    maps = step.temperature(seen)
-    if any(_trained(each, cosine) for each in maps):
-        return None
+    with hardware.without_autocast(z.device):
+        with torch.no_grad():
+            units, length = lengths_of(z, peak, ordinary)
+            cosine = _positive_cosine(units)
+        seen = Batch(cosine, index=None, epoch=step.epoch, views=2, mean=torch.mean, anchors=units.flatten(0, 1))
+        maps = step.temperature(seen)
+        if any(_trained(each, cosine) for each in maps):
+            return None
     found: Tensor = _ClosedForm.apply(z, (peak, ordinary), step, seen, maps, units, length)  # type: ignore[no-untyped-call]
     return found
 

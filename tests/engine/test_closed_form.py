@@ -299,6 +299,19 @@ def test_prepare_may_differentiate():
     assert_alike(*losses(Differentiates(), objective="ntxent"), embeddings(5, 4))
 
 
+def test_prepare_is_in_float32_under_autocast():
+    class OfAProduct(Temperature):
+        def prepare(self, batch):
+            own = Scaled((batch.positive_cosine.T @ batch.positive_cosine).squeeze().abs() + 0.3, least=0.3)
+            return LogitMaps(own, own)
+
+    views, found = [view.float() for view in embeddings(5, 4)], []
+    for loss in losses(OfAProduct(), objective="ntxent"):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(loss(*views))
+    assert_close(*found, 1e-6)
+
+
 def test_derivatives_are_of_the_temperature_that_the_batch_met():
     class Moves(Temperature):
         tau = 0.4
