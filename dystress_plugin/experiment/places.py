@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,14 +14,17 @@ import yaml
 NAMED = ("cifar10", "cifar100", "digits")  # data that is no folder
 
 
-def sources(data: str) -> list[str]:
-    """What a value of `data` names: itself, or what is in a list such as [imgs/a, imgs/b]; each may be a pattern."""
+def sources(data: str, key: str = "data") -> list[str]:
+    """What a value of `data`, or of another such key, names: itself, or what is in a list such as [imgs/a, imgs/b].
+
+    Each may be a pattern.
+    """
     if data[:1] == "[" and data[-1:] == "]" and not os.path.exists(data):
         with suppress(yaml.YAMLError):
             listed = yaml.load(data, yaml.BaseLoader)  # of which 2021 stays a text
             if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
                 return listed
-        raise ValueError(f"data={data} must be a list of folders, such as data=[imgs/a,imgs/b].")
+        raise ValueError(f"{key}={data} must be a list of folders, such as {key}=[imgs/a,imgs/b].")
     return [data]
 
 
@@ -67,7 +70,7 @@ def name_of(data: str) -> str:
 
 def check_data(data: str, key: str = "data") -> None:
     """Raises a ValueError for a value of `data`, or of another such key, that names what is not there."""
-    missing = [] if data in NAMED else [source for source in sources(data) if not matches(source)]
+    missing = [] if data in NAMED else [source for source in sources(data, key) if not matches(source)]
     if missing:
         raise ValueError(f"{key}={missing[0]} is neither a folder nor one of {', '.join(NAMED)}.")
 
@@ -85,28 +88,29 @@ def check_folders(folders: Iterable[str | Path]) -> None:
             raise ValueError(f"There is no folder {folder}.")
 
 
-def check_outside(out: Path, *named: str | None) -> None:
-    """Raises a ValueError where results would become images: `out` is a folder of images, or lies in one."""
-    for folder in _folders(named):
+def check_outside(out: Path, **named: str | None) -> None:
+    """Raises a ValueError where results would become images: `out` is a folder that a key names, or lies in one."""
+    for key, folder in _folders(named):
         if _inside(out, folder):
             there = Path(os.path.realpath(folder)).parent / "runs" / Path(os.path.realpath(out)).name
             raise ValueError(
-                f"out={out} lies in data={folder}, where its figures would be taken for images. Give an out elsewhere, "
-                f"such as out={there}"
+                f"out={out} lies in {key}={folder}, where its figures would be taken for images. Give an out "
+                f"elsewhere, such as out={there}"
             )
 
 
-def check_apart(out: Path, *named: str | None) -> None:
+def check_apart(out: Path, **named: str | None) -> None:
     """`check_outside`, and a ValueError as well where a folder of images lies in `out`."""
-    check_outside(out, *named)
-    for folder in _folders(named):
+    check_outside(out, **named)
+    for key, folder in _folders(named):
         if _inside(folder, out):
-            raise ValueError(f"data={folder} lies in out={out}, a folder for results alone. Choose another out.")
+            raise ValueError(f"{key}={folder} lies in out={out}, a folder for results alone. Choose another out.")
 
 
-def _folders(named: Iterable[str | None]) -> list[str]:
-    values = (data for data in named if data is not None and data not in NAMED)
-    return [path for data in values for source in sources(data) for path in (matches(source) or [source])]
+def _folders(named: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    values = ((key, data) for key, data in named.items() if data is not None and data not in NAMED)
+    each_source = ((key, source) for key, data in values for source in sources(data, key))
+    return [(key, path) for key, source in each_source for path in (matches(source) or [source])]
 
 
 def _inside(inner: str | Path, outer: str | Path) -> bool:

@@ -216,6 +216,17 @@ class EvaluateSettings:
     knn_t: float = option(0.1, "temperature of the weighted kNN", "[0.02, 1_000_000]")
     accelerator: str = option("auto", "what it runs on", words=ACCELERATORS)
 
+    def check_together(self) -> None:
+        """A ValueError for values that do not go together."""
+        if self.val is None:
+            return
+        if self.data is not None:
+            raise ValueError(
+                f"data={self.data} is not read with val={self.val}, which accuracies are of. Leave one out."
+            )
+        if self.labels is False:
+            raise ValueError(f"labels=false is of data, which is not read with val={self.val}. Leave one out.")
+
 
 @dataclass
 class EmbedSettings:

@@ -46,12 +46,11 @@ class DataSpec:
     def on(
         self,
         data: str | None,
-        val: str | None,
         data_root: str | None,
         download: bool,
         labels: bool | None = None,
     ) -> DataSpec:
-        """The same with other data, whose tail nobody cut, or with other accuracies; None: its own."""
+        """The same without `val`, or other data, whose tail nobody cut; None: its own."""
         own = data is None or places.same(data, self.name)
         return replace(
             self,
@@ -59,7 +58,7 @@ class DataSpec:
             data_root=data_root or self.data_root,
             download=download,
             labels=self.labels if own and labels is None else labels,
-            val=val or (self.val if own else None),
+            val=None,
             long_tail=self.long_tail if own else None,
             indices=self.indices if own else None,
         )

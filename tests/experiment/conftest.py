@@ -3,6 +3,8 @@ import pytest
 from PIL import Image
 
 from dystress_plugin.cli import main
+from dystress_plugin.experiment.data import folders
+from dystress_plugin.experiment.data.scan import scan_layout
 from dystress_plugin.experiment.evaluate.scores import Scores
 from dystress_plugin.experiment.pretrain import command as pretrain
 
@@ -10,6 +12,11 @@ from dystress_plugin.experiment.pretrain import command as pretrain
 def dystress(command, settings):
     """Exit status of the command with key=value settings."""
     return main([command, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def scan_folder(folder, out, labels=None, **how):
+    """What a scan of a folder, or of several, finds."""
+    return scan_layout(folders.read(folder, labels), out, **how)
 
 
 def write_images(folder, classes=3, per_class=8, size=12, seed=0):

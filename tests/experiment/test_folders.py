@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import dystress, write_images  # beside this file
+from conftest import dystress, scan_folder, write_images  # beside this file
 from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -18,9 +19,8 @@ from torchvision.datasets import ImageFolder
 from dystress_plugin.cli import main
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import datasets as data_module
-from dystress_plugin.experiment.data import folders
-from dystress_plugin.experiment.data.datasets import load, load_for_run
-from dystress_plugin.experiment.data.scan import scan_folder
+from dystress_plugin.experiment.data import folders, scan
+from dystress_plugin.experiment.data.datasets import load, load_evaluated, load_for_run
 from dystress_plugin.experiment.evaluate import command as evaluation
 from dystress_plugin.experiment.evaluate import scores
 from dystress_plugin.experiment.inspect import command as inspection
@@ -342,7 +342,7 @@ def test_a_run_is_no_folder_of_images_but_a_written_long_tail_is(tmp_path, image
     make(tmp_path, "run/figures")
     for name in ("config.yaml", "images.json"):
         (tmp_path / "run" / name).touch()
-    with pytest.raises(ValueError, match="holds results of `dystress pretrain`, no images to train on"):
+    with pytest.raises(ValueError, match="holds results of `dystress pretrain`, no images"):
         load_folder(tmp_path / "run")
     assert dystress("long-tail", {"data": images, "out": tmp_path / "lt", "long_tail": 0.5}) == 0
     assert load_folder(tmp_path / "lt").num_classes == 3
@@ -572,9 +572,7 @@ WITH_VAL = [*RUN[:-2], "data=photos", "out=x"]
 
 
 def test_images_that_accuracies_are_of_are_found_where_they_are_said_to_be(with_val, monkeypatch, capsys):
-    monkeypatch.setattr(
-        evaluation, "features_of", lambda _, data, **rest: {"train": len(data.train.labels), "of": files_of(data)}
-    )
+    monkeypatch.setattr(evaluation, "features_of", lambda _, data, **rest: files_of(data))
     monkeypatch.setattr(evaluation, "score_features", lambda features, *rest: scores.Scores(features, [], None))
     gone = f"x was evaluated on val={with_val}/seen, which is not there. Put it, or a link to it, there"
     assert main(["evaluate", "checkpoint=x"]) == 2
@@ -583,21 +581,42 @@ def test_images_that_accuracies_are_of_are_found_where_they_are_said_to_be(with_
     assert gone in capsys.readouterr().err
     assert main(["evaluate", "checkpoint=x", "val=moved"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"train": 18, "of": {"moved": 12}}
+    assert json.loads(printed.out) == {"moved": 12}
     assert f"val=moved has the very files that x was evaluated on in {with_val}/seen" in printed.err
     write_images(with_val / "others")
     for given, found in (
-        (["val=others"], {"train": 18, "of": {"others": 24}}),
-        (["data=others"], {"train": 18, "of": {"others": 24}}),
-        (["data=others", "val=photos"], {"train": 18, "of": {"photos": 24}}),
+        (["val=others"], {"others": 24}),
+        (["data=others"], {"others": 24}),
+        (["data=photos", "val=moved"], None),
+        (["data=others", "val=photos"], None),
+        (["labels=false", "val=photos"], None),
     ):
-        assert main(["evaluate", "checkpoint=x", *given]) == 0
-        assert json.loads(capsys.readouterr().out) == found
+        assert main(["evaluate", "checkpoint=x", *given]) == (2 if found is None else 0)
+        printed = capsys.readouterr()
+        assert (json.loads(printed.out) if printed.out else None) == found
+        assert ("not read with val=" in printed.err) == (found is None)
     assert main(["evaluate", "checkpoint=x", "val=nowhere"]) == 2
     assert "val=nowhere is neither a folder nor one of" in capsys.readouterr().err
     (with_val / "seen").symlink_to("moved")
     assert main(["evaluate", "checkpoint=x"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"train": 18, "of": {"seen": 12}}
+    assert json.loads(capsys.readouterr().out) == {"seen": 12}
+
+
+def test_accuracies_of_other_images_need_none_of_those_that_were_trained_on(with_val, monkeypatch, capsys):
+    """Not theirs after the training either, and shown in the colours that the network knows."""
+    config = OmegaConf.load("x/config.yaml")
+    for data, normalize in (("cifar10", data_module.CIFAR), (f"{with_val}/gone", data_module.IMAGENET_NORMALIZE)):
+        config.settings.data = data
+        OmegaConf.save(config, "x/config.yaml")
+        shown = load_evaluated(with_val / "x", read_config(with_val / "x" / "config.yaml"), val="moved")
+        assert (files_of(shown), shown.normalize) == ({"moved": 12}, normalize)
+    assert main(["evaluate", "checkpoint=x", "val=moved", "accelerator=cpu"]) == 0
+    assert main(["evaluate", "checkpoint=x", "accelerator=cpu"]) == 2
+    assert f"x was evaluated on val={with_val}/seen, which is not there" in capsys.readouterr().err
+    (with_val / "moved").rename(with_val / "seen")
+    assert main(["evaluate", "checkpoint=x", "accelerator=cpu"]) == 0
+    assert {each.n for each in scores.score_run(with_val / "x", ["knn_1"])} == {3, 1}
+    assert {each.n for each in scores.score_run(with_val / "x", ["knn_1"], untrained=True)} == {3, 1}
 
 
 @pytest.mark.parametrize(
@@ -608,10 +627,22 @@ def test_images_that_accuracies_are_of_are_found_where_they_are_said_to_be(with_
             "split",
             "val=split has 'train', read as a split, but not something held out, such as val. Add it, or give val=",
         ),
-        ("[one,split]", "val=[one,split] has no labels: labels=true needs one folder of class folders."),
+        ("flat", "flat is no readable folder of class folders with images: it has no class folders. val needs labels:"),
+        ("[]", "val=[] must be a list of folders, such as val=[imgs/a,imgs/b]."),
+        ("flats", "val=flats has splits, but flats/train has no class folders, and accuracies need classes. Sort its"),
+        ("tree", "tree/class0 is read as a class, but has the splits 'train', 'val'; all would be of it."),
+        ("x", "val=x holds results of `dystress pretrain`, no images. Choose another val."),
+        ("more data=/empty", "more data=/empty is no readable folder of class folders with images: no images in a;"),
+        ("[one,split]", "val=[one,split] has no labels: they need one folder of class folders."),
     ],
 )
-def test_what_is_wrong_with_val_is_said_of_val(name, said, with_val, capsys):
+def test_what_is_wrong_with_val_is_said_of_val_before_an_image_is_read(name, said, with_val, monkeypatch, capsys):
+    monkeypatch.setattr(scan, "_bad", lambda *_: pytest.fail("decoded images"))
+    for place in ("flat", "flats/train", "flats/val"):
+        shutil.copytree(with_val / "photos" / "class0", with_val / place)
+    make(with_val / "more data=" / "empty", "a")
+    for place in ("class0/train", "class0/val", "class1"):
+        write_images(with_val / "tree" / place)
     write_images(with_val / "one", classes=1)
     write_images(with_val / "split" / "train")
     for given in (["pretrain", *WITH_VAL[:-1], "out=y"], ["evaluate", "checkpoint=x"]):
@@ -619,7 +650,32 @@ def test_what_is_wrong_with_val_is_said_of_val(name, said, with_val, capsys):
         assert main([*given, f"val={name}"]) == 2
         found = capsys.readouterr().err
         assert said in found
-        assert "data=one" not in found
+        assert not re.search("data=|labels=|held out for testing|quarter", found.replace(name, ""))
+
+
+def test_of_val_that_has_a_name_its_key_is_told_as_well(tmp_path, capsys):
+    with pytest.raises(ValueError, match="val=cifar10 is not in data_root="):
+        load("cifar10", root=str(tmp_path), download=False, long_tail=None, seed=0, key="val")
+    folders.say.cache_clear()
+    load("digits", root="", download=False, long_tail=None, seed=0, key="val")
+    assert "dystress: val=digits: a quarter of every class" in capsys.readouterr().err
+
+
+def test_what_a_network_is_evaluated_on_is_not_said_to_be_trained_on(tmp_path):
+    for part in ("train", "val"):
+        write_images(tmp_path / part, per_class=1)
+    assert "val=" in (line := str(folders.read(tmp_path, True, key="val")))
+    assert "kNN and linear probe fitted on train, accuracies on val" in line
+    assert "trained on train, accuracies on val" in str(folders.read(tmp_path, True))
+
+
+@pytest.mark.parametrize("out", ["seen/y", "seen"])
+def test_results_are_not_written_among_images_of_val_either(out, with_val, capsys):
+    (with_val / "moved").rename(with_val / "seen")
+    assert main(["pretrain", *WITH_VAL[:-1], "val=seen", f"out={out}"]) == 2
+    assert f"out={out} lies in val=seen, where its figures" in capsys.readouterr().err
+    assert main(["report", "x", "protocols=[knn_1]", f"out={out}"]) == 2
+    assert f"out={out} lies in val={with_val}/seen, where its figures" in capsys.readouterr().err
 
 
 def files_of(data):

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import dystress, write_images  # beside this file
+from conftest import dystress, scan_folder, write_images  # beside this file
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dystress_plugin.experiment.data import scan as images_module
 from dystress_plugin.experiment.data.datasets import load
 from dystress_plugin.experiment.data.folders import class_files
-from dystress_plugin.experiment.data.scan import fault, read, scan_folder
+from dystress_plugin.experiment.data.scan import fault, read
 from dystress_plugin.experiment.io import files, pictures
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import dystress  # beside this file
+from conftest import dystress, scan_folder  # beside this file
 from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.datasets.folder import default_loader
 
-from dystress_plugin.experiment.data.scan import fault, scan_folder
+from dystress_plugin.experiment.data.scan import fault
 from dystress_plugin.experiment.inspect import command as inspection
 from dystress_plugin.experiment.io import pictures
 from dystress_plugin.experiment.io.pictures import BadPicture, read

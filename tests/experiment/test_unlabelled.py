@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import dystress  # beside this file
+from conftest import dystress, scan_folder  # beside this file
 from PIL import Image
 
 from dystress_plugin import metrics
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data.datasets import RANKED, load
-from dystress_plugin.experiment.data.scan import fault, scan_folder
+from dystress_plugin.experiment.data.scan import fault
 from dystress_plugin.experiment.io import pictures
 
 
@@ -120,7 +120,7 @@ def test_what_is_not_read_is_named(images, capsys):
         (("d/a/1.png", "d/b/1.png"), "{}", None, ["single class 'd'", "labels=false", "give data={}/d"]),
         (FLAT, "{}", True, ["has no class folders", "labels=false"]),
         (FLAT, "[{}]", True, ["has no class folders"]),
-        (DEEP, "[{}/a,{}/c]", True, ["has no labels: labels=true needs one folder"]),
+        (DEEP, "[{}/a,{}/c]", True, ["has no labels: they need one folder"]),
         (DEEP, "[{}/a,{}/gone]", None, ["is neither a folder nor"]),
         (DEEP, "{}/*.png", None, ["is neither a folder nor"]),
         *(
@@ -162,12 +162,12 @@ def test_a_list_is_one_name_from_everywhere(tmp_path, monkeypatch):
     assert places.name_of("photos/*.png") == "photos"
     for out in ("a/x", "c"):
         with pytest.raises(ValueError, match="where its figures would be taken for images"):
-            places.check_apart(Path(out), "[a,c]")
+            places.check_apart(Path(out), data="[a,c]")
     with pytest.raises(ValueError, match="a folder for results alone"):
-        places.check_apart(Path("."), "[a,c]")
-    with pytest.raises(ValueError, match="out=c/x lies in data=c"):
-        places.check_apart(Path("c/x"), "digits", "c")
-    places.check_apart(Path("b"), "[a,c]", None)
+        places.check_apart(Path("."), data="[a,c]")
+    with pytest.raises(ValueError, match="out=c/x lies in val=c"):
+        places.check_apart(Path("c/x"), data="digits", val="c")
+    places.check_apart(Path("b"), data="[a,c]", val=None)
 
 
 def test_any_named_data_set_is_trained_on_without_labels():

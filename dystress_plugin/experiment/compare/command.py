@@ -98,7 +98,7 @@ def shell_plan(settings: CompareSettings, common: PretrainSettings) -> list[str]
 def _runs(settings: CompareSettings, common: PretrainSettings) -> list[PretrainSettings]:
     """A run for every seed and arm; seed by seed, so that an unfinished comparison is one of fewer seeds."""
     arms = plan(settings)
-    places.check_apart(Path(settings.out), common.data, common.val)
+    places.check_apart(Path(settings.out), data=common.data, val=common.val)
     queues = any(recipes.recipe(arm.method).queue for arm in arms)
     runs = []
     for seed in settings.seeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,8 +20,7 @@ from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import folders
 from dystress_plugin.experiment.data import selection as tails
 from dystress_plugin.experiment.data.folders import say
-from dystress_plugin.experiment.data.scan import left_out
-from dystress_plugin.experiment.data.scan import read_all as read_scans
+from dystress_plugin.experiment.data.scan import read as read_scan
 from dystress_plugin.experiment.io import pictures
 from dystress_plugin.experiment.spec import DataSpec, RunSpec
 
@@ -175,13 +175,13 @@ def load(
     """
     bad: set[str] = set()
     if name in BUILTIN:
-        data = BUILTIN[name](root, download)
+        data = BUILTIN[name](root, download, key)
     else:
         data, bad = _folder(name, labels, without, key)
     if labels is False:
         data = replace(data, classes=())
     if long_tail is not None and not data.classes:
-        raise ValueError(f"long_tail={long_tail} is of classes, but the images in data={name} have no labels.")
+        raise ValueError(f"long_tail={long_tail} is of classes, but the images in {key}={name} have no labels.")
     chosen = tails.select(data.train.labels, indices=indices, long_tail=long_tail, seed=seed, profile=long_tail_profile)
     if chosen is not None:
         data = replace(data, train=data.train.subset(chosen))
@@ -207,8 +207,7 @@ def load_for(
     )
     if spec.val is None:
         return data
-    with folders.speaking_of("val"):
-        val = load(spec.val, long_tail=None, without=without.get("val", ()), labels=True, key="val", **place)
+    val = load(spec.val, long_tail=None, without=without.get("val", ()), labels=True, key="val", **place)
     return replace(data, val=val)
 
 
@@ -231,40 +230,31 @@ def load_for_run(
     trained: RunSpec,
     *,
     data: str | None = None,
-    val: str | None = None,
     data_root: str | None = None,
     download: bool | None = None,
     labels: bool | None = None,
     whole: bool = False,
-    evaluated: bool = True,
     without: Mapping[str, Collection[str]] | None = None,
 ) -> Shown:
-    """The data of a run, as it was trained on it, or other data, whose tail nobody cut.
+    """The data of a run, as it was trained on it, or other data, whose tail nobody cut; `val` is left alone.
 
     Args:
         run: its folder.
         trained: it, as `read_config` gives it.
         data: None for its own, which also has other spellings, or another place if it was moved.
-        val: the same of what its accuracies are of.
         data_root: None for its own.
         download: None for its own.
         labels: as for `folders.read`; None for its own: as in training.
         whole: its own before a long tail was cut.
-        evaluated: whether accuracies are to be measured, so that `val` is needed.
         without: files of other data to leave out, as for `load_for`.
 
     Raises:
         ValueError: as `load`; for images that are not there any more; for a part of data that is not the same any more.
     """
-    asked = trained.data if evaluated else replace(trained.data, val=None)
-    scans = read_scans(run)
-    scan = scans.get("data")
-    asked = replace(asked, name=_found(run, "data", asked.name, data))
+    scan = read_scan(run)
+    asked = replace(trained.data, name=_found(run, "data", trained.data.name, data))
     own = data is None or places.same(data, asked.name)
-    if own and asked.val is not None:
-        asked = replace(asked, val=_found(run, "val", asked.val, val))
-    own_val = own and asked.val is not None and (val is None or places.same(val, asked.val))
-    shown = asked.on(data, val, data_root, asked.download if download is None else download, labels)
+    shown = asked.on(data, data_root, asked.download if download is None else download, labels)
     if not own and (asked.cut or (scan is not None and scan.bad)):
         say(f"data={shown.name} is not what {run} was trained on: no long tail, indices or skipped files are left out.")
     if own and asked.indices is not None:
@@ -274,13 +264,52 @@ def load_for_run(
         if asked.cut:  # positions in it mean other images now
             raise ValueError(f"{changed}, and only a part of those was used. Put them back as they were.")
         say(f"{changed}.")
-    if own_val and "val" in scans and not scans["val"].fits(str(shown.val)):
-        say(f"val={shown.val} has other images, or other splits, than {run} was evaluated on.")
-    left = {key: files for key, files in left_out(scans).items() if key != "val" or own_val} if own else without
+    left = without if not own else {} if scan is None else {"data": scan.left_out}
     images = load_for(shown, trained.seed, without=left, whole=whole)
     if not own:  # the network knows colours as it was shown them
         images = replace(images, normalize=normalize_of(asked.name))
     return Shown(replace(trained, data=shown), images, own)
+
+
+def load_evaluated(
+    run: Path,
+    trained: RunSpec,
+    *,
+    data: str | None = None,
+    val: str | None = None,
+    data_root: str | None = None,
+    download: bool | None = None,
+    labels: bool | None = None,
+) -> Data:
+    """What accuracies of a run are of: `val`, given or its own, and then nothing else is read; or `load_for_run`.
+
+    Its own `val` is of its own data alone.
+    """
+    own = trained.data.val
+    if val is None and (own is None or not _is_own(run, trained.data.name, data)):
+        return load_for_run(run, trained, data=data, data_root=data_root, download=download, labels=labels).data
+    if own is not None:
+        own = _found(run, "val", own, val)
+    name = val or str(own)
+    scan = read_scan(run, "val") if own is not None and places.same(name, own) else None
+    if scan is not None and not scan.fits(name, "val"):
+        say(f"val={name} has other images, or other splits, than {run} was evaluated on.")
+    shown = load(
+        name,
+        root=data_root or trained.data.data_root,
+        download=trained.data.download if download is None else download,
+        long_tail=None,
+        seed=trained.seed,
+        without=() if scan is None else scan.left_out,
+        labels=True,
+        key="val",
+    )
+    return replace(shown, normalize=normalize_of(trained.data.name))
+
+
+def _is_own(run: Path, name: str, data: str | None) -> bool:
+    """Whether data that is given is a run's own, also where that has moved."""
+    return data is None or places.same(data, _found(run, "data", name, data))
 
 
 def _found(run: Path, key: str, name: str, given: str | None) -> str:
@@ -293,10 +322,9 @@ def _found(run: Path, key: str, name: str, given: str | None) -> str:
             f"{run} was {did} on {key}={name}, which is not there. Put it, or a link to it, there; {takers} "
             f"{key}=FOLDER."
         )
-    scan = read_scans(run).get(key)
-    with folders.speaking_of(key):
-        if scan is None or not folders.are_files(given) or not scan.fits(given):
-            return name
+    scan = read_scan(run, key)
+    if scan is None or not folders.are_files(given) or not scan.fits(given, key):
+        return name
     say(f"{key}={given} has the very files that {run} was {did} on in {name}, and is taken for it.")
     return given
 
@@ -312,14 +340,14 @@ def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(train), np.sort(test)
 
 
-def _digits(_root: str, _download: bool) -> Data:
+def _digits(_root: str, _download: bool, key: str) -> Data:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     gray = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     images = Images(gray, labels.astype(np.int64))
     train, test = split(images.labels)
-    say(f"data=digits: a quarter of every class, {len(test)} images, is held out for accuracies.")
+    say(f"{key}=digits: a quarter of every class, {len(test)} images, is held out for accuracies.")
     return Data(
         train=images.subset(train),
         test=images.subset(test),
@@ -330,8 +358,8 @@ def _digits(_root: str, _download: bool) -> Data:
     )
 
 
-def _cifar(class_name: str) -> Callable[[str, bool], Data]:
-    def build(root: str, download: bool) -> Data:
+def _cifar(class_name: str) -> Callable[[str, bool, str], Data]:
+    def build(root: str, download: bool, key: str) -> Data:
         import torchvision
 
         dataset = getattr(torchvision.datasets, class_name)
@@ -339,7 +367,7 @@ def _cifar(class_name: str) -> Callable[[str, bool], Data]:
             halves = [dataset(root, train=train, download=download) for train in (True, False)]
         except RuntimeError as error:
             raise ValueError(
-                f"data={class_name.lower()} is not in data_root={root}: {error} Set data_root, or download=true."
+                f"{key}={class_name.lower()} is not in data_root={root}: {error} Set data_root, or download=true."
             ) from None
         train, test = (Images(part.data, np.asarray(part.targets, dtype=np.int64)) for part in halves)
         return Data(
@@ -369,7 +397,7 @@ def image_size_of(name: str) -> int:
 
 def _folder(name: str, labels: bool | None, without: Collection[str], key: str) -> tuple[Data, set[str]]:
     """What a folder has, and the files in it that are to be left out."""
-    places.check_data(name)
+    places.check_data(name, key)
     layout = folders.read(name, labels, key=key)
     bad = {str(layout.folder / each) for each in without}
     found = [_image_folder(part, layout, bad) for part in layout.parts]
@@ -377,7 +405,7 @@ def _folder(name: str, labels: bool | None, without: Collection[str], key: str) 
     if not layout.labelled:
         files = np.unique(np.concatenate([images.source for images, _ in found]))
         if not len(files):
-            raise ValueError(f"data={name} has no images that Pillow can read.")
+            raise ValueError(f"{key}={name} has no images that Pillow can read.")
         images = Images(files, np.zeros(len(files), dtype=np.int64))
         return Data(images, images, IMAGENET_NORMALIZE, {}, ()), bad
     (train, classes), *others = found
@@ -397,27 +425,13 @@ def _image_folder(path: Path, layout: folders.Layout, without: Collection[str]) 
     listed, faults = layout.listed[path]
     if place := next((place for place in faults if place not in without), None):
         raise ValueError(f"{place} cannot be listed: {faults[place]}. Fix or remove it.")
-    found = {name: list(filter(pictures.is_picture, files)) for name, files in listed.items()}
     if not layout.labelled:
-        names = np.asarray([file for its in found.values() for file in its], dtype=np.str_)
+        names = np.asarray([*filter(pictures.is_picture, chain.from_iterable(listed.values()))], dtype=np.str_)
         return Images(names, np.zeros(len(names), dtype=np.int64)), ()
-    found.pop("", None)
-    if not found or not all(found.values()):
-        empty = ", ".join(name for name, files in found.items() if not files)
-        reason = f"no images in {empty}; remove what is no class" if empty else "it has no class folders"
-        raise ValueError(
-            f"{path} is no readable folder of class folders with images: {reason}. labels=false takes all images in it "
-            "without labels."
-        )
-    classes = tuple(found)
-    if len(classes) < 2:
-        raise ValueError(
-            f"{path} has the single class '{classes[0]}'; accuracies need at least two. If the classes are in there, "
-            f"give data={path / classes[0]}"
-        )
+    found = layout.classes(path)
     files = np.asarray([file for files in found.values() for file in files])
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in found.values()])
-    return Images(files, labels), classes
+    labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(files) for files in found.values()])
+    return Images(files, labels), tuple(found)
 
 
 def _unlabelled(images: Images, data: Data) -> Data:

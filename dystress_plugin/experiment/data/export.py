@@ -35,7 +35,7 @@ def write_long_tail(settings: LongTailSettings) -> dict[str, Any]:
     """
     settings = checked(settings)
     out = Path(settings.out)
-    places.check_apart(out, settings.data)
+    places.check_apart(out, data=settings.data)
     files.check_place(out)
     if settings.long_tail is None and settings.indices is None:
         raise ValueError("Give long_tail=RATIO, such as 0.01, or indices=FILE: else all images would stay.")

@@ -7,9 +7,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -44,6 +43,13 @@ TRACES: tuple[tuple[str, frozenset[str]], ...] = (
     ("Lightning", frozenset({"hparams.yaml"})),
     ("wandb", frozenset({"wandb-metadata.json"})),
 )
+
+
+# What to do about images without classes, by the setting that names them.
+SORT = {
+    "data": "labels=false takes all images in it without labels.",
+    "val": "val needs labels: sort its images into class folders, or give another val.",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,33 @@ class Layout:
     @cached_property
     def listed(self) -> dict[Path, tuple[dict[str, list[str]], dict[str, str]]]:
         """`class_files` of each part."""
-        return {part: class_files(part) for part in self.parts}
+        return {part: class_files(part, self.key) for part in self.parts}
+
+    def classes(self, part: Path) -> dict[str, list[str]]:
+        """The images in every class folder of a part.
+
+        Raises:
+            ValueError: for fewer than two class folders, or one without images.
+        """
+        files = self.listed[part][0]
+        found = {name: list(filter(pictures.is_picture, files[name])) for name in files if name}
+        if not found or not all(found.values()):
+            empty = ", ".join(name for name, its in found.items() if not its)
+            reason = f"no images in {empty}; remove what is no class" if empty else "it has no class folders"
+            raise ValueError(f"{part} is no readable folder of class folders with images: {reason}. {SORT[self.key]}")
+        if len(found) < 2:
+            only = next(iter(found))
+            raise ValueError(
+                f"{part} has the single class '{only}'; accuracies need at least two. If the classes are in there, "
+                f"give {self.key}={part / only}"
+            )
+        return found
+
+    def check_classes(self) -> None:
+        """Raises a ValueError for class folders that are no labels; what cannot be listed is for a scan to tell."""
+        for part, (_, faults) in self.listed.items() if self.labelled else ():
+            if not faults:
+                self.classes(part)
 
     def __str__(self) -> str:
         """In a line, for the terminal: how it was read, and what was left out."""
@@ -94,7 +126,8 @@ class Layout:
         images = [(name, file) for name, file in found if pictures.is_picture(file)]
         loose = [os.path.basename(file) for name, file in images if not name]
         if self.held_out is not None:
-            told = f"trained on {self.splits[0]}, accuracies on {self.splits[1]}"
+            learns = "trained" if self.key == "data" else "kNN and linear probe fitted"
+            told = f"{learns} on {self.splits[0]}, accuracies on {self.splits[1]}"
             loose += [name for name in os.listdir(self.folder) if pictures.is_picture(str(self.folder / name))]
         elif self.labelled:
             classes = len({name for name, _ in found} - {""})
@@ -113,17 +146,6 @@ class Layout:
         return f"{self.key}={self.name}: {told}."
 
 
-@contextmanager
-def speaking_of(key: str) -> Iterator[None]:
-    """Errors about images from inside name this setting, where they would name `data`."""
-    try:
-        yield
-    except pictures.BadPicture:  # which names a file
-        raise
-    except ValueError as error:
-        raise ValueError(str(error).replace("data=", f"{key}=")) from None
-
-
 def read(data: str | Path, labels: bool | None = None, *, key: str = "data") -> Layout:
     """How images are laid out: class folders, splits (in any spelling of `SPLITS`) with class folders, or no classes.
 
@@ -137,16 +159,16 @@ def read(data: str | Path, labels: bool | None = None, *, key: str = "data") -> 
             to train on, or that a command wrote results to.
     """
     try:
-        found = [Path(path) for source in places.sources(str(data)) for path in places.matches(source)]
+        found = [Path(path) for source in places.sources(str(data), key) for path in places.matches(source)]
         if not places.there(data):
-            raise ValueError(f"data={data} names what is not there.")
+            raise ValueError(f"{key}={data} names what is not there.")
         if len(found) == 1 and found[0].is_dir():
-            return replace(_read(found[0], str(data), labels), key=key)
+            return _read(found[0], str(data), labels, key)
         if labels:
-            raise ValueError(f"data={data} has no labels: labels=true needs one folder of class folders.")
+            raise ValueError(f"{key}={data} has no labels: they need one folder of class folders.")
         return _read_several(found, str(data))
     except OSError as error:
-        raise ValueError(f"data={data} cannot be read: {error}") from None
+        raise ValueError(f"{key}={data} cannot be read: {error}") from None
 
 
 def are_files(name: str) -> bool:
@@ -165,7 +187,7 @@ def visible(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if os.path.isdir(folder / name) and not _hidden(name))
 
 
-def class_files(part: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+def class_files(part: Path, key: str = "data") -> tuple[dict[str, list[str]], dict[str, str]]:
     """The files of every class folder, in the order of torchvision's ImageFolder; and what cannot be listed, with why.
 
     Those that lie in none, hidden ones left out, are in the class "". A file instead of a folder is one of them.
@@ -177,7 +199,7 @@ def class_files(part: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     top = str(part)
     if os.path.isfile(top):
         return {"": [top]}, {}
-    places, faults = _walk(top)
+    places, faults = _walk(top, key)
     if top in faults:
         raise ValueError(f"{top} is no readable folder of class folders with images: {faults[top]}")
     found: dict[str, list[str]] = {}
@@ -202,27 +224,28 @@ def state(file: str) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _read(folder: Path, name: str, labels: bool | None) -> Layout:
-    _check_no_results(folder)
+def _read(folder: Path, name: str, labels: bool | None, key: str) -> Layout:
+    _check_no_results(folder, key)
     names = visible(folder)
     roles = _roles(names)
     if not roles:
-        layout = Layout(name, folder, (folder,))
+        layout = Layout(name, folder, (folder,), key=key)
         labelled = _has_classes(folder, *layout.listed[folder]) if labels is None else labels
-        return layout if labelled else Layout(name, folder, (folder,), labelled=False)
-    _check_roles(folder, names, roles)
+        return layout if labelled else Layout(name, folder, (folder,), labelled=False, key=key)
+    _check_roles(folder, names, roles, key)
     if labels is False:
         part = roles["train"][0]
         rest = tuple(other for other in names if other != part)
-        return Layout(name, folder, (folder / part,), unused=rest, labelled=False)
+        return Layout(name, folder, (folder / part,), unused=rest, labelled=False, key=key)
     held_out = roles[next(split for split in HELD_OUT if split in roles)][0]
     chosen = (roles["train"][0], held_out)
-    train, test = (_class_folders_of(folder, part) for part in chosen)
+    train, test = (_class_folders_of(folder, part, key) for part in chosen)
     if places.same(train, test):
         raise ValueError(
-            f"data={folder} has the same images in {chosen[0]} and {chosen[1]}: one is a link to the other."
+            f"{key}={folder} has the same images in {chosen[0]} and {chosen[1]}: one is a link to the other."
         )
-    return Layout(name, folder, (train,), test, tuple(other for other in names if other not in chosen))
+    unused = tuple(other for other in names if other not in chosen)
+    return Layout(name, folder, (train,), test, unused, key=key)
 
 
 def _read_several(found: Sequence[Path], name: str) -> Layout:
@@ -230,7 +253,7 @@ def _read_several(found: Sequence[Path], name: str) -> Layout:
     real = {Path(os.path.realpath(path)): path.absolute() for path in found}
     chosen = tuple(path for place, path in real.items() if real.keys().isdisjoint(place.parents))
     for folder in (path for path in chosen if path.is_dir()):
-        _check_no_results(folder)
+        _check_no_results(folder, "data")
         if _complete(roles := _roles(visible(folder))):
             raise ValueError(
                 f"data={name} names {folder}, which has the splits {_listed(sorted(roles))}; all would be trained on. "
@@ -240,9 +263,9 @@ def _read_several(found: Sequence[Path], name: str) -> Layout:
     return Layout(name, Path(around), chosen, labelled=False)
 
 
-def _check_no_results(folder: Path) -> None:
+def _check_no_results(folder: Path, key: str) -> None:
     if (writer := _writer(os.listdir(folder))) and writer != "`dystress long-tail`":
-        raise ValueError(f"data={folder} holds results of {writer}, no images to train on. Choose another data.")
+        raise ValueError(f"{key}={folder} holds results of {writer}, no images. Choose another {key}.")
 
 
 def _has_classes(folder: Path, found: dict[str, list[str]], faults: dict[str, str]) -> bool:
@@ -275,7 +298,7 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HIDDEN
 
 
-def _walk(top: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
+def _walk(top: str, key: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
     """Every folder that is not hidden, with the names of its files, sorted; and path → why for those that cannot be
     listed.
 
@@ -288,7 +311,7 @@ def _walk(top: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
     for folder, inner, names in os.walk(top, onerror=lambda error: faults.update(_told(error)), followlinks=True):
         inner[:] = sorted(name for name in inner if not _hidden(name))
         if folder != top:
-            _check_class(folder, inner, names)
+            _check_class(folder, inner, names, key)
         places.append((folder, sorted(names)))
         for name in inner.copy():
             place = os.path.join(folder, name)
@@ -300,7 +323,7 @@ def _walk(top: str) -> tuple[list[tuple[str, list[str]]], dict[str, str]]:
     return sorted(places), faults
 
 
-def _check_class(folder: str, inner: Sequence[str], names: Sequence[str]) -> None:
+def _check_class(folder: str, inner: Sequence[str], names: Sequence[str], key: str) -> None:
     """Raises a ValueError for a folder of a class that holds something else."""
     if writer := _writer(names):
         raise ValueError(
@@ -309,8 +332,8 @@ def _check_class(folder: str, inner: Sequence[str], names: Sequence[str]) -> Non
     splits = {name: found[0] for name in inner if (found := _split(name)) and not found[1]}
     if _complete(splits.values()):
         raise ValueError(
-            f"{folder} is read as a class, but has the splits {_listed(sorted(splits))}; all would be trained on. Put "
-            f"class folders into train and val, not these into class folders, or give data={folder}"
+            f"{folder} is read as a class, but has the splits {_listed(sorted(splits))}; all would be of it. Put "
+            f"class folders into train and val, not these into class folders, or give {key}={folder}"
         )
 
 
@@ -363,39 +386,40 @@ def _complete(splits: Collection[str]) -> bool:
     return "train" in splits and not set(HELD_OUT).isdisjoint(splits)
 
 
-def _check_roles(folder: Path, names: Sequence[str], roles: dict[str, list[str]]) -> None:
+def _check_roles(folder: Path, names: Sequence[str], roles: dict[str, list[str]], key: str) -> None:
     """Raises a ValueError where splits are not the only way to read the names, or are not all there."""
     read = [name for found in roles.values() for name in found]
     for split, found in roles.items():
         if len(found) > 1:
             raise ValueError(
-                f"data={folder} is ambiguous: {_listed(found)} mean '{split}'. Keep one, or {_rename(found)}."
+                f"{key}={folder} is ambiguous: {_listed(found)} mean '{split}'. Keep one, or {_rename(found)}."
             )
     if "train" in roles and len(roles) > 1:
         return
     others = [name for name in names if name not in read]
     if others:
         raise ValueError(
-            f"data={folder} is ambiguous: {_listed(read)} would be a split, or a class like {_listed(others)}. For a "
+            f"{key}={folder} is ambiguous: {_listed(read)} would be a split, or a class like {_listed(others)}. For a "
             f"class, {_rename(read)}; for a split, put train and val with class folders into a folder of their own, or "
-            f"give data={folder / read[0]}"
+            f"give {key}={folder / read[0]}"
         )
     missing = "something held out, such as val" if "train" in roles else "train"
     raise ValueError(
-        f"data={folder} has {_listed(read)}, read as a split, but not {missing}. Add it, or give "
-        f"data={folder / read[0]} to hold out a part of that; for a class, {_rename(read)}."
+        f"{key}={folder} has {_listed(read)}, read as a split, but not {missing}. Add it, or give "
+        f"{key}={folder / read[0]} to hold out a part of that; for a class, {_rename(read)}."
     )
 
 
-def _class_folders_of(folder: Path, name: str) -> Path:
+def _class_folders_of(folder: Path, name: str, key: str) -> Path:
     """The folder of class folders of a split: its own, or one of its name in it, as archives from Kaggle have it."""
     place = folder / name
     while len(inner := visible(place)) == 1 and _split(inner[0]) == _split(name):
         place = place / inner[0]
     if not inner:
+        without = ", or do without by labels=false" if key == "data" else ""
         raise ValueError(
-            f"data={folder} has splits, but {place} has no class folders, and accuracies need classes. Sort its images "
-            f"into class folders, or do without by labels=false; if '{name}' is a class, {_rename([name])}."
+            f"{key}={folder} has splits, but {place} has no class folders, and accuracies need classes. Sort its "
+            f"images into class folders{without}; if '{name}' is a class, {_rename([name])}."
         )
     return place
 

@@ -52,9 +52,9 @@ class Scan:
         """Paths of the bad files below the folder that all lie in."""
         return frozenset(self.bad)
 
-    def fits(self, folder: str) -> bool:
+    def fits(self, folder: str, key: str = "data") -> bool:
         """Whether a folder, here or moved, still has the files that can be used, read in the same way."""
-        layout = folders.read(folder, self.labelled)
+        layout = folders.read(folder, self.labelled, key=key)
         return self.names == _digest(_good(layout, _files(layout)[0], self.bad)) and self.reads(layout)
 
     def reads(self, layout: folders.Layout) -> bool:
@@ -99,44 +99,31 @@ def left_out(scans: Mapping[str, Scan]) -> dict[str, frozenset[str]]:
 
 
 def scan_images(settings: PretrainSettings, out: Path) -> dict[str, Scan]:
-    """What `scan_folder` finds in the images that settings name, by the setting; nothing where they are no files."""
+    """What `scan_layout` finds in the images that settings name, by the setting; nothing where they are no files."""
     how = {name: getattr(settings, name) for name in ("on_bad_image", "num_workers", "progress")}
     labels = {"data": settings.labels, "val": True}
-    named = {key: getattr(settings, key) for key in RECORDS}
-    found = {}
-    for key, name in named.items():
-        if name is not None and folders.are_files(name):
-            with folders.speaking_of(key):
-                found[key] = scan_folder(name, out, key=key, labels=labels[key], **how)
-    return found
+    named = {key: name for key in RECORDS if (name := getattr(settings, key)) is not None and folders.are_files(name)}
+    layouts = {key: folders.read(name, labels[key], key=key) for key, name in named.items()}
+    for layout in layouts.values():  # of all of them before the first one is decoded
+        layout.check_classes()
+    return {key: scan_layout(layout, out, **how) for key, layout in layouts.items()}
 
 
-def scan_folder(
-    folder: str,
-    out: Path,
-    *,
-    on_bad_image: str,
-    num_workers: int,
-    progress: bool,
-    key: str = "data",
-    labels: bool | None = None,
-) -> Scan:
+def scan_layout(layout: folders.Layout, out: Path, *, on_bad_image: str, num_workers: int, progress: bool) -> Scan:
     """Decodes every file that training would, unless the run's folder says that it has been done.
 
     Args:
-        folder: what names the images, as for `folders.read`.
+        layout: how the images are read.
         out: folder of the run, which need not exist.
         on_bad_image: "stop" or "skip".
         num_workers: processes that decode; 0 decodes in this one.
         progress: show a bar.
-        key: the setting that `folder` is the value of.
-        labels: as for `folders.read`.
 
     Raises:
         ValueError: with "stop" for files that cannot be used, all of them listed in `images.json` then; for files that
-            are not those the run began with, or read in another way; as `folders.read`.
+            are not those the run began with, or read in another way.
     """
-    layout = folders.read(folder, labels, key=key)
+    folder, key = layout.name, layout.key
     folders.say(layout)
     states, unlisted = _files(layout)
     state = _digest(f"{name} {value}" for name, value in (states | unlisted).items())
@@ -166,7 +153,7 @@ def scan_folder(
 
 
 def bad_files(data: str, labels: bool | None, *, on_bad_image: str, num_workers: int, progress: bool) -> frozenset[str]:
-    """What `scan_folder` would leave out of images that no run is of, with its errors; nothing is kept."""
+    """What `scan_layout` would leave out of images that no run is of, with its errors; nothing is kept."""
     layout = folders.read(data, labels)
     folders.say(layout)
     states, unlisted = _files(layout)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dystress_plugin.experiment import places
 from dystress_plugin.experiment.data import folders, scan
-from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_for_run
+from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_evaluated, load_for_run
 from dystress_plugin.experiment.data.transforms import plain_transform
 from dystress_plugin.experiment.devices import torch_device
 from dystress_plugin.experiment.evaluate.scores import extract, features_of, score_features, trained_backbone
@@ -34,9 +34,9 @@ def evaluate_run(settings: EvaluateSettings) -> dict[str, float]:
     device = torch_device(settings.accelerator)
     run = Path(settings.checkpoint)
     trained, backbone = trained_backbone(run)
-    shown = load_for_run(run, trained, val=settings.val, **_asked(settings))
-    its = replace(shown.spec.data, batch_size=settings.batch_size, num_workers=settings.num_workers)
-    features = features_of(backbone, shown.data, spec=replace(trained, data=its), device=device)
+    data = load_evaluated(run, trained, val=settings.val, **_asked(settings))
+    its = replace(trained.data, batch_size=settings.batch_size, num_workers=settings.num_workers)
+    features = features_of(backbone, data, spec=replace(trained, data=its), device=device)
     return score_features(features, EvaluationSpec(settings.knn_k, settings.knn_t, protocols=[], map=False)).top1
 
 
@@ -58,7 +58,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any]:
     trained, backbone = trained_backbone(run)
     own = settings.data is None or places.same(settings.data, trained.data.name)
     without = None if own else _bad(settings)
-    found = load_for_run(run, trained, whole=True, evaluated=False, without=without, **_asked(settings))
+    found = load_for_run(run, trained, whole=True, without=without, **_asked(settings))
     images, names = _everything(found.data)
     views = Views(images, plain_transform(trained.model.image_size, found.data.normalize))
     loader = DataLoader(views, settings.batch_size, num_workers=settings.num_workers)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dystress_plugin.experiment.backbone import build_backbone
-from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_for_run
+from dystress_plugin.experiment.data.datasets import Data, Images, Views, load_evaluated, load_for_run
 from dystress_plugin.experiment.data.memory import plain_batches
 from dystress_plugin.experiment.data.transforms import plain_transform
 from dystress_plugin.experiment.devices import torch_device
@@ -254,7 +254,7 @@ def score_start(spec: RunSpec, data: Data, names: Sequence[str], *, pool: Images
 def features_of_run(backbone: nn.Module, run: Path, spec: RunSpec, names: Iterable[str]) -> Features:
     """The features of a run's data, and of the pool where one of the protocols draws from it."""
     pool = pool_for(spec, names, lambda: load_for_run(run, spec, whole=True).data)
-    return features_of(backbone, load_for_run(run, spec).data, spec=spec, pool=pool)
+    return features_of(backbone, load_evaluated(run, spec), spec=spec, pool=pool)
 
 
 def read(table: Path) -> list[Score]:

@@ -199,16 +199,16 @@ def _sample(settings: InspectSettings, out: Path) -> Sample:
 def _shown(settings: InspectSettings, run: Path | None, out: Path) -> Shown:
     if run is None:
         asked = _untrained_settings(settings)
-        places.check_apart(out, asked.data)
+        places.check_apart(out, data=asked.data)
         new_backbone(asked)
         data = load_for(part(DataSpec, asked), asked.seed)
         return Shown(resolve(asked, data, 1), data, own=False)
     if not settings.untrained and not (last := run / LAST).exists():
         raise ValueError(f"checkpoint={run} has no trained network: {last} is missing. {WITHOUT}")
     trained = read_config(run / "config.yaml")
-    places.check_apart(out, settings.data or trained.data.name)
+    places.check_apart(out, data=settings.data or trained.data.name)
     given = {key: getattr(settings, key) for key in ("data", "labels", "data_root", "download")}
-    return load_for_run(run, trained, evaluated=False, **given)
+    return load_for_run(run, trained, **given)
 
 
 def _untrained_settings(settings: InspectSettings) -> PretrainSettings:

@@ -73,7 +73,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     out = output_folder(settings)
     with resumable(out) as progress:
         files.check_place(out)
-        places.check_apart(out, settings.data, settings.val)
+        places.check_apart(out, data=settings.data, val=settings.val)
         check_first(settings)
         trainer = make_trainer(settings, out)
         if not RunFolder(out).summary.exists():

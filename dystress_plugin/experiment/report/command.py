@@ -77,7 +77,7 @@ def write(
     missing = dict.fromkeys(f.name for f in folders if not (f / "summary.json").exists()) if failures is None else {}
     runs = in_order(runs)
     check_together(runs)
-    check_outside(out, runs[0].settings.data.name, runs[0].settings.data.val)
+    check_outside(out, data=runs[0].settings.data.name, val=runs[0].settings.data.val)
     out.mkdir(parents=True, exist_ok=True)
     labelled = is_labelled(runs[0].folder)
     _score_missing(runs, names if labelled else [], progress)
