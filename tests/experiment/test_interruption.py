@@ -363,11 +363,21 @@ def test_a_damaged_config_is_named(content, ended, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("name", ["summary.json", "images.json"])
-@pytest.mark.parametrize("content", ["", "[]", '{"x": 1'])
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 1', '{"folder": "a", "good": 2, "bad": 3}'])
 def test_a_damaged_record_is_named(name, content, ended, capsys):
     Path(ended["out"], name).write_text(content)
     assert dystress("pretrain", ended) == 2
     assert f"dystress: {Path(ended['out'], name)} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", '{"knn_top1": 3}'])
+def test_scores_of_the_start_that_are_not_there_are_measured_again(content, ended):
+    out = Path(ended["out"])
+    good = (out / "untrained.json").read_text()
+    (out / "summary.json").unlink()
+    (out / "untrained.json").write_text(content)
+    assert dystress("pretrain", ended) == 0
+    assert (out / "untrained.json").read_text() == good
 
 
 def test_a_config_that_is_older_than_a_key_has_its_default(ended):

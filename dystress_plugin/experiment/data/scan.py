@@ -77,7 +77,10 @@ def read(out: Path, key: str = "data") -> Scan | None:
         return None
     content = files.read_json(record)
     try:
-        return Scan(**content)
+        found = Scan(**content)
+        if not (isinstance(found.bad, dict) and isinstance(found.splits, list | None)):
+            raise TypeError("bad must be an object, and splits a list or null")
+        return found
     except TypeError as error:
         raise ValueError(f"{record} holds no list of images: {error}. Delete it, and it is made anew.") from None
 

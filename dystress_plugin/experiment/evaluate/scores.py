@@ -36,6 +36,8 @@ UNTRAINED_TOP1 = "untrained.json"
 UNTRAINED_TABLE = f"{UNTRAINED}{TABLE}"
 UNTRAINED_FILES = (UNTRAINED_TOP1, UNTRAINED_TABLE, f"{UNTRAINED}{MAP}")
 
+TOP1 = ({"knn_top1", "linear_top1"}, {"effective_rank"})  # with labels, and without
+
 # The settings that the scores of the untrained backbone depend on.
 OF_THE_START = (
     *("data", "labels", "val", "long_tail", "long_tail_profile", "indices", "on_bad_image"),
@@ -119,13 +121,13 @@ class Scores:
 def read_untrained(run: Path, settings: RunSpec) -> dict[str, float] | None:
     """What the folder says of the backbone that a run with these settings starts from.
 
-    It is there where the run was interrupted, or `dystress compare` has put it there; None where it is not, or is of
-    another start.
+    It is there where the run was interrupted, or `dystress compare` has put it there; None where it is not, has no
+    scores, or is of another start.
     """
     if not (run / UNTRAINED_TOP1).exists():
         return None
     found = files.read_json(run / UNTRAINED_TOP1)
-    return found if found.pop("of", _start(settings)) == _start(settings) else None
+    return found if found.pop("of", _start(settings)) == _start(settings) and set(found) in TOP1 else None
 
 
 def _start(settings: RunSpec) -> dict[str, Any]:

@@ -132,14 +132,16 @@ def check_state(module: nn.Module, state: Mapping[str, Any], path: Path, remedy:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; a ValueError that names the file where there is none in it."""
+def read_json(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """An object from a JSON file; a ValueError that names the file where there is none in it, or a key is missing."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged, no JSON: {error}. Delete it and run the same command again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object. Delete it and run the same command again.")
+    if missing := [key for key in needed if key not in content]:
+        raise ValueError(f"{path} is damaged: it has no '{missing[0]}'. Delete it and run the same command again.")
     return content
 
 

@@ -49,7 +49,9 @@ class RunFolder:
         folder = cls(Path(spec.out))
         if folder.config.exists():
             check_settings(folder.path, spec)
-            return replace(folder, finished=files.read_json(folder.summary)) if folder.summary.exists() else folder
+            if not folder.summary.exists():
+                return folder
+            return replace(folder, finished=files.read_json(folder.summary, ("method", "data", "seed", "epochs")))
         if folder.path.exists() and {path.name.removesuffix(".part") for path in folder.path.iterdir()} - BEFORE:
             raise ValueError(f"out={spec.out} is not empty and holds no run of this command. Choose another out.")
         return folder

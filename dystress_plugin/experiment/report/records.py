@@ -169,7 +169,8 @@ def frequency_groups(rows: pd.DataFrame) -> list[str]:
 
 def _unlabelled_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What stands for accuracies, from the summaries of the runs."""
-    summaries = {run.folder: files.read_json(run.folder / "summary.json") for run in runs}
+    start = "untrained_effective_rank"
+    summaries = {run.folder: files.read_json(run.folder / "summary.json", (*UNLABELLED, start)) for run in runs}
     rows = [
         {**_described(run), "protocol": name, "group": "all", "value": summaries[run.folder][name]}
         for run in runs
@@ -177,7 +178,7 @@ def _unlabelled_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     for run in one_per(runs, lambda run: run.settings.seed):
         about = {**_described(run), "name": UNTRAINED, "method": UNTRAINED, **dict.fromkeys(TAUS)}
-        rank = summaries[run.folder]["untrained_effective_rank"]
+        rank = summaries[run.folder][start]
         rows.append({**about, "protocol": "effective_rank", "group": "all", "value": rank})
     return rows
 
