@@ -36,7 +36,7 @@ ON_THE_CPU = [
 @pytest.fixture
 def nothing_read(monkeypatch):
     """Fails where images are looked at."""
-    monkeypatch.setattr(scan, "scan_folder", lambda *args, **kwargs: pytest.fail("scanned the images before"))
+    monkeypatch.setattr(scan, "scan_layout", lambda *args, **kwargs: pytest.fail("scanned the images before"))
     monkeypatch.setattr(pretrain.data_module, "load_for", lambda *args, **kwargs: pytest.fail("loaded data before"))
     monkeypatch.setattr(compare, "load_for", lambda *args, **kwargs: pytest.fail("loaded data before"))
 

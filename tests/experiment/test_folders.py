@@ -653,7 +653,10 @@ def test_what_is_wrong_with_val_is_said_of_val_before_an_image_is_read(name, sai
         assert not re.search("data=|labels=|held out for testing|quarter", found.replace(name, ""))
 
 
-def test_of_val_that_has_a_name_its_key_is_told_as_well(tmp_path, capsys):
+def test_what_is_found_out_later_is_said_of_val_as_well(tmp_path, capsys):
+    write_images(tmp_path / "few", per_class=1)
+    with pytest.raises(ValueError, match=r"val=.*few: a quarter of every class is held out for accuracies, but"):
+        load_folder(tmp_path / "few", labels=True, key="val")
     with pytest.raises(ValueError, match="val=cifar10 is not in data_root="):
         load("cifar10", root=str(tmp_path), download=False, long_tail=None, seed=0, key="val")
     folders.say.cache_clear()

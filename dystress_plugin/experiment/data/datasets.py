@@ -329,14 +329,14 @@ def _found(run: Path, key: str, name: str, given: str | None) -> str:
     return given
 
 
-def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on and held-out ones: a quarter of every class, always the same."""
+def split(labels: np.ndarray, of: str = "data") -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and held-out ones: a quarter of every class, always the same; `of`: for errors."""
     from sklearn.model_selection import train_test_split
 
     try:
         train, test = train_test_split(np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0)
     except ValueError as error:
-        raise ValueError(f"A quarter of every class is held out for testing, but: {error}") from None
+        raise ValueError(f"{of}: a quarter of every class is held out for accuracies, but: {error}") from None
     return np.sort(train), np.sort(test)
 
 
@@ -416,7 +416,7 @@ def _folder(name: str, labels: bool | None, without: Collection[str], key: str) 
                 f"{', '.join(sorted(set(classes) ^ set(its)))} only in one of them."
             )
         return Data(train, test, IMAGENET_NORMALIZE, {}, classes), bad
-    kept, held_out = split(train.labels)
+    kept, held_out = split(train.labels, f"{key}={name}")
     return Data(train.subset(kept), train.subset(held_out), IMAGENET_NORMALIZE, {}, classes), bad
 
 
