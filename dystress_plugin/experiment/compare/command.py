@@ -129,9 +129,8 @@ def _prepare(settings: CompareSettings, runs: Sequence[PretrainSettings]) -> Pre
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for run in runs:
         check_first(run)
-    trainer = build_trainer(part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False)
-    check_network(runs[0], trainer)  # all have the same
-    devices = trainer.world_size
+    make = partial(build_trainer, part(HardwareSpec, runs[0]), logger=False, enable_checkpointing=False)
+    devices = check_network(runs[0], make).world_size  # all have the same
     out = Path(settings.out)
     scans = scan_images(runs[0], out)
     write_all(scans, out)

@@ -7,6 +7,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         files.check_place(out)
         places.check_apart(out, data=settings.data, val=settings.val)
         check_first(settings)
-        trainer = make_trainer(settings, out)
-        if not RunFolder(out).summary.exists():
-            check_network(settings, trainer)
+        make = partial(make_trainer, settings, out)
+        trainer = make() if RunFolder(out).summary.exists() else check_network(settings, make)
         # The first process holds the folder for all: the others of a training are no strangers to it.
         with lock.alone(out) if trainer.global_rank == 0 else nullcontext():
             summary = _run(settings, trainer, progress)

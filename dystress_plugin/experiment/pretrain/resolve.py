@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,12 @@ def new_backbone(settings: PretrainSettings) -> nn.Module:
     return backbone
 
 
-def check_network(settings: PretrainSettings, trainer: Trainer) -> None:
-    """`new_backbone`, of which nothing stays, and a ValueError for one that this trainer's precision cannot train."""
-    check_step(new_backbone(settings), trainer, image_size(settings))
+def check_network(settings: PretrainSettings, make: Callable[[], Trainer]) -> Trainer:
+    """The trainer that is made between the errors of `new_backbone` and those of `check_step`; no network stays."""
+    backbone = new_backbone(settings)
+    trainer = make()
+    check_step(backbone, trainer, image_size(settings))
+    return trainer
 
 
 def image_size(settings: PretrainSettings) -> int:
