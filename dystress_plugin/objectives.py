@@ -139,20 +139,22 @@ class Objective:
     def _check_slope(self, settings: Mapping[str, float]) -> None:
         """A ValueError unless `slope` is the derivative of `row_loss`, and that of d alone: a wrong one would train."""
         assert self.slope is not None  # has_closed_form; narrows the type
-        positive, negative = (
-            torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=True)
-            for x in ([0.0, 1.0, -2.0], [-1.5, 1.5, 0.5])
-        )
-        cosine = torch.zeros_like(positive, requires_grad=False)
         with torch.inference_mode(False), torch.enable_grad():
+            positive, negative, cosine = leaves = [
+                torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=True)
+                for x in ([0.0, 1.0, -2.0], [-1.5, 1.5, 0.5], [0.1, 0.7, -0.4])
+            ]
             rows = self.row_loss(RowStats(positive, negative, cosine, None, 3), **settings)
-            by_positive, by_negative = torch.autograd.grad(rows.sum(), (positive, negative))
-        found = self.slope((negative - positive).detach(), **settings)
-        fits = isinstance(found, Tensor) and found.shape == by_negative.shape
+            by_positive, by_negative, by_cosine = torch.autograd.grad(
+                rows.sum(), leaves, allow_unused=True, materialize_grads=True
+            )
+            found = self.slope((negative - positive).detach(), **settings)
+        fits = isinstance(found, Tensor) and found.shape == by_negative.shape and not by_cosine.any()
         if not (fits and all(torch.allclose(found.to(right), right) for right in (by_negative, -by_positive))):
             raise ValueError(
                 f"Objective '{self.name}': at d = [-1.5, 0.5, 2.5] its slope is {found}, but row_loss has derivatives "
-                f"by L and P of {by_negative.tolist()} and {by_positive.tolist()}: correct it, or leave slope out."
+                f"by L, P and the cosine of {by_negative.tolist()}, {by_positive.tolist()} and {by_cosine.tolist()}: "
+                "correct it, or leave slope out."
             )
 
     def rows(self, stats: RowStats, settings: Mapping[str, float]) -> Tensor:

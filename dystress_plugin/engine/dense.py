@@ -1,4 +1,4 @@
-"""The dense engine: the whole matrix at once, in plain autograd. The reference, and the fastest for small batches."""
+"""The dense engine: the whole matrix at once, in plain autograd. The reference; for small batches faster than tiles."""
 
 from __future__ import annotations
 

@@ -357,10 +357,25 @@ def test_a_slope_that_is_none_is_refused(slope):
         ContrastiveLoss("dystress", objective=own)
 
 
-def test_a_slope_is_of_the_difference_alone():
-    own = Objective("mine", lambda stats: stats.negative - 2 * stats.positive, slope=torch.ones_like)
-    with pytest.raises(ValueError, match="by L and P"):
-        ContrastiveLoss("dystress", objective=own)
+@pytest.mark.parametrize(
+    "row_loss",
+    [
+        lambda stats: stats.negative - 2 * stats.positive,
+        lambda stats: stats.negative,
+        lambda stats: stats.negative - stats.positive + stats.positive_cosine,
+        lambda stats: (1 + stats.positive_cosine.detach()) * (stats.negative - stats.positive),
+    ],
+)
+def test_a_slope_is_of_the_difference_alone(row_loss):
+    with pytest.raises(ValueError, match="by L, P and the cosine"):
+        ContrastiveLoss("dystress", objective=Objective("mine", row_loss, slope=torch.ones_like))
+
+
+def test_a_loss_may_be_built_in_inference_mode():
+    own = Objective("mine", OBJECTIVES["ntxent"].row_loss, slope=torch.sigmoid)
+    with torch.inference_mode():
+        loss = ContrastiveLoss("dystress", objective=own)
+    assert_alike(loss, ContrastiveLoss("dystress", engine="dense"), embeddings(5, 4))
 
 
 def test_large_batches_are_left_to_tiles():
