@@ -85,6 +85,16 @@ def test_no_interval_for_all_at_once_without_a_spread():
     assert [d.together for d in found(rows, ["constant-0.1"], ["linear"])] == [None]
 
 
+@pytest.mark.parametrize("equal", ["control", "arm"])
+def test_an_interval_of_seeds_that_agree_needs_no_word(equal):
+    spread, agreed = [97.5, 98.0, 98.2], [98.0] * 3
+    arm, control = (spread, agreed) if equal == "control" else (agreed, spread)
+    (ends,) = simultaneous({"dystress": arm}, control, 0.95).values()  # warnings are errors here
+    difference = statistics.mean(arm) - statistics.mean(control)
+    half = 2.776 * math.sqrt(statistics.variance(spread) / 2 * 2 / 3)  # Student's t of 4 degrees of freedom
+    assert ends == pytest.approx((difference - half, difference + half), abs=0.02)
+
+
 @pytest.mark.parametrize("failing", [1, 100])
 def test_an_interval_whose_search_ended_off_the_level_is_searched_again(failing, monkeypatch):
     values, control, tried = {"macl": [1.0, 2.0, 4.0]}, [1.5, 2.5, 3.0], []

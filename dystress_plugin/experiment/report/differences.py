@@ -122,6 +122,7 @@ def simultaneous(
     for seed in range(TRIES):  # SciPy integrates with random numbers, of which few let its search end off the level
         with warnings.catch_warnings():
             warnings.simplefilter("error" if seed < TRIES - 1 else "ignore", UserWarning)
+            warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # of an arm whose seeds all agree
             with suppress(UserWarning):
                 found = test(random_state=seed).confidence_interval(level)
                 break
